@@ -1,0 +1,135 @@
+"""What a client may ask of the engine: sampling, speculation, and the checks that both paths (HTTP, in-process) share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from decoding.errors import RequestError
+
+MAX_LOGPROBS = 20
+GREEDY_TEMPERATURE = 1e-5  # below it the draw is the argmax
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. Defaults are neutral; names and meanings are vLLM's and OpenAI's."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0  # 0 or -1: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output, as in transformers
+    presence_penalty: float = 0.0  # over the output, as in OpenAI's API
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    min_tokens: int = 0  # no end-of-sequence and no stop token before that many
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None  # None: the engine draws one and reports it
+    n: int = 1
+    logprobs: int | None = None  # None: none; 0: of the chosen token; k: of the k best besides
+    prompt_logprobs: int | None = None
+
+    def validate(self, vocab_size: int) -> None:
+        """Check every range.
+
+        Raises:
+            RequestError: naming the field at fault.
+        """
+        _within("temperature", self.temperature, 0.0, 100.0)
+        _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _within("top_k", self.top_k, -1, 2**31)
+        _within("max_tokens", self.max_tokens, 1, 2**31)
+        _within("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _within("n", self.n, 1, 128)
+        if self.seed is not None:
+            _within("seed", self.seed, -(2**63), 2**64 - 1)
+        for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if value is not None:
+                _within(name, value, 0, MAX_LOGPROBS)
+        for token, bias in self.logit_bias.items():
+            _token_id("logit_bias", token, vocab_size)
+            _within("logit_bias", bias, -100.0, 100.0)
+        for token in self.stop_token_ids:
+            _token_id("stop_token_ids", token, vocab_size)
+
+
+@dataclass(frozen=True)
+class SpeculationParams:
+    """A client's limits on speculation; ``None`` leaves the server's setting."""
+
+    enabled: bool = True
+    drafters: tuple[str, ...] | None = None  # a subset of the server's drafters
+    max_nodes: int | None = None  # drafted nodes a step, without the root
+    max_depth: int | None = None
+
+    def validate(self, served: tuple[str, ...]) -> None:
+        """Check ranges and names.
+
+        Raises:
+            RequestError: naming the field at fault.
+        """
+        for name in self.drafters or ():
+            if name not in served:
+                there = ", ".join(served) if served else "none"
+                raise RequestError(
+                    f"no drafter called {name!r} runs on this server; there are: {there}.",
+                    param="speculation.drafters",
+                )
+        if self.max_nodes is not None:
+            _within("speculation.max_nodes", self.max_nodes, 0, 63)
+        if self.max_depth is not None:
+            _within("speculation.max_depth", self.max_depth, 0, 63)
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One prompt and what to do with it: ``params.n`` continuations (choices) of it."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams = SamplingParams()
+    speculation: SpeculationParams = SpeculationParams()
+    cache_salt: str = ""  # prompts share cached pages only within one salt
+
+    def validate(self, vocab_size: int, max_model_len: int, drafters: tuple[str, ...]) -> None:
+        """Check the whole request against the served model.
+
+        Raises:
+            RequestError: naming the field at fault.
+        """
+        if not self.prompt_ids:
+            raise RequestError("The prompt is empty; it must have at least one token.", param="prompt")
+        for token in self.prompt_ids:
+            _token_id("prompt", token, vocab_size)
+        self.params.validate(vocab_size)
+        self.speculation.validate(drafters)
+        asked = len(self.prompt_ids) + self.params.max_tokens
+        if asked > max_model_len:
+            raise RequestError(
+                f"This model's maximum context length is {max_model_len} tokens. However, you requested {asked} tokens "
+                f"({len(self.prompt_ids)} in the prompt, {self.params.max_tokens} in the completion). "
+                "Shorten the prompt or lower max_tokens.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+
+def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    inside = (low < value if open_low else low <= value) and value <= high
+    if not math.isfinite(value) or not inside:
+        bracket = "(" if open_low else "["
+        raise RequestError(f"{name} must be in {bracket}{low:g}, {high:g}], not {value}.", param=name)
+
+
+def _token_id(name: str, token: int, vocab_size: int) -> None:
+    if not 0 <= token < vocab_size:
+        raise RequestError(
+            f"{name} has token id {token}; this model's ids are 0 to {vocab_size - 1}.", param=name, code="invalid_value"
+        )

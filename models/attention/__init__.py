@@ -1,0 +1,65 @@
+"""Attention backends. A backend is one file and one line in ``BACKENDS``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from models.batch import RaggedBatch
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What one layer's attention computes, beside its tensors."""
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    window: int | None = None  # a key is seen while query position - key position < window
+    soft_cap: float | None = None  # scores become cap * tanh(score / cap)
+    first_key: int = 0  # keys with a smaller logical index do not exist (drafters that pair feature t-1 with token t)
+
+
+class AttentionBackend(Protocol):
+    """Attention of a ragged batch over the paged cache (which already holds the batch's own K/V)."""
+
+    def __call__(
+        self,
+        query: Tensor,  # [T, Hq, D]
+        keys: Tensor,  # [S, Hkv, D]
+        values: Tensor,  # [S, Hkv, Dv]
+        batch: RaggedBatch,
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,  # [Hq], one more logit per head in the softmax's denominator
+    ) -> Tensor:  # [T, Hq, Dv]
+        ...
+
+
+def _reference() -> AttentionBackend:
+    from models.attention.reference import attend
+
+    return attend
+
+
+BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
+    "reference": _reference,
+}
+
+
+def load_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    """The backend called ``name``; "auto" takes the best one that works for this device and dtype.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name == "auto":
+        name = "reference"
+    if name not in BACKENDS:
+        raise ValueError(f"unknown attention backend {name!r}; there are: {', '.join(BACKENDS)}, auto")
+    return BACKENDS[name]()

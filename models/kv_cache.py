@@ -1,0 +1,54 @@
+"""The K/V of one model: a tensor of slots per layer, indexed by the page pool's page ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.batch import PAGE_SIZE
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """The shape of one model's K/V."""
+
+    num_layers: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def bytes_per_page(self, dtype: torch.dtype) -> int:
+        return self.num_layers * PAGE_SIZE * self.num_kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
+
+
+class KVCache:
+    """K/V slots of every layer of one model. Slot = page * PAGE_SIZE + offset. It owns tensors, never page ids."""
+
+    def __init__(self, spec: KVSpec, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.spec = spec
+        slots = num_pages * PAGE_SIZE
+        self.keys = torch.zeros(  # [L, S, Hkv, D]
+            spec.num_layers, slots, spec.num_kv_heads, spec.key_dim, dtype=dtype, device=device
+        )
+        self.values = torch.zeros(  # [L, S, Hkv, Dv]
+            spec.num_layers, slots, spec.num_kv_heads, spec.value_dim, dtype=dtype, device=device
+        )
+        # views made once: indexing a tensor costs a microsecond or two, every layer of every step
+        self._layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """(keys [S, Hkv, D], values [S, Hkv, Dv]) of one layer, views into the cache."""
+        return self._layers[index]
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys [T, Hkv, D] and values [T, Hkv, Dv] at slots [T]."""
+        key_slots, value_slots = self._layers[layer]
+        key_slots[slots] = keys
+        value_slots[slots] = values
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy slots ``source`` [M] to ``target`` [M] in every layer; ranges may overlap."""
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
