@@ -1,0 +1,158 @@
+"""Chat templates: finding them in a model folder, and rendering messages as transformers does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from decoding.errors import ModelError, RequestError
+
+
+class ChatTemplate:
+    """A model's chat template; some models have a second one, "tool_use", for conversations with tools.
+
+    Args:
+        sources: jinja templates by name; "default" is the one to use.
+        special_tokens: what templates may name, as ``{"bos_token": "<s>", ...}``.
+
+    Raises:
+        ModelError: when a template does not compile.
+    """
+
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        environment = _environment()
+        self._special_tokens = dict(special_tokens)
+        self._templates = {name: _compile(environment, name, source) for name, source in sources.items()}
+
+    def __bool__(self) -> bool:
+        return bool(self._templates)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **variables: Any) -> str:
+        """The prompt's text. ``tools``, ``documents`` and further ``variables`` are the template's.
+
+        Raises:
+            RequestError: when the model has no template, or the template refuses the messages.
+        """
+        # templates test `tools is not none`: both must be defined
+        given: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens, **variables}
+        template = self._choose(tools=given["tools"])
+        # many templates print the word None for a key that is there and null
+        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        try:
+            return template.render(messages=present, add_generation_prompt=add_generation_prompt, **given)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+            raise RequestError(
+                f"The model's chat template cannot render these messages: {error}", param="messages"
+            ) from error
+
+    def _choose(self, *, tools: object) -> jinja2.Template:
+        if tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        if "default" in self._templates:
+            return self._templates["default"]
+        if not self._templates:
+            raise RequestError(
+                "This model has no chat template; use /v1/completions, or start the server with --chat-template.",
+                param="messages",
+            )
+        raise RequestError(
+            f"This model has chat templates for {', '.join(self._templates)} but none by default; "
+            "start the server with --chat-template.",
+            param="messages",
+        )
+
+
+def find_templates(folder: Path, config: Mapping[str, Any], chosen: str | None) -> dict[str, str]:
+    """Template sources by name: ``chosen`` if given, else those of the folder (.jinja before .json before the config).
+
+    Args:
+        config: the content of tokenizer_config.json.
+        chosen: the path of a jinja file, a template itself, or the name of one of the model's templates.
+
+    Raises:
+        ModelError: when ``chosen`` is none of the three.
+    """
+    own = _own_templates(folder, config)
+    if chosen is None:
+        return own
+    if "\n" not in chosen and len(chosen) < 4096 and Path(chosen).is_file():
+        return {"default": Path(chosen).read_text(encoding="utf-8")}
+    if "{" in chosen:
+        return {"default": chosen}
+    if chosen in own:
+        return {"default": own[chosen]}
+    raise ModelError(f"--chat-template {chosen!r} is neither a file, nor a jinja template, nor one of the model's.")
+
+
+def _own_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    entry = config.get("chat_template")
+    if isinstance(entry, str):
+        found["default"] = entry
+    elif entry is not None:  # a list of named ones
+        found.update({named["name"]: named["template"] for named in entry})
+    as_json = folder / "chat_template.json"
+    if as_json.is_file():
+        found["default"] = json.loads(as_json.read_text(encoding="utf-8"))["chat_template"]
+    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        found[path.stem] = path.read_text(encoding="utf-8")
+    as_jinja = folder / "chat_template.jinja"
+    if as_jinja.is_file():
+        found["default"] = as_jinja.read_text(encoding="utf-8")
+    return found
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}`` marks the assistant's words for training; to a server it means its content."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's own interface)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What templates of the transformers library rely on; sandboxed, because templates come with checkpoints."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _compile(environment: ImmutableSandboxedEnvironment, name: str, source: str) -> jinja2.Template:
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ModelError(f"The chat template {name!r} does not compile: {error}") from error
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is; jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
