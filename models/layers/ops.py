@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -28,13 +29,16 @@ class LayerOps(Protocol):
         query: Tensor,  # [T, Hq, D], may be a strided view of the fused QKV
         key: Tensor,  # [T, Hkv, D]
         value: Tensor,  # [T, Hkv, Dv]
-        rope: Tensor,  # [max_len, 2, rot / 2] cos and sin, float32 (float64 for float64 models); attention scaling included
+        rope: Tensor,  # [rows, 2, rot / 2] cos and sin of every position, scaled; float32, or float64 for float64 models
         positions: Tensor,  # [T] int64
         slots: Tensor,  # [T] int64
         keys: Tensor,  # [S, Hkv, D] the layer's cache
         values: Tensor,  # [S, Hkv, Dv]
     ) -> Tensor:
-        """Rotate query and key (halves convention, first ``rot`` dims), store key and value; the rotated query [T, Hq, D]."""
+        """Rotate query and key, store key and value; the rotated query [T, Hq, D].
+
+        Halves convention; dims beyond ``rot`` pass through.
+        """
         ...
 
     def gated(self, gate_up: Tensor, activation: str) -> Tensor:
@@ -42,7 +46,7 @@ class LayerOps(Protocol):
         ...
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -88,3 +92,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = x.to(cos.dtype)
     first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
+
+
+OPS: dict[str, Callable[[], LayerOps]] = {
+    "torch": TorchOps,
+}
+
+
+def load_ops(device: torch.device, dtype: torch.dtype, name: str = "auto") -> LayerOps:
+    """The operations called ``name``; "auto" takes the best that work for this device and dtype.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name == "auto":
+        name = "torch"
+    if name not in OPS:
+        raise ValueError(f"unknown layer operations {name!r}; there are: {', '.join(OPS)}, auto")
+    return OPS[name]()

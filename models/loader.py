@@ -1,0 +1,180 @@
+"""From a folder or a hub id to a model that is ready to run. Code that comes with a checkpoint never runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.attention import load_backend
+from models.checkpoint import Checkpoint as Checkpoint
+from models.checkpoint import CheckpointError as CheckpointError
+from models.checkpoint import read_json
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.families import NATIVE_FAMILIES, Family, supports_natively
+from models.layers.ops import LayerOps, load_ops
+from models.target import CausalModel
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+_HUB_PICKLES = ("pytorch_model*.bin",)
+
+
+def resolve(model: str) -> Path:
+    """The folder of a model: a local folder as it is, else a hub id's files, downloaded or from the local cache.
+
+    Raises:
+        CheckpointError: neither a folder nor a model that the hub gives out.
+    """
+    local = Path(model).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"there is no folder {model!r}; give the folder of a model or a hub id such as org/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(model, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(model, allow_patterns=list(_HUB_PICKLES), ignore_patterns=["*/*"])
+    except (ValueError, OSError) as error:  # bad names, the hub's answers, no connection
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"there is no folder {model!r}, and the hub did not give out a model of that name ({reason}); check the "
+            "name and the connection, or give a local folder"
+        ) from error
+    return folder
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model folder.
+
+    Raises:
+        CheckpointError: if there is none, or it is no JSON object.
+    """
+    return read_json(path / "config.json")
+
+
+def generation_config(path: Path) -> dict[str, Any]:
+    """generation_config.json of a model folder; empty if there is none."""
+    file = path / "generation_config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def load_model(
+    path: Path,
+    *,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    attention: str = "auto",
+    max_model_len: int | None = None,
+    ops: LayerOps | None = None,
+) -> CausalModel:
+    """Load the model in a folder: with the native decoder where it can, else through transformers.
+
+    Args:
+        dtype: a key of ``DTYPES``, or "auto" for the checkpoint's.
+        attention: a name in ``models.attention.BACKENDS``, or "auto".
+        max_model_len: the longest text to serve; default: the longest that the model supports.
+        ops: element-wise operations of the native decoder; default: the best for the device and dtype.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read or served; the message names cause and fix.
+        ValueError: for an unknown attention backend.
+    """
+    hf, place = read_config(path), torch.device(device)
+    try:
+        native = supports_natively(hf)
+        config = NATIVE_FAMILIES[str(hf["model_type"])].configure(hf) if native else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / 'config.json'} cannot be used: {_reason(error)}") from error
+    if config is None:
+        from models.transformers_model import load_transformers_model
+
+        return load_transformers_model(
+            path, dtype=dtype, device=place, attention=attention, max_model_len=max_model_len
+        )
+    checkpoint, family = Checkpoint.open(path), NATIVE_FAMILIES[str(hf["model_type"])]
+    config = _limited(config, max_model_len)
+    if config.tied and _stores_own_head(checkpoint, family):
+        config = replace(config, tied=False)
+    chosen = resolve_dtype(dtype, hf)
+    model = Decoder(config, ops or load_ops(place, chosen), load_backend(attention, place, chosen), place, chosen)
+    fill(model.weights(), checkpoint, family, path)
+    model.pack()
+    return model
+
+
+def resolve_dtype(dtype: str, hf: Mapping[str, Any]) -> torch.dtype:
+    """The torch dtype called ``dtype``; "auto" is the checkpoint's, float32 if it does not say.
+
+    Raises:
+        CheckpointError: for a dtype that models do not run in.
+    """
+    stated = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    name = str(stated).removeprefix("torch.") if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise CheckpointError(f"dtype {name!r} is not supported; set one of: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def fill(weights: Mapping[str, Tensor], checkpoint: Checkpoint, family: Family, path: Path) -> None:
+    """Copy a checkpoint into ``weights`` (``Decoder.weights``), one tensor at a time, converting device and dtype.
+
+    Raises:
+        CheckpointError: naming the weights that are missing, that nothing uses, or whose shape is wrong.
+    """
+    targets = {family.checkpoint_name(ours): weight for ours, weight in weights.items()}
+    spare = {family.checkpoint_name("head.weight")}  # a tied model's head, equal to its embedding
+    stored = {name for name in checkpoint.shapes if not family.ignores(name)}
+    problems = _listed("missing", sorted(targets.keys() - stored))
+    problems += _listed("unknown to this architecture", sorted(stored - targets.keys() - spare))
+    for name in sorted(targets.keys() & stored):
+        wanted, found = list(targets[name].shape), list(checkpoint.shapes[name])
+        if wanted != found:
+            problems.append(f"{name} has shape {found}, config.json asks for {wanted}")
+    if problems:
+        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
+        raise CheckpointError(
+            f"the weights in {path} do not fit its config.json: {'; '.join(shown)}. Get weights and config of one model"
+        )
+    for name, stored_weight in checkpoint.read(targets):
+        targets[name].copy_(stored_weight)
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return [f"{what}: {', '.join(names[:8])}{more}"] if names else []
+
+
+def _limited(config: ModelConfig, max_model_len: int | None) -> ModelConfig:
+    if max_model_len is None:
+        return config
+    if not 1 <= max_model_len <= config.max_len:
+        raise CheckpointError(
+            f"max_model_len {max_model_len} is not possible: this model's config allows 1 to {config.max_len} tokens"
+        )
+    return replace(config, max_len=max_model_len)
+
+
+def _stores_own_head(checkpoint: Checkpoint, family: Family) -> bool:
+    """Whether a checkpoint that is said to be tied brings another head; then that one counts, as in transformers."""
+    names = {family.checkpoint_name("embed.weight"), family.checkpoint_name("head.weight")}
+    if not names <= checkpoint.shapes.keys():
+        return False
+    embedding, head = (weight for _, weight in checkpoint.read(sorted(names)))
+    return embedding.shape == head.shape and not torch.equal(embedding, head)
+
+
+def _reason(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
