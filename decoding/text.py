@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 
@@ -40,7 +40,7 @@ class Tokenizer:
         self.eos_token_id = self._vocab.get(special_tokens.get("eos_token", ""))
 
     @classmethod
-    def load(cls, folder: str | Path, *, chat_template: str | None = None) -> Tokenizer:
+    def load(cls, folder: str | Path, *, chat_template: str | None = None) -> Self:
         """Read a model folder.
 
         Args:
