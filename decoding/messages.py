@@ -130,5 +130,14 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
+class Rejected(msgspec.Struct, frozen=True, tag=True):
+    """The one answer to a Submit that the engine refused with a RequestError; its fields are that error's."""
+
+    request_id: str
+    message: str
+    param: str | None = None
+    code: str = "invalid_value"
+
+
 ToEngine = Submit | Cancel | Shutdown
-FromEngine = Ready | LoadFailed | StepOutput
+FromEngine = Ready | LoadFailed | StepOutput | Rejected

@@ -1,0 +1,85 @@
+"""The table of drafters. A drafter is one file and one line in ``DRAFTERS``.
+
+On the command line a drafter is ``NAME``, ``NAME=PATH`` or either with options, ``NAME=PATH:option=value,option=value``;
+the options are the fields of the dataclass in the drafter's own file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from decoding.drafters.base import Drafter, DrafterContext
+from decoding.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class DrafterKind:
+    """One line of the table."""
+
+    options: type  # frozen dataclass; a field ``path`` without default means that the drafter needs a checkpoint
+    build: Callable[[Any, DrafterContext], Drafter]
+
+
+def _ngram() -> DrafterKind:
+    from decoding.drafters.ngram import NgramDrafter, NgramOptions
+
+    return DrafterKind(NgramOptions, NgramDrafter)
+
+
+def _draft_model() -> DrafterKind:
+    from decoding.drafters.draft_model import DraftModelOptions, load_draft_model
+
+    return DrafterKind(DraftModelOptions, load_draft_model)
+
+
+DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
+    "ngram": _ngram,
+    "draft": _draft_model,
+}
+
+
+@dataclass(frozen=True)
+class DrafterChoice:
+    """One ``--speculate`` argument, checked against the table."""
+
+    name: str
+    options: Any
+
+    @classmethod
+    def parse(cls, text: str) -> DrafterChoice:
+        """Read NAME[=PATH][:option=value,...].
+
+        Raises:
+            ConfigError: for an unknown drafter or option, a missing or superfluous path, a value of the wrong type.
+        """
+        head, _, tail = text.rpartition(":") if "=" in text.rpartition(":")[2] and ":" in text else (text, "", "")
+        name, _, path = head.partition("=")
+        if name not in DRAFTERS:
+            raise ConfigError(f"unknown drafter {name!r} in --speculate {text}: {nearest(name, DRAFTERS)}")
+        kind = DRAFTERS[name]()
+        fields = {field.name: field for field in dataclasses.fields(kind.options)}
+        values: dict[str, Any] = {}
+        if "path" in fields:
+            if not path:
+                raise ConfigError(f"--speculate {name} needs a checkpoint: --speculate {name}=PATH")
+            values["path"] = path
+        elif path:
+            raise ConfigError(f"--speculate {name} takes no path; leave out {'=' + path!r}")
+        for item in filter(None, tail.split(",")):
+            key, _, value = item.partition("=")
+            if key not in fields or key == "path":
+                valid = [field for field in fields if field != "path"]
+                raise ConfigError(f"drafter {name!r} has no option {key!r}: {nearest(key, valid)}")
+            default = fields[key].default
+            try:
+                values[key] = type(default)(value)
+            except ValueError:
+                wanted = type(default).__name__
+                raise ConfigError(f"option {key} of drafter {name!r} must be {wanted}, not {value!r}") from None
+        return cls(name, kind.options(**values))
+
+    def build(self, context: DrafterContext) -> Drafter:
+        return DRAFTERS[self.name]().build(self.options, context)

@@ -1,0 +1,190 @@
+"""From settings to the parts of an engine: model, drafters, memory, and the collaborators of a step."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from decoding.cache import SequenceCache, pages_for
+from decoding.commit import Committer
+from decoding.config import EngineConfig
+from decoding.drafters import DrafterChoice
+from decoding.drafters.base import Drafter, DrafterContext
+from decoding.drafters.team import DrafterTeam
+from decoding.errors import ConfigError, ModelError
+from decoding.memory import pool_size
+from decoding.noise import NoiseBank
+from decoding.planner import StaticPlanner
+from decoding.prefix_cache import PrefixCache
+from decoding.sampler import Sampler
+from decoding.scheduler import Scheduler
+from decoding.sequence import Sequence
+from decoding.step import Stepper
+from decoding.text import Tokenizer
+from decoding.verify import RULES
+from models.kv_cache import KVCache
+from models.loader import CheckpointError, generation_config, load_model, read_config, resolve
+from models.target import CausalModel
+
+logger = logging.getLogger("saccade.engine")
+
+SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A target with what its folder says about using it."""
+
+    target: CausalModel
+    tokenizer: Tokenizer
+    vocab_size: int  # ids that can be drawn
+    eos_ids: tuple[int, ...]
+    default_sampling: dict[str, float]
+
+
+def load_target(config: EngineConfig) -> LoadedModel:
+    """Load the target and its tokenizer.
+
+    Raises:
+        ModelError: a checkpoint that cannot be loaded; the message names cause and fix.
+    """
+    try:
+        folder = resolve(config.model)
+        target = load_model(
+            folder,
+            dtype=config.dtype,
+            device=resolve_device(config.device),
+            attention=config.attention,
+            max_model_len=config.max_model_len,
+        )
+        generation = generation_config(folder)
+        tokenizer = Tokenizer.load(resolve(config.tokenizer) if config.tokenizer else folder)
+    except CheckpointError as error:
+        raise ModelError(str(error)) from error
+    defaults = {}
+    if config.generation_config != "vllm":
+        source = generation if config.generation_config == "auto" else generation_config(Path(config.generation_config))
+        defaults = {k: float(source[k]) for k in SAMPLING_DEFAULTS if source.get(k) is not None}
+    eos = generation.get("eos_token_id", read_config(folder).get("eos_token_id"))
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
+    return LoadedModel(target, tokenizer, min(tokenizer.vocab_size, target.vocab_size), eos_ids, defaults)
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" is cuda where there is one.
+
+    Raises:
+        ConfigError: unknown device, or CUDA asked for where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}; use cpu, cuda, cuda:N or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device is available to this torch; use --device cpu, or install a CUDA build")
+    return device
+
+
+def build_drafters(config: EngineConfig, loaded: LoadedModel) -> list[Drafter]:
+    """The drafters of ``--speculate``, in its order.
+
+    Raises:
+        ConfigError: unknown names or options, the same drafter twice.
+    """
+    choices = [DrafterChoice.parse(text) for text in config.speculate]
+    names = [choice.name for choice in choices]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--speculate {name} is given twice; leave one out")
+    return [
+        choice.build(
+            DrafterContext(
+                name=choice.name,
+                bit=bit,
+                target=loaded.target,
+                tokenizer=loaded.tokenizer,
+                dtype=loaded.target.dtype,
+                device=loaded.target.device,
+                attention=config.attention,
+                max_model_len=loaded.target.max_model_len,
+                max_step_tokens=config.max_num_batched_tokens,
+            )
+        )
+        for bit, choice in enumerate(choices)
+    ]
+
+
+def build_stepper(config: EngineConfig, loaded: LoadedModel, drafters: list[Drafter]) -> Stepper:
+    """Size the pool, allocate K/V, and put the collaborators together.
+
+    Raises:
+        ConfigError: settings that cannot work together, or too little memory.
+    """
+    check_limits(config)
+    target, device = loaded.target, loaded.target.device
+    team = DrafterTeam(drafters)
+    specs = [target.kv_spec, *(d.needs.kv for d in drafters if d.needs.kv is not None)]
+    num_pages = pool_size(config, target, specs)
+    for drafter in drafters:
+        drafter.attach(num_pages)
+    kv = KVCache(target.kv_spec, num_pages, target.dtype, device)
+    prefixes = PrefixCache(num_pages, enabled=config.prefix_caching)
+    cache = SequenceCache(kv, prefixes, team.valid_length, team.kv_bits)
+
+    def admit(sequence: Sequence, page_flags: list[int]) -> None:
+        if not sequence.admitted:
+            sequence.admitted, sequence.cached_prompt_tokens = True, sequence.cached
+            committer.totals.prompt_tokens += sequence.prompt_len
+            committer.totals.cached_prompt_tokens += sequence.cached
+        team.admit(sequence, page_flags)
+
+    scheduler = Scheduler(
+        cache,
+        max_num_seqs=config.max_num_seqs,
+        max_step_tokens=config.max_num_batched_tokens,
+        num_pages=num_pages,
+        on_admit=admit,
+        on_preempt=lambda sequence: team.forget(sequence.id),
+    )
+    noise = NoiseBank(loaded.vocab_size, config.max_depth + 2, device)
+    sampler = Sampler(noise, loaded.vocab_size, loaded.eos_ids, device)
+    planner = StaticPlanner(
+        cache,
+        drafters,
+        max_nodes=config.max_nodes,
+        max_depth=config.max_depth,
+        max_step_tokens=config.max_num_batched_tokens,
+        min_probability=config.min_probability,
+    )
+    committer = Committer(target, cache, scheduler, sampler, team, loaded.eos_ids)
+    longest = pages_for(target.max_model_len)
+    logger.info(
+        "K/V pool: %d pages of 16 tokens (%d tokens; the longest request needs %d pages)",
+        num_pages,
+        num_pages * 16,
+        longest,
+    )
+    return Stepper(target, cache, scheduler, planner, sampler, team, RULES["exact"](), committer)
+
+
+def check_limits(config: EngineConfig) -> None:
+    """Ranges of the settings that belong to no part of their own.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    if not 0 <= config.max_nodes <= 63:
+        raise ConfigError(f"--max-nodes must be in 0 .. 63 (a tree has 64 nodes, root included), not {config.max_nodes}")
+    if not 0 <= config.max_depth <= 63:
+        raise ConfigError(f"--max-depth must be in 0 .. 63, not {config.max_depth}")
+    if config.max_num_seqs < 1:
+        raise ConfigError(f"--max-num-seqs must be at least 1, not {config.max_num_seqs}")
+    if config.max_num_batched_tokens < 1:
+        raise ConfigError(f"--max-num-batched-tokens must be at least 1, not {config.max_num_batched_tokens}")

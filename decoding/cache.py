@@ -1,0 +1,116 @@
+"""The sequences' K/V: which pages each holds, sharing of prefixes, and keeping what was accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from decoding.batcher import Nodes
+from decoding.prefix_cache import PrefixCache
+from decoding.sequence import Sequence
+from decoding.verify import Verdict
+from models.batch import PAGE_SIZE, RaggedBatch
+from models.kv_cache import KVCache
+
+
+class SequenceCache:
+    """Reserve, commit, release: the life of a sequence's pages.
+
+    Args:
+        kv: the target's K/V; drafters own theirs, indexed by the same page ids.
+        valid_length: for a drafter bit and a sequence: up to where the drafter's K/V is written.
+        drafter_bits: bits of the drafters that have K/V.
+    """
+
+    def __init__(
+        self,
+        kv: KVCache,
+        prefixes: PrefixCache,
+        valid_length: Callable[[int, Sequence], int],
+        drafter_bits: tuple[int, ...],
+    ) -> None:
+        self.kv = kv
+        self.prefixes = prefixes
+        self._valid_length = valid_length
+        self._drafter_bits = drafter_bits
+
+    @property
+    def num_available(self) -> int:
+        return self.prefixes.pool.num_available
+
+    def admit(self, sequence: Sequence) -> list[int]:
+        """Give a sequence without pages the cached pages of its beginning; returns the pages' drafter flags."""
+        if sequence.wants_prompt_logprobs():
+            return []  # its prompt must be computed, not found
+        hit = self.prefixes.match(sequence.tokens, sequence.request.cache_salt)
+        sequence.pages, sequence.page_keys = hit.pages, hit.keys
+        sequence.cached = len(hit.pages) * PAGE_SIZE
+        return hit.valid
+
+    def reserve(self, sequence: Sequence, slots: int) -> bool:
+        """Make the sequence's pages reach ``slots`` logical slots; False (nothing changed) if the pool cannot."""
+        missing = pages_for(slots) - len(sequence.pages)
+        if missing <= 0:
+            return True
+        taken = self.prefixes.pool.take(missing)
+        if taken is None:
+            return False
+        sequence.pages.extend(taken)
+        return True
+
+    def commit(self, batch: RaggedBatch, nodes: Nodes, verdict: Verdict) -> None:
+        """Move the accepted path's K/V behind the chain, in order; the other nodes' slots are simply free again."""
+        if verdict.path.shape[1] == 0:
+            return
+        slots = nodes.unpack(batch.slots[batch.wanted])  # [S, N]
+        accepted = verdict.path >= 0
+        source = slots.gather(1, verdict.path.clamp(min=0))[accepted]
+        target = slots[:, 1 : 1 + verdict.path.shape[1]][accepted]
+        moved = source != target
+        if bool(moved.any()):
+            self.kv.move(source[moved], target[moved])
+
+    def register(self, sequence: Sequence) -> None:
+        """Offer the sequence's full pages to others, and note how far the drafters' K/V reaches in them."""
+        if not self.prefixes.enabled:
+            return
+        for page in range(len(sequence.page_keys), sequence.cached // PAGE_SIZE):
+            parent = sequence.page_keys[-1] if page else self.prefixes.root_key(sequence.request.cache_salt)
+            tokens = sequence.tokens[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+            key = self.prefixes.child_key(parent, tokens)
+            sequence.page_keys.append(key)
+            self.prefixes.register(sequence.pages[page], key, 0)
+        for bit in self._drafter_bits:
+            full = min(self._valid_length(bit, sequence) // PAGE_SIZE, len(sequence.page_keys))
+            for page in range(sequence.marked_pages.get(bit, 0), full):
+                self.prefixes.mark_valid(sequence.pages[page], 1 << bit)
+            sequence.marked_pages[bit] = max(full, sequence.marked_pages.get(bit, 0))
+
+    def trim(self, sequence: Sequence) -> None:
+        """Return pages beyond the next token's slot."""
+        keep = pages_for(sequence.length)
+        if len(sequence.pages) > keep:
+            self.prefixes.release(sequence.pages[keep:])
+            del sequence.pages[keep:]
+
+    def release(self, sequence: Sequence) -> None:
+        """Give up all pages; K/V of the sequence starts from nothing."""
+        self.prefixes.release(sequence.pages)
+        sequence.pages, sequence.page_keys, sequence.cached = [], [], 0
+        sequence.marked_pages.clear()
+
+    def check(self, sequences: Iterable[Sequence]) -> None:
+        """Raise PoolError unless every page is accounted for."""
+        self.prefixes.pool.check(sequence.pages for sequence in sequences)
+
+
+def pages_for(slots: int) -> int:
+    return -(-slots // PAGE_SIZE)
+
+
+def scratch_slots(table: Tensor, logical: Tensor) -> Tensor:
+    """Slots of logical indices [R, B] by page table [R, P]."""
+    page = table.long().gather(1, torch.div(logical, PAGE_SIZE, rounding_mode="floor"))
+    return page * PAGE_SIZE + logical % PAGE_SIZE

@@ -1,0 +1,160 @@
+"""The end of a step: the verdict reaches the host, tokens are appended, sequences end, events go out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from decoding.batcher import Nodes
+from decoding.cache import SequenceCache
+from decoding.drafters.team import DrafterTeam
+from decoding.logprobs import node_logprobs, prompt_logprobs
+from decoding.messages import FinishReason, TokenEvent, TokenLogprobs
+from decoding.plan import Plan, PlannedRow
+from decoding.planner import ChosenTrees
+from decoding.sampler import Sampler
+from decoding.scheduler import Scheduler
+from decoding.sequence import Sequence, SpeculationCounter
+from decoding.verify import Verdict
+from models.target import CausalModel, ForwardOutput
+
+
+@dataclass
+class Totals:
+    """Counters over the life of an engine."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    requests_finished: int = 0
+    speculation: SpeculationCounter = field(default_factory=SpeculationCounter)
+
+
+class Committer:
+    """Turns verdicts into events. The only place where sequences grow and end."""
+
+    def __init__(
+        self,
+        target: CausalModel,
+        cache: SequenceCache,
+        scheduler: Scheduler,
+        sampler: Sampler,
+        drafters: DrafterTeam,
+        eos_ids: tuple[int, ...],
+    ) -> None:
+        self._target = target
+        self._cache = cache
+        self._scheduler = scheduler
+        self._sampler = sampler
+        self._drafters = drafters
+        self._eos_ids = frozenset(eos_ids)
+        self.totals = Totals()
+
+    def commit(
+        self, plan: Plan, chosen: ChosenTrees, nodes: Nodes, verdict: Verdict, logits: Tensor, out: ForwardOutput
+    ) -> list[TokenEvent]:
+        """Apply a step's verdict: the one place where the host waits for the device."""
+        self.totals.steps += 1
+        self._prompt_logprobs(plan, chosen, out)
+        accepted, tokens, path = verdict.accepted.tolist(), verdict.tokens.tolist(), verdict.path.tolist()
+        source = chosen.trees.source.tolist()
+        logprobs = node_logprobs(plan, nodes, verdict, logits)
+        events = []
+        for index, row in enumerate(plan.deciding):
+            sequence, count = row.sequence, accepted[index]
+            sequence.cached = row.end + count
+            kept, reason = self._append(sequence, tokens[index][: count + 1])
+            self._account(sequence, source[index][: chosen.counts[index]], path[index][: min(count, kept)], kept)
+            events.append(self._event(sequence, kept, reason, logprobs.get(index)))
+            self._settle(sequence, reason)
+        for row in plan.rows[len(plan.deciding) :]:
+            row.sequence.cached = row.end
+            self._cache.register(row.sequence)
+        return events
+
+    def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> TokenEvent:
+        """End a sequence from outside a step: cancelled, or failed."""
+        event = self._event(sequence, 0, reason, None, error=error)
+        self._settle(sequence, reason)
+        return event
+
+    def _append(self, sequence: Sequence, tokens: list[int]) -> tuple[int, FinishReason | None]:
+        """Append until the sequence ends; (tokens appended, why it ended)."""
+        params = sequence.params
+        for kept, token in enumerate(tokens, start=1):
+            sequence.append(token)
+            if (token in self._eos_ids and not params.ignore_eos) or token in params.stop_token_ids:
+                return kept, "stop"
+            if sequence.length == sequence.limit:
+                return kept, "length"
+        return len(tokens), None
+
+    def _account(self, sequence: Sequence, source: list[int], path: list[int], kept: int) -> None:
+        names = self._drafters.names
+        for counter in (sequence.counter, self.totals.speculation):
+            counter.steps += 1
+            counter.drafted += len(source) - 1
+            counter.accepted += len(path)
+            for bit, name in enumerate(names):
+                drafted = sum(1 for bits in source if bits >> bit & 1)
+                if drafted:
+                    counter.drafted_by[name] += drafted
+                    counter.accepted_by[name] += sum(1 for column in path if source[column] >> bit & 1)
+        self.totals.generated_tokens += kept
+
+    def _event(
+        self,
+        sequence: Sequence,
+        kept: int,
+        reason: FinishReason | None,
+        logprobs: list[TokenLogprobs] | None,
+        error: str | None = None,
+    ) -> TokenEvent:
+        first = not sequence.started
+        sequence.started = True
+        new = tuple(sequence.tokens[sequence.length - kept :].tolist()) if kept else ()
+        return TokenEvent(
+            request_id=sequence.id[0],
+            choice=sequence.choice,
+            token_ids=new,
+            logprobs=tuple(logprobs[:kept]) if logprobs is not None else None,
+            finish_reason=reason,
+            stop_token=new[-1] if reason == "stop" else None,
+            error=error,
+            seed=sequence.seed if first else None,
+            cached_tokens=sequence.cached_prompt_tokens if first else 0,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
+            speculation=sequence.counter.stats() if reason else None,
+        )
+
+    def _settle(self, sequence: Sequence, reason: FinishReason | None) -> None:
+        """Pages after a step: full ones are offered to others, spare ones returned; all of them at the end."""
+        if sequence in self._scheduler.running:
+            self._cache.register(sequence)
+            self._cache.trim(sequence)
+        if reason is not None:
+            self.totals.requests_finished += 1
+            self._scheduler.remove(sequence)
+            self._drafters.forget(sequence.id)
+            self._sampler.forget(sequence.id)
+
+    def _prompt_logprobs(self, plan: Plan, chosen: ChosenTrees, out: ForwardOutput) -> None:
+        first = 0
+        for index, row in enumerate(plan.rows):
+            if row.sequence.wants_prompt_logprobs():
+                self._extend_prompt_logprobs(row, out.hidden[first : first + row.length])
+            first += row.length + (chosen.counts[index] - 1 if index < len(plan.deciding) else 0)
+
+    def _extend_prompt_logprobs(self, row: PlannedRow, hidden: Tensor) -> None:
+        sequence = row.sequence
+        known = sequence.prompt_logprobs if sequence.prompt_logprobs is not None else [None]
+        # the logits at chain token i tell the logprob of token i + 1
+        after = range(max(row.start + 1, len(known)), min(row.end + 1, sequence.prompt_len))
+        if after:
+            targets = torch.from_numpy(sequence.tokens[after.start : after.stop]).to(hidden.device)
+            rows = hidden[after.start - 1 - row.start : after.stop - 1 - row.start]
+            known.extend(prompt_logprobs(self._target, rows, targets, sequence.params.prompt_logprobs or 0))
+        sequence.prompt_logprobs = known

@@ -1,0 +1,105 @@
+"""What a drafter is. See docs/add-a-drafter.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from decoding.batcher import Nodes
+from decoding.plan import Plan, Quota
+from decoding.sampling import Sampling
+from decoding.sequence import Sequence, SequenceId
+from decoding.text import Tokenizer
+from decoding.verify import Verdict
+from models.batch import RaggedBatch
+from models.kv_cache import KVSpec
+from models.target import CausalModel, ForwardOutput
+from models.tree import Trees
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a drafter wants from the engine beside the tokens."""
+
+    kv: KVSpec | None = None  # own K/V layers on the shared pages
+    taps: tuple[int, ...] = ()  # target's hidden states, see ForwardOutput.taps
+
+
+@dataclass(frozen=True)
+class DrafterContext:
+    """What a drafter is built from."""
+
+    name: str
+    bit: int  # the drafter's number: bit of Trees.source and of a page's valid flags
+    target: CausalModel
+    tokenizer: Tokenizer
+    dtype: torch.dtype
+    device: torch.device
+    attention: str  # backend for models of the drafter's own
+    max_model_len: int
+    max_step_tokens: int  # query tokens that one forward pass may have
+
+
+class Drafter(Protocol):
+    """Proposes trees. It never sees pages, other drafters or the verdict's making; whatever it does, the text is the same."""
+
+    name: str
+    needs: Needs
+
+    def attach(self, num_pages: int) -> None:
+        """Allocate own K/V for this many pages; called once, before anything else."""
+        ...
+
+    def admit(self, sequence: Sequence, cached_tokens: int) -> None:
+        """A sequence joins the batch; the drafter's own K/V of its first ``cached_tokens`` tokens is in its pages."""
+        ...
+
+    def scratch_slots(self, depth: int) -> int:
+        """Slots behind the chain that ``propose`` writes to when it drafts this deep."""
+        ...
+
+    def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
+        """Trees of the plan's deciding rows, in their order (a bare root where there is nothing to propose).
+
+        May be more than the quota; the planner cuts. Nothing is drafted where the quota's row does not name the
+        drafter. None: nothing for any row.
+        """
+        ...
+
+    def observe(self, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
+        """The step's outcome, before it is committed."""
+        ...
+
+    def valid_length(self, sequence: Sequence) -> int:
+        """Up to where the sequence's pages hold this drafter's K/V; 0 for drafters without."""
+        ...
+
+    def forget(self, sequence: SequenceId) -> None:
+        """The sequence ended or lost its pages."""
+        ...
+
+
+class TokenDrafter:
+    """Base of drafters that need nothing but the tokens: no K/V, no state per sequence."""
+
+    needs = Needs()
+
+    def attach(self, num_pages: int) -> None:
+        """Nothing to allocate."""
+
+    def admit(self, sequence: Sequence, cached_tokens: int) -> None:
+        """Nothing to remember."""
+
+    def scratch_slots(self, depth: int) -> int:
+        return 0
+
+    def observe(self, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
+        """Nothing to learn."""
+
+    def valid_length(self, sequence: Sequence) -> int:
+        return 0
+
+    def forget(self, sequence: SequenceId) -> None:
+        """Nothing to free."""

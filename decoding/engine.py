@@ -1,0 +1,196 @@
+"""The engine: requests in, token events out, one synchronous step at a time.
+
+    engine = Engine.load("demo/target", speculate=("draft=demo/draft", "ngram"))
+    print(engine.generate("def fib(n):", SamplingParams(max_tokens=64, seed=7))[0].text)
+
+Not thread-safe: one thread (the engine process's loop) owns it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import secrets
+from collections.abc import Iterator, Sequence as Many
+from typing import Any
+
+from decoding.assemble import LoadedModel, build_drafters, build_stepper, load_target
+from decoding.cache import pages_for
+from decoding.config import EngineConfig
+from decoding.errors import RequestError
+from decoding.generation import Generation, GenerationBuilder
+from decoding.messages import EngineInfo, EngineStats, TokenEvent
+from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
+from decoding.sequence import Sequence, SequenceId
+from decoding.step import Stepper
+from decoding.text import TextDelta
+
+SEED_BITS = 53  # of a seed that the engine draws: JSON readers keep integers of that size exactly
+
+
+class Engine:
+    """A loaded model that serves requests. ``Engine.load`` makes one."""
+
+    def __init__(self, config: EngineConfig, loaded: LoadedModel, stepper: Stepper) -> None:
+        self.config = config
+        self.tokenizer = loaded.tokenizer
+        self.info = EngineInfo(
+            model=config.model,
+            max_model_len=loaded.target.max_model_len,
+            vocab_size=loaded.vocab_size,
+            eos_token_ids=loaded.eos_ids,
+            drafters=stepper.drafters.names,
+            dtype=str(loaded.target.dtype).removeprefix("torch."),
+            device=str(loaded.target.device),
+            default_sampling=loaded.default_sampling,
+        )
+        self._stepper = stepper
+        self._sequences: dict[SequenceId, Sequence] = {}
+        self._numbers = itertools.count()
+
+    @classmethod
+    def load(cls, model: str | EngineConfig, **settings: Any) -> Engine:
+        """Load a model folder or hub id; ``settings`` are fields of EngineConfig.
+
+        Raises:
+            ConfigError: settings or checkpoints that cannot work; the message names the fix.
+        """
+        config = dataclasses.replace(model, **settings) if isinstance(model, EngineConfig) else EngineConfig(model, **settings)
+        loaded = load_target(config)
+        return cls(config, loaded, build_stepper(config, loaded, build_drafters(config, loaded)))
+
+    # requests --------------------------------------------------------------------------------------------------------
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: a request that cannot be served; nothing is queued.
+        """
+        request.validate(self.info.vocab_size, self.info.max_model_len, self.info.drafters)
+        if (request.request_id, 0) in self._sequences:
+            raise RequestError(f"there is already a request {request.request_id!r}.", param="request_id")
+        pages = pages_for(len(request.prompt_ids) + request.params.max_tokens)
+        total = self._stepper.cache.prefixes.pool.num_pages
+        if pages > total:
+            raise RequestError(
+                f"The request needs {pages * 16} tokens of K/V cache, and the server has {total * 16}. "
+                "Shorten the prompt or lower max_tokens.",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        seed = request.params.seed
+        if seed is None:
+            seed = self.config.seed if self.config.seed is not None else secrets.randbits(SEED_BITS)
+        for choice in range(request.params.n):
+            sequence = Sequence(request, choice, seed)
+            self._sequences[sequence.id] = sequence
+            self._stepper.scheduler.add(sequence)
+
+    def cancel(self, request_id: str, choice: int | None = None) -> list[TokenEvent]:
+        """End a request, or one choice of it; the terminal events. Nothing happens for one that has ended."""
+        wanted = [s for s in self._sequences.values() if s.id[0] == request_id and choice in (None, s.choice)]
+        return [self._ended(self._stepper.committer.end(sequence, "cancelled")) for sequence in wanted]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def step(self) -> list[TokenEvent]:
+        """One forward pass over whatever is to be done; the tokens that came out."""
+        return [self._ended(event) for event in self._stepper.step()]
+
+    def _ended(self, event: TokenEvent) -> TokenEvent:
+        if event.finish_reason is not None:
+            del self._sequences[event.request_id, event.choice]
+        return event
+
+    # in-process use --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: str | Many[int] | Many[str] | Many[Many[int]],
+        params: SamplingParams | None = None,
+        *,
+        speculation: SpeculationParams | None = None,
+        stop: Many[str] = (),
+    ) -> list[Generation]:
+        """Complete one prompt or several (text or token ids) and wait: params.n generations per prompt, in order.
+
+        Raises:
+            RequestError: a prompt or parameter that cannot be served.
+        """
+        several = not isinstance(prompts, str) and bool(prompts) and not isinstance(prompts[0], int)
+        builders = [self._start(prompt, params, speculation, stop) for prompt in (prompts if several else [prompts])]
+        by_request = {builder.request.request_id: builder for builder in builders}
+        while any(builder.request.request_id in self._open_requests() for builder in builders):
+            for event in self.step():
+                by_request[event.request_id].add(event, self.cancel)
+        return [generation for builder in builders for generation in builder.generations()]
+
+    def stream(
+        self,
+        prompt: str | Many[int],
+        params: SamplingParams | None = None,
+        *,
+        speculation: SpeculationParams | None = None,
+        stop: Many[str] = (),
+    ) -> Iterator[TextDelta | Generation]:
+        """Complete one prompt: pieces of text of choice 0 as they are made, at last its Generation."""
+        builder = self._start(prompt, dataclasses.replace(params or SamplingParams(), n=1), speculation, stop)
+        try:
+            while builder.request.request_id in self._open_requests():
+                for event in self.step():
+                    yield from builder.add(event, self.cancel)
+            yield builder.generations()[0]
+        finally:
+            self.cancel(builder.request.request_id)
+
+    def _start(
+        self, prompt: Any, params: SamplingParams | None, speculation: SpeculationParams | None, stop: Many[str]
+    ) -> GenerationBuilder:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        request = GenerateRequest(
+            f"local-{next(self._numbers)}", tuple(ids), params or SamplingParams(), speculation or SpeculationParams()
+        )
+        self.submit(request)
+        return GenerationBuilder(request, self.tokenizer, tuple(stop))
+
+    def _open_requests(self) -> set[str]:
+        return {request_id for request_id, _ in self._sequences}
+
+    # observation -----------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Counters since loading, gauges of now."""
+        stepper, totals = self._stepper, self._stepper.committer.totals
+        pool = stepper.cache.prefixes.pool
+        speculation = totals.speculation.stats()
+        return EngineStats(
+            running=len(stepper.scheduler.running),
+            waiting=len(stepper.scheduler.waiting),
+            pages_total=pool.num_pages,
+            pages_free=pool.num_free,
+            pages_cached=pool.num_cached,
+            steps=totals.steps,
+            prompt_tokens=totals.prompt_tokens,
+            generated_tokens=totals.generated_tokens,
+            cached_prompt_tokens=totals.cached_prompt_tokens,
+            preemptions=stepper.scheduler.preemptions,
+            requests_finished=totals.requests_finished,
+            drafted=speculation.drafted,
+            accepted=speculation.accepted,
+            by_drafter=speculation.by_drafter,
+            step_seconds=stepper.seconds,
+            draft_seconds=stepper.drafters.seconds,
+            forward_seconds=stepper.forward_seconds,
+        )
+
+    def check(self) -> None:
+        """Raise PoolError unless every page is accounted for."""
+        self._stepper.cache.check(self._sequences.values())
+
+    def close(self) -> None:
+        """End every request; the engine can go on being used."""
+        for request_id in self._open_requests():
+            self.cancel(request_id)

@@ -1,0 +1,62 @@
+"""What one step is going to do: which rows with how many chain tokens, and how much each may speculate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from decoding.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """One sequence's part of a step: chain tokens start .. start + length - 1; earlier K/V is in the cache."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """Logical index after the chain; the tree's root stands just before it."""
+        return self.start + self.length
+
+    @property
+    def decides(self) -> bool:
+        """The chain reaches the last known token: the step draws what follows, and a tree may hang on it."""
+        return self.end == self.sequence.length
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of a step, those that decide first."""
+
+    rows: tuple[PlannedRow, ...]
+    deciding: tuple[PlannedRow, ...]
+
+    @property
+    def chain_tokens(self) -> int:
+        return sum(row.length for row in self.rows)
+
+
+@dataclass(frozen=True)
+class RowQuota:
+    """Limits of one deciding row, fixed before anything is drafted."""
+
+    nodes: int = 0  # drafted nodes to verify, without the root
+    depth: int = 0
+    drafters: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Quota:
+    """Limits of a step: one RowQuota per deciding row."""
+
+    rows: tuple[RowQuota, ...]
+
+    @property
+    def nodes(self) -> int:
+        return max((row.nodes for row in self.rows), default=0)
+
+    @property
+    def depth(self) -> int:
+        return max((row.depth for row in self.rows), default=0)

@@ -1,0 +1,49 @@
+"""Makes each step's ``Sampling``: the table of parameters is kept as long as the same sequences decide."""
+
+from __future__ import annotations
+
+import torch
+
+from decoding.noise import NoiseBank
+from decoding.plan import Plan, Quota
+from decoding.sampling import Sampling, SamplingTable, count, make_table
+from decoding.sequence import SequenceId
+
+
+class Sampler:
+    """Owns the noise and the table.
+
+    Args:
+        vocab_size: ids of the tokenizer; the logits of ids beyond are never drawn.
+        eos_ids: banned before min_tokens.
+    """
+
+    def __init__(self, noise: NoiseBank, vocab_size: int, eos_ids: tuple[int, ...], device: torch.device) -> None:
+        self.noise = noise
+        self._vocab_size = vocab_size
+        self._eos_ids = eos_ids
+        self._device = device
+        self._key: tuple[SequenceId, ...] = ()
+        self._table: SamplingTable | None = None
+
+    def prepare(self, plan: Plan, quota: Quota) -> Sampling:
+        """Everything that drafting and verifying this plan's deciding rows need."""
+        sequences = [row.sequence for row in plan.deciding]
+        self.noise.fill(sequences, quota.depth)
+        key = tuple(s.id for s in sequences)
+        if self._table is None or key != self._key:
+            first = self.noise.first_rows(sequences)
+            self._table = make_table(sequences, first, self._vocab_size, self._eos_ids, self._device)
+            self._key = key
+        return Sampling(
+            table=self._table,
+            counts=count(sequences, self._table, self._vocab_size, self._device),
+            noise=self.noise,
+            next_position=torch.tensor([s.length for s in sequences], dtype=torch.int64, device=self._device),
+            vocab_size=self._vocab_size,
+        )
+
+    def forget(self, sequence: SequenceId) -> None:
+        self.noise.forget(sequence)
+        self._key = ()
+        self._table = None

@@ -1,0 +1,212 @@
+"""From logits to tokens, by the request's parameters: ``process`` (what the logits become) and ``draw`` (the token).
+
+    x = logits + bias, minimum-length bans, penalties          token = argmax(x)                   T < 1e-5
+    F = top-k, then top-p, then min-p of x / T                 token = argmax(F(x / T) + g)        else
+
+Both serve the target and every drafter, so a drafter guesses under the same rules as the target draws. Nothing here
+sorts a vocabulary: the few best of x / T + g are tried in turn, and only if the filters drop them all is F computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decoding.filters import Filters, kept, kept_everywhere
+from decoding.noise import NoiseBank
+from decoding.sequence import Sequence
+
+TRIED = 8  # candidates tried before the filters are computed over the whole vocabulary
+
+
+@dataclass(frozen=True)
+class SamplingTable:
+    """The sampling parameters of S sequences as tensors, made once for a set of sequences and reused while it lasts."""
+
+    temperature: Tensor  # [S] float32; 1 for greedy sequences
+    first_noise: Tensor  # [S] int64, row of the noise bank where the sequence's ring begins; -1: greedy
+    filters: Filters  # of S sequences
+    all_greedy: bool  # host
+    filtered: tuple[int, ...]  # host: sampled sequences with a filter
+    bias: Tensor | None  # [S, V] float32, if any sequence has a bias
+    stops: Tensor | None  # [S, V] bool, ids banned before min_tokens, if any sequence has min_tokens
+    min_tokens: Tensor  # [S] int64
+    repetition: Tensor  # [S, 1] float32
+    presence: Tensor  # [S, 1]
+    frequency: Tensor  # [S, 1]
+    penalised: bool  # host: any sequence has a penalty
+
+
+def make_table(
+    sequences: list[Sequence], first_noise: list[int], vocab_size: int, eos_ids: tuple[int, ...], device: torch.device
+) -> SamplingTable:
+    """Gather the parameters of ``sequences``."""
+    params = [s.params for s in sequences]
+    greedy = [s.is_greedy for s in sequences]
+
+    def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    ks = [p.top_k if p.top_k > 0 else vocab_size for p in params]
+    filtered = tuple(
+        i
+        for i, (p, k) in enumerate(zip(params, ks, strict=True))
+        if not greedy[i] and (k < vocab_size or p.top_p < 1 or p.min_p > 0)
+    )
+    penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
+    repetition, presence, frequency = column(penalties).view(-1, 3, 1).unbind(1)  # type: ignore[arg-type]
+    return SamplingTable(
+        temperature=column([1.0 if g else p.temperature for p, g in zip(params, greedy, strict=True)]),
+        first_noise=column(first_noise, torch.int64),
+        filters=Filters(
+            top_k=column(ks, torch.int64),
+            top_p=column([p.top_p for p in params], torch.float64),
+            min_p=column([p.min_p for p in params], torch.float64),
+        ),
+        all_greedy=all(greedy),
+        filtered=filtered,
+        bias=_bias(sequences, vocab_size, device),
+        stops=_stops(sequences, vocab_size, eos_ids, device),
+        min_tokens=column([p.min_tokens for p in params], torch.int64),
+        repetition=repetition,
+        presence=presence,
+        frequency=frequency,
+        penalised=any(p != (1.0, 0.0, 0.0) for p in penalties),
+    )
+
+
+def _bias(sequences: list[Sequence], vocab_size: int, device: torch.device) -> Tensor | None:
+    if not any(s.params.logit_bias for s in sequences):
+        return None
+    bias = torch.zeros(len(sequences), vocab_size)
+    for i, sequence in enumerate(sequences):
+        for token, value in sequence.params.logit_bias.items():
+            bias[i, token] = value
+    return bias.to(device)
+
+
+def _stops(sequences: list[Sequence], vocab_size: int, eos: tuple[int, ...], device: torch.device) -> Tensor | None:
+    if not any(s.params.min_tokens for s in sequences):
+        return None
+    stops = torch.zeros(len(sequences), vocab_size, dtype=torch.bool)
+    for i, sequence in enumerate(sequences):
+        stops[i, [*eos, *sequence.params.stop_token_ids]] = True
+    return stops.to(device)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Token counts of S sequences at the root of this step's tree, for penalties and min_tokens."""
+
+    generated: Tensor  # [S] int64, tokens generated so far
+    output: Tensor | None  # [S, V] float32, how often each id was generated; None without penalties
+    prompt: Tensor | None  # [S, V] bool, ids that occur in the prompt
+
+
+def count(sequences: list[Sequence], table: SamplingTable, vocab_size: int, device: torch.device) -> Counts:
+    """The counts of ``sequences`` now."""
+    generated = torch.tensor([s.generated for s in sequences], device=device)
+    if not table.penalised:
+        return Counts(generated, None, None)
+    output = torch.zeros(len(sequences), vocab_size)
+    prompt = torch.zeros(len(sequences), vocab_size, dtype=torch.bool)
+    for i, sequence in enumerate(sequences):
+        tokens = torch.from_numpy(sequence.tokens)
+        prompt[i, tokens[: sequence.prompt_len]] = True
+        output[i] = torch.bincount(tokens[sequence.prompt_len :], minlength=vocab_size)
+    return Counts(generated, output.to(device), prompt.to(device))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Everything that ``process`` and ``draw`` need for one step: parameters, counts at the roots, noise."""
+
+    table: SamplingTable
+    counts: Counts
+    noise: NoiseBank
+    next_position: Tensor  # [S] int64, position of the token drawn at the root
+    vocab_size: int  # ids of the tokenizer; logits beyond are padding
+
+    def needs_paths(self) -> bool:
+        return self.table.penalised
+
+    def process(self, logits: Tensor, row: Tensor, depth: Tensor, paths: Tensor | None) -> Tensor:
+        """What the logits become: bias, bans before min_tokens, penalties, each for the node's own path.
+
+        Args:
+            logits: [W, V'] raw logits of W nodes; not changed.
+            row: [W] int64, the sequence of each node.
+            depth: [W] int64, tokens on the path from the root (excluded) to the node.
+            paths: [W, D] int64, those tokens, padded with -1; needed only if ``needs_paths()``.
+        Returns:
+            [W, V] with V = vocab_size.
+        """
+        table, x = self.table, logits[:, : self.vocab_size]
+        if table.bias is not None:
+            x = x + table.bias[row]
+        if table.stops is not None:
+            too_early = self.counts.generated[row] + depth < table.min_tokens[row]
+            x = x.masked_fill(table.stops[row] & too_early[:, None], -torch.inf)
+        if table.penalised:
+            x = self._penalise(x, row, paths)
+        return x
+
+    def draw(self, x: Tensor, row: Tensor, depth: Tensor) -> Tensor:
+        """The token of each node, [W] int64, from processed logits [W, V]."""
+        table = self.table
+        if table.all_greedy:
+            return x.argmax(dim=-1)
+        scaled = x / table.temperature[row][:, None]
+        z = scaled + self.noise_at(row, depth)
+        drawn = z.argmax(dim=-1)
+        if table.filtered:
+            filtered = torch.isin(row, torch.tensor(table.filtered, device=row.device)).nonzero().squeeze(1)
+            if filtered.numel():
+                drawn[filtered] = self._draw_filtered(scaled[filtered], z[filtered], row[filtered])
+        return drawn
+
+    def perturbed(self, x: Tensor, row: Tensor, depth: Tensor) -> Tensor:
+        """x + T * g [W, V]: its largest entries are a drafter's coupled guesses (at T = 0 the noise is left out)."""
+        if self.table.all_greedy:
+            return x
+        return x + self.table.temperature[row][:, None] * self.noise_at(row, depth)
+
+    def keeps(self, x: Tensor, row: Tensor, candidates: Tensor) -> Tensor | None:
+        """[W, C] bool: which candidate ids [W, C] the filters keep; None if no sequence has a filter."""
+        if not self.table.filtered:
+            return None
+        return kept(x / self.table.temperature[row][:, None], self._filters(row), candidates)
+
+    def noise_at(self, row: Tensor, depth: Tensor) -> Tensor:
+        """[W, V] the noise of the token drawn at each node; 0 for greedy sequences."""
+        index = self.noise.row(self.table.first_noise[row], self.next_position[row] + depth)
+        noise = self.noise.vectors[index.clamp(min=0)]
+        return noise.masked_fill_((index < 0)[:, None], 0.0)
+
+    def _penalise(self, x: Tensor, row: Tensor, paths: Tensor | None) -> Tensor:
+        table, counts = self.table, self.counts
+        assert counts.output is not None and counts.prompt is not None and paths is not None  # penalised
+        output = counts.output[row]  # [W, V], a copy
+        on_path = paths >= 0
+        output.scatter_add_(1, paths.clamp(min=0), on_path.to(output.dtype))
+        generated = output > 0
+        factor = table.repetition[row]
+        repeated = torch.where(x > 0, x / factor, x * factor)
+        x = torch.where(generated | counts.prompt[row], repeated, x)
+        return x - table.frequency[row] * output - table.presence[row] * generated
+
+    def _draw_filtered(self, scaled: Tensor, z: Tensor, row: Tensor) -> Tensor:
+        candidates = z.topk(min(TRIED, z.shape[1]), dim=1).indices
+        survives = kept(scaled, self._filters(row), candidates)
+        drawn = candidates.gather(1, survives.to(torch.uint8).argmax(dim=1, keepdim=True)).squeeze(1)
+        failed = (~survives.any(dim=1)).nonzero().squeeze(1)
+        if failed.numel():
+            keep = kept_everywhere(scaled[failed], self._filters(row[failed]))
+            drawn[failed] = z[failed].masked_fill(~keep, -torch.inf).argmax(dim=1)
+        return drawn
+
+    def _filters(self, row: Tensor) -> Filters:
+        whole = self.table.filters
+        return Filters(whole.top_k[row], whole.top_p[row], whole.min_p[row])

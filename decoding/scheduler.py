@@ -1,0 +1,115 @@
+"""Which sequences run in a step: admission, the token budget, preemption."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from decoding.cache import SequenceCache, pages_for
+from decoding.plan import Plan, PlannedRow
+from decoding.sequence import Sequence
+
+WATERMARK = 0.01  # share of the pool kept free at admission, so that the newcomer is not preempted at once
+
+
+class Scheduler:
+    """A queue and a batch. Owns the order of sequences, not their tokens and not their pages.
+
+    Args:
+        on_admit: told of a sequence that joins the batch and the drafter flags of its cached pages.
+        on_preempt: told of a sequence that lost its pages.
+    """
+
+    def __init__(
+        self,
+        cache: SequenceCache,
+        *,
+        max_num_seqs: int,
+        max_step_tokens: int,
+        num_pages: int,
+        on_admit: Callable[[Sequence, list[int]], None],
+        on_preempt: Callable[[Sequence], None],
+    ) -> None:
+        self._cache = cache
+        self._max_num_seqs = max_num_seqs
+        self._max_step_tokens = max_step_tokens
+        self._watermark = max(1, int(WATERMARK * num_pages))
+        self._on_admit = on_admit
+        self._on_preempt = on_preempt
+        self.running: list[Sequence] = []  # oldest first
+        self.waiting: deque[Sequence] = deque()
+        self.preemptions = 0
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self.running
+        yield from self.waiting
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its pages."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._cache.release(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def plan(self) -> Plan:
+        """The rows of the next step. Reserves their chains' slots; preempts the youngest when pages run out."""
+        self._admit()
+        budget = self._max_step_tokens
+        rows: list[PlannedRow] = []
+        # rows that draw tokens come before chunks of long prompts: a prompt must not stall the others' streams
+        for sequence in sorted(self.running, key=lambda s: s.length - s.cached > 1):
+            length = min(sequence.length - sequence.cached, budget)
+            if length == 0 or sequence not in self.running or not self._make_room(sequence, sequence.cached + length):
+                continue
+            rows.append(PlannedRow(sequence, sequence.cached, length))
+            budget -= length
+        rows = [row for row in rows if row.sequence in self.running]  # a later row may have preempted an earlier one
+        deciding = tuple(row for row in rows if row.decides)
+        return Plan(deciding + tuple(row for row in rows if not row.decides), deciding)
+
+    def _make_room(self, sequence: Sequence, slots: int) -> bool:
+        """Reserve, if need be at the cost of younger sequences; False if this one itself had to give way."""
+        while not self._cache.reserve(sequence, slots):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._cache.release(sequence)
+        self._on_preempt(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._max_num_seqs:
+            sequence = self._next_waiting()
+            if sequence is None:
+                return
+            flags = self._cache.admit(sequence)
+            need = pages_for(sequence.length) - len(sequence.pages)
+            kept = self._watermark if self.running else 0
+            if need + kept > self._cache.num_available or not self._cache.reserve(sequence, sequence.length):
+                self._cache.release(sequence)
+                return
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            self._on_admit(sequence, flags)
+
+    def _next_waiting(self) -> Sequence | None:
+        """The first in the queue that need not wait for a sibling.
+
+        Choices of one request share their prompt: the others follow once the first has it in the prefix cache.
+        """
+        computing: set[str] = {s.id[0] for s in self.running if s.cached < s.prompt_len - 1 and not s.started}
+        if not self._cache.prefixes.enabled:
+            return self.waiting[0]
+        return next((s for s in self.waiting if s.id[0] not in computing), None)
+
+

@@ -1,0 +1,86 @@
+"""One choice of a request as the engine sees it: its tokens, its pages, how far its K/V reaches, its accounting."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from decoding.messages import DrafterStats, SpeculationStats, TokenLogprobs
+from decoding.request import GREEDY_TEMPERATURE, GenerateRequest, SamplingParams, SpeculationParams
+
+SequenceId = tuple[str, int]  # request id, choice
+
+
+@dataclass
+class SpeculationCounter:
+    """Running totals behind SpeculationStats."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    drafted_by: Counter[str] = field(default_factory=Counter)
+    accepted_by: Counter[str] = field(default_factory=Counter)
+
+    def stats(self) -> SpeculationStats:
+        by_drafter = {name: DrafterStats(self.drafted_by[name], self.accepted_by[name]) for name in self.drafted_by}
+        return SpeculationStats(self.steps, self.drafted, self.accepted, by_drafter)
+
+
+class Sequence:
+    """Tokens 0 .. length - 1 are committed; K/V of tokens 0 .. cached - 1 lies in ``pages``.
+
+    After its first step a running sequence has cached == length - 1: the last token is the root of the next tree.
+    """
+
+    def __init__(self, request: GenerateRequest, choice: int, seed: int) -> None:
+        self.request = request
+        self.choice = choice
+        self.id: SequenceId = (request.request_id, choice)
+        self.seed = seed
+        self.prompt_len = len(request.prompt_ids)
+        self.limit = self.prompt_len + request.params.max_tokens
+        self._tokens = np.empty(self.limit, dtype=np.int64)
+        self._tokens[: self.prompt_len] = request.prompt_ids
+        self.length = self.prompt_len
+        self.cached = 0
+        self.pages: list[int] = []
+        self.page_keys: list[bytes] = []  # prefix-cache keys of the first len(page_keys) pages
+        self.marked_pages: dict[int, int] = {}  # drafter bit -> pages whose drafter K/V is flagged valid
+        self.cached_prompt_tokens = 0  # of the first admission, for usage
+        self.started = False  # its first event went out
+        self.admitted = False  # it was in the batch before (a preempted sequence was)
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.counter = SpeculationCounter()
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def speculation(self) -> SpeculationParams:
+        return self.request.speculation
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.params.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def generated(self) -> int:
+        return self.length - self.prompt_len
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[length] int64, a view."""
+        return self._tokens[: self.length]
+
+    def append(self, token: int) -> None:
+        self._tokens[self.length] = token
+        self.length += 1
+
+    def wants_prompt_logprobs(self) -> bool:
+        """Prompt logprobs are asked for and not all computed yet (only choice 0 computes them)."""
+        if self.params.prompt_logprobs is None or self.choice != 0:
+            return False
+        return self.prompt_logprobs is None or len(self.prompt_logprobs) < self.prompt_len

@@ -1,0 +1,76 @@
+"""One step of the engine, in order. Everything else is detail of one of these verbs.
+
+A row is a context whose K/V is cached plus query tokens: a causal chain and, where the chain reaches the last known
+token, a token tree that hangs on it. A chunk of a prompt is a chain; plain decoding is a chain of one; verification is
+a tree. All mix in one ragged batch and one forward pass.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from decoding.batcher import Chain, build
+from decoding.cache import SequenceCache
+from decoding.commit import Committer
+from decoding.drafters.team import DrafterTeam
+from decoding.messages import TokenEvent
+from decoding.planner import StaticPlanner
+from decoding.sampler import Sampler
+from decoding.scheduler import Scheduler
+from decoding.verify import Rule, verify
+from models.target import CausalModel
+from models.tree import ancestor_masks
+
+
+class Stepper:
+    """Holds the collaborators of a step; has no state of its own but two counters."""
+
+    def __init__(
+        self,
+        target: CausalModel,
+        cache: SequenceCache,
+        scheduler: Scheduler,
+        planner: StaticPlanner,
+        sampler: Sampler,
+        drafters: DrafterTeam,
+        rule: Rule,
+        committer: Committer,
+    ) -> None:
+        self.target = target
+        self.cache = cache
+        self.scheduler = scheduler
+        self.planner = planner
+        self.sampler = sampler
+        self.drafters = drafters
+        self.rule = rule
+        self.committer = committer
+        self.seconds = 0.0
+        self.forward_seconds = 0.0
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenEvent]:
+        """Advance every planned row: at least one token for each row that decides, a chunk of prompt for the others."""
+        started = time.perf_counter()
+        plan = self.scheduler.plan()  # which rows, how many chain tokens
+        if not plan.rows:
+            return []
+        quota = self.planner.quota(plan)  # how much each row may speculate; 0 nodes is plain decoding
+        sampling = self.sampler.prepare(plan, quota)  # parameters, penalties' counts, the rows' own noise
+        proposals = self.drafters.propose(plan, quota, sampling)  # a tree per drafter, with confidences
+        chosen = self.planner.choose(plan, proposals, quota, self.target.device)  # merged, the best nodes
+        chains = [Chain(r.sequence.tokens[r.start : r.end], r.start, r.sequence.pages) for r in plan.rows]
+        batch, nodes = build(chains, chosen.trees, ancestor_masks(chosen.trees.parents), chosen.counts)
+
+        forward = time.perf_counter()
+        out = self.target.forward(batch, self.cache.kv, self.drafters.taps)
+        logits = self.target.logits(out.hidden[batch.wanted])  # at the tree's nodes
+        self.forward_seconds += time.perf_counter() - forward
+
+        verdict = verify(self.rule, chosen.trees, nodes, logits, sampling, quota.depth)  # accepted path + bonus
+        self.cache.commit(batch, nodes, verdict)  # keep the accepted path's K/V
+        self.drafters.observe(batch, nodes, out, verdict)
+        events = self.committer.commit(plan, chosen, nodes, verdict, logits, out)  # append, stop, finish, free
+        self.seconds += time.perf_counter() - started
+        return events

@@ -1,0 +1,233 @@
+"""Token trees as arrays, and everything that follows from them: depths, ancestor masks, paths, merging, the best nodes.
+
+A batch of trees is [R, N]. Column 0 is the root, the row's last known token; a parent always stands in an earlier
+column than its children; unused columns are padding, anywhere but in column 0. All functions are pure and stay on the
+device of their arguments. What runs along paths is computed by pointer doubling, log2(N) rounds instead of N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.batch import MAX_TREE
+
+NO_PARENT = -1  # parent of the root and of padding
+
+
+@dataclass(frozen=True)
+class Trees:
+    """R trees of up to N nodes, root included. Padding: token -1, parent NO_PARENT, confidence 0, source 0."""
+
+    tokens: Tensor  # [R, N] int64
+    parents: Tensor  # [R, N] int64, column of the parent
+    confidence: Tensor  # [R, N] float32, probability that the node's token is drawn, given that its parent is reached
+    source: Tensor  # [R, N] int64, bit d set: drafter number d proposed the node; 0 for the root
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.tokens.shape[0])
+
+    @property
+    def width(self) -> int:
+        return int(self.tokens.shape[1])
+
+    def narrow(self, width: int) -> Trees:
+        """The first ``width`` columns."""
+        return Trees(
+            self.tokens[:, :width], self.parents[:, :width], self.confidence[:, :width], self.source[:, :width]
+        )
+
+    def validate(self) -> None:
+        """Check the invariants (used by tests; it synchronises).
+
+        Raises:
+            ValueError: naming the first invariant that does not hold.
+        """
+        columns = torch.arange(self.width, device=self.tokens.device)
+        used = self.parents != NO_PARENT
+        if bool(used[:, 0].any()) or bool((self.tokens[:, 0] < 0).any()):
+            raise ValueError("column 0 must be the root: a token without parent")
+        if bool((used & (self.parents >= columns)).any()):
+            raise ValueError("a parent must stand before its children")
+        if bool((used & (self.tokens < 0)).any()):
+            raise ValueError("a node has no token")
+        parent_used = used.gather(1, self.parents.clamp(min=0)) | (self.parents == 0)
+        if bool((used & ~parent_used).any()):
+            raise ValueError("a node hangs on padding")
+        if bool(((self.confidence < 0) | (self.confidence > 1)).any()):
+            raise ValueError("confidence must be in [0, 1]")
+
+
+def roots_only(tokens: Tensor) -> Trees:
+    """Trees of the root alone, from its tokens [R]."""
+    column = tokens[:, None]
+    return Trees(
+        column,
+        torch.full_like(column, NO_PARENT),
+        torch.ones_like(column, dtype=torch.float32),
+        torch.zeros_like(column),
+    )
+
+
+def is_node(trees: Trees) -> Tensor:
+    """[R, N] bool: a drafted node, neither root nor padding."""
+    return trees.parents != NO_PARENT
+
+
+def depths(parents: Tensor) -> Tensor:
+    """[R, N] number of edges to the root; 0 for root and padding."""
+    depth = (parents != NO_PARENT).long()
+    pointer = parents.clamp(min=0)
+    for _ in range(_rounds(parents.shape[1])):
+        depth = depth + depth.gather(1, pointer)
+        pointer = pointer.gather(1, pointer)
+    return depth
+
+
+def ancestor_masks(parents: Tensor) -> Tensor:
+    """[R, N] int64: bit i is set if column i is the node itself or one of its ancestors; N <= 64."""
+    if parents.shape[1] > MAX_TREE:
+        raise ValueError(f"a tree has at most {MAX_TREE} nodes, root included, not {parents.shape[1]}")
+    columns = torch.arange(parents.shape[1], device=parents.device)
+    mask = (torch.ones_like(columns) << columns).expand(parents.shape)
+    pointer = parents.clamp(min=0)
+    for _ in range(_rounds(parents.shape[1])):
+        mask = mask | mask.gather(1, pointer)
+        pointer = pointer.gather(1, pointer)
+    return mask
+
+
+def mask_depths(masks: Tensor) -> Tensor:
+    """Depth of each node from its ancestor mask: set bits less one."""
+    bits = torch.arange(MAX_TREE, device=masks.device)
+    return ((masks[..., None] >> bits) & 1).sum(-1) - 1
+
+
+def path_confidence(trees: Trees) -> Tensor:
+    """[R, N] probability that a node is reached: the product of confidences along its path. 0 for padding.
+
+    Siblings whose confidences sum to more than 1 (two drafters can both be sure) are divided by the sum.
+    """
+    hung = trees.parents.clamp(min=0)
+    sums = torch.zeros_like(trees.confidence).scatter_add(1, hung, trees.confidence * is_node(trees))
+    prob = torch.where(is_node(trees), trees.confidence / sums.clamp(min=1).gather(1, hung), trees.confidence)
+    pointer = hung
+    for _ in range(_rounds(trees.width)):
+        prob = prob * prob.gather(1, pointer)  # the root's own is 1, so it may be passed any number of times
+        pointer = pointer.gather(1, pointer)
+    return prob
+
+
+def merge(trees: list[Trees]) -> Trees:
+    """One tree per row with the nodes of all: nodes of the same parent and token become one.
+
+    Its confidence is the maximum of theirs, its source their union. All trees must have the same roots. Duplicates
+    become padding, so the result has as many columns as the arguments together (less the repeated roots).
+    """
+    if len(trees) == 1:
+        return trees[0]
+    offsets, width = [], 1
+    for tree in trees:
+        offsets.append(width - 1)
+        width += tree.width - 1
+    tokens = torch.cat([trees[0].tokens[:, :1], *(t.tokens[:, 1:] for t in trees)], dim=1)
+    parents = torch.cat(
+        [trees[0].parents[:, :1], *(_shift(t.parents[:, 1:], offset) for t, offset in zip(trees, offsets))], dim=1
+    )
+    confidence = torch.cat([trees[0].confidence[:, :1], *(t.confidence[:, 1:] for t in trees)], dim=1)
+    source = torch.cat([trees[0].source[:, :1], *(t.source[:, 1:] for t in trees)], dim=1)
+
+    used = parents != NO_PARENT
+    used[:, 0] = True
+    same = _signatures(tokens, parents)
+    equal = (same[:, :, None] == same[:, None]) & used[:, :, None] & used[:, None]  # [R, N, N]
+    first = equal.to(torch.uint8).argmax(dim=2)  # the first column with the same path
+    kept = used & (first == torch.arange(width, device=tokens.device))
+    group = torch.where(equal, confidence[:, None], 0.0).amax(dim=2)
+    union = torch.zeros_like(source)
+    for bit in range(max(1, int(source.max()).bit_length()) if source.device.type == "cpu" else MAX_TREE - 1):
+        union |= (equal & ((source[:, None] >> bit) & 1 != 0)).any(dim=2).long() << bit
+    hung = torch.where(parents == NO_PARENT, NO_PARENT, first.gather(1, parents.clamp(min=0)))
+    return Trees(
+        torch.where(kept, tokens, -1),
+        torch.where(kept, hung, NO_PARENT),
+        torch.where(kept, group, 0.0),
+        torch.where(kept, union, 0),
+    )
+
+
+def best_nodes(
+    trees: Trees, max_nodes: Tensor, max_depth: Tensor, width: int, min_probability: float = 0.0
+) -> Trees:
+    """The most probable ``max_nodes`` [R] nodes of each row no deeper than ``max_depth`` [R], in tree order.
+
+    Nodes whose path is less probable than ``min_probability``, or impossible, are left out.
+
+    A parent is at least as probable as its child, so what is kept is a tree. Padding ends up on the right.
+
+    Args:
+        width: columns of the result, root included; at least 1 + max(max_nodes).
+    """
+    score = path_confidence(trees)
+    allowed = is_node(trees) & (depths(trees.parents) <= max_depth[:, None]) & (score > 0) & (score >= min_probability)
+    score = torch.where(allowed, score, -1.0)
+    score[:, 0] = 2.0
+    order = score.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(trees.width, device=order.device).expand_as(order))
+    kept = (allowed & (rank <= max_nodes[:, None])) | (rank == 0)
+    # move the kept columns to the left, in their old order
+    column = kept.long().cumsum(1) - 1
+    target = torch.where(kept, column, width)  # everything else lands in a column that is cut off
+    size = (trees.num_rows, width + 1)
+
+    def pack(values: Tensor, padding: float) -> Tensor:
+        return values.new_full(size, padding).scatter_(1, target, values)[:, :width]
+
+    hung = torch.where(trees.parents == NO_PARENT, NO_PARENT, column.gather(1, trees.parents.clamp(min=0)))
+    return Trees(
+        pack(trees.tokens, -1), pack(hung, NO_PARENT), pack(trees.confidence, 0.0), pack(trees.source, 0)
+    )
+
+
+def path_columns(masks: Tensor, longest: int) -> Tensor:
+    """Columns along the path of each node, root first: [...] masks -> [..., longest], padded with -1."""
+    bits = torch.arange(MAX_TREE, device=masks.device)
+    on_path = ((masks[..., None] >> bits) & 1).bool()
+    rank = on_path.long().cumsum(-1) - 1
+    target = torch.where(on_path & (rank < longest), rank, longest)
+    columns = masks.new_full((*masks.shape, longest + 1), -1)
+    return columns.scatter_(-1, target, bits.expand(on_path.shape))[..., :longest]
+
+
+def _shift(parents: Tensor, offset: int) -> Tensor:
+    return torch.where(parents > 0, parents + offset, parents)
+
+
+def _signatures(tokens: Tensor, parents: Tensor) -> Tensor:
+    """[R, N] int64 hash of the path of tokens from the root; two paths that differ get the same one by 2^-64 chance.
+
+    (A collision would merge two nodes and so spoil a proposal, never the text: verification follows the arrays.)
+    """
+    depth = depths(parents)
+    value = _mix(tokens * 0x9E3779B1 + depth * 0x85EBCA77C2B2AE3)
+    value = torch.where(parents == NO_PARENT, 0, value)
+    pointer = parents.clamp(min=0)
+    for _ in range(_rounds(tokens.shape[1])):
+        value = value + value.gather(1, pointer)
+        pointer = pointer.gather(1, pointer)
+    return value
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 64-bit finaliser (shift, xor, multiply by odd constants); the arithmetic wraps."""
+    x = (x ^ (x >> 31)) * 0x7FB5D329728EA185
+    x = (x ^ (x >> 27)) * -0x7E25210B43D22BB3
+    return x ^ (x >> 33)
+
+
+def _rounds(width: int) -> int:
+    """Doubling rounds that reach the root from any column of a tree of this width."""
+    return max(1, (width - 1).bit_length())
