@@ -1,0 +1,65 @@
+# Set-up and the commands of every day. `make` alone lists them.
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?= demo/target
+SPECULATE ?= --speculate draft=demo/draft --speculate ngram
+ARGS ?=
+PYTEST_ARGS ?= -n 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kernels/*.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test lint bench-quick clean
+
+help:
+	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
+	@echo "make serve         set up, then serve the demo model on http://$(HOST):$(PORT)"
+	@echo "                   (HOST, PORT, MODEL, SPECULATE and ARGS change what is served)"
+	@echo "make test          set up, then lint, types and all tests; this is what CI runs"
+	@echo "make lint          set up, then lint and types only"
+	@echo "make bench-quick   set up, then measure the demo model against plain decoding and transformers"
+	@echo "make clean         remove $(VENV) and everything that was built"
+
+setup: $(VENV)/.kernels
+
+# Each stamp is newer than what it was made from; a step that failed leaves none and runs again.
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "Saccade needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo 'not there')."; \
+	    echo "Name another one: make PYTHON=/path/to/python3.12 $(or $(MAKECMDGOALS),setup)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "'$(PYTHON)' has no venv module; on Debian and Ubuntu it is the package python3-venv."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.packages: $(VENV)/.venv pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.kernels: $(VENV)/.packages $(KERNEL_SOURCES)
+	$(BIN)/python -m models.kernels.build
+	@touch $@
+
+serve: setup
+	exec $(BIN)/saccade serve $(MODEL) $(SPECULATE) --host $(HOST) --port $(PORT) $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One thread a worker: the tests' tensors are tiny, and threads of several workers only fight over the cores.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench-quick: setup
+	$(BIN)/python -m benchmarks.quick $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find models -name '*.so' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
