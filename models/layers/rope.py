@@ -105,8 +105,8 @@ def _yarn(config: RopeConfig, max_len: int) -> Frequencies:
     if low == high:
         high += 0.001  # a step instead of a ramp
     ramp = ((torch.arange(config.dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    powers = _powers(config, config.theta)
-    return 1.0 / (factor * powers) * ramp + 1.0 / powers * (1 - ramp), _yarn_attention(config, factor)
+    powers, kept = _powers(config, config.theta), 1 - ramp
+    return 1.0 / (factor * powers) * (1 - kept) + 1.0 / powers * kept, _yarn_attention(config, factor)
 
 
 def _yarn_attention(config: RopeConfig, factor: float) -> float:
