@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from models import kernels
 from models.batch import RaggedBatch
 
 
@@ -47,8 +48,15 @@ def _reference() -> AttentionBackend:
     return attend
 
 
+def _cpu() -> AttentionBackend:
+    from models.attention.cpu import load
+
+    return load()
+
+
 BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
     "reference": _reference,
+    "cpu": _cpu,
 }
 
 
@@ -57,9 +65,10 @@ def load_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attenti
 
     Raises:
         ValueError: for an unknown name.
+        RuntimeError: the backend was named and does not work here.
     """
     if name == "auto":
-        name = "reference"
+        name = "cpu" if kernels.serves(device, dtype) else "reference"
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}; there are: {', '.join(BACKENDS)}, auto")
     return BACKENDS[name]()

@@ -45,7 +45,9 @@ def attend(
     if sinks is not None:
         sink = sinks.to(compute).view(1, spec.num_kv_heads, groups, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)
-    probs = scores.softmax(dim=-1).nan_to_num(0.0)  # a padding query has no key at all
+    probs = scores.softmax(dim=-1)
+    probs = torch.where(seen.any(-1)[:, None, None, :, None], probs, 0.0)  # a padding query has no key at all
+    v = v.masked_fill(~seen.any(1)[:, :, None, None], 0.0)  # slots that nobody sees may hold anything, NaN included
     out = torch.einsum("rhgqk,rkhd->rqhgd", probs[..., : k.shape[1]], v)
     return out.reshape(rows * longest, spec.num_heads, spec.value_dim)[place].to(query.dtype)
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import kernels
+
 
 class LayerOps(Protocol):
     """Arithmetic inside is at least float32; results have the dtype of ``x``."""
@@ -29,7 +31,7 @@ class LayerOps(Protocol):
         query: Tensor,  # [T, Hq, D], may be a strided view of the fused QKV
         key: Tensor,  # [T, Hkv, D]
         value: Tensor,  # [T, Hkv, Dv]
-        rope: Tensor,  # [rows, 2, rot / 2] cos and sin of every position, scaled; float32, or float64 for float64 models
+        rope: Tensor,  # [rows, 2, rot / 2] cos and sin of each position, scaled; float32, or float64 for float64 models
         positions: Tensor,  # [T] int64
         slots: Tensor,  # [T] int64
         keys: Tensor,  # [S, Hkv, D] the layer's cache
@@ -94,8 +96,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
 
 
+def _cpu() -> LayerOps:
+    from models.kernels.cpu_ops import CpuOps
+
+    return CpuOps()
+
+
 OPS: dict[str, Callable[[], LayerOps]] = {
     "torch": TorchOps,
+    "cpu": _cpu,
 }
 
 
@@ -104,9 +113,10 @@ def load_ops(device: torch.device, dtype: torch.dtype, name: str = "auto") -> La
 
     Raises:
         ValueError: for an unknown name.
+        RuntimeError: the operations were named and do not work here.
     """
     if name == "auto":
-        name = "torch"
+        name = "cpu" if kernels.serves(device, dtype) else "torch"
     if name not in OPS:
         raise ValueError(f"unknown layer operations {name!r}; there are: {', '.join(OPS)}, auto")
     return OPS[name]()

@@ -1,0 +1,58 @@
+// The operators' schemas: torch.ops.saccade.*. What they compute is said at their definitions.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+namespace saccade {
+
+using at::Tensor;
+
+Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& visible, const Tensor& tree_mask,
+              const Tensor& positions, const Tensor& row_starts, const Tensor& tree_base, const Tensor& page_table,
+              const std::optional<Tensor>& sinks, double scale, std::optional<double> soft_cap,
+              std::optional<int64_t> window, int64_t first_key);
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
+Tensor add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps);
+Tensor rotate_and_store(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& rope,
+                        const Tensor& positions, const Tensor& slots, const Tensor& keys, const Tensor& values);
+Tensor gated(const Tensor& gate_up, int64_t activation);
+Tensor philox_bits(const Tensor& counters, const Tensor& keys);
+void gumbel_noise(const Tensor& out, const Tensor& seeds, const Tensor& positions, const Tensor& choices);
+Tensor sample_rows(const Tensor& logits, const Tensor& temperature, const Tensor& noise, const Tensor& noise_row);
+std::tuple<Tensor, Tensor> topk_rows(const Tensor& logits, const Tensor& temperature, const Tensor& noise,
+                                     const Tensor& noise_row, int64_t k, bool divide);
+
+TORCH_LIBRARY(saccade, m) {
+  m.def(
+      "attend(Tensor query, Tensor keys, Tensor values, Tensor visible, Tensor tree_mask, Tensor positions, "
+      "Tensor row_starts, Tensor tree_base, Tensor page_table, Tensor? sinks, float scale, float? soft_cap, int? window, "
+      "int first_key) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor");
+  m.def(
+      "rotate_and_store(Tensor query, Tensor key, Tensor value, Tensor rope, Tensor positions, Tensor slots, "
+      "Tensor(a!) keys, Tensor(b!) values) -> Tensor");
+  m.def("gated(Tensor gate_up, int activation) -> Tensor");
+  m.def("philox_bits(Tensor counters, Tensor keys) -> Tensor");
+  m.def("gumbel_noise(Tensor(a!) out, Tensor seeds, Tensor positions, Tensor choices) -> ()");
+  m.def("sample_rows(Tensor logits, Tensor temperature, Tensor noise, Tensor noise_row) -> Tensor");
+  m.def(
+      "topk_rows(Tensor logits, Tensor temperature, Tensor noise, Tensor noise_row, int k, bool divide=False) "
+      "-> (Tensor values, Tensor ids)");
+}
+
+TORCH_LIBRARY_IMPL(saccade, CPU, m) {
+  m.impl("attend", &attend);
+  m.impl("rms_norm", &rms_norm);
+  m.impl("add_rms_norm", &add_rms_norm);
+  m.impl("rotate_and_store", &rotate_and_store);
+  m.impl("gated", &gated);
+  m.impl("philox_bits", &philox_bits);
+  m.impl("gumbel_noise", &gumbel_noise);
+  m.impl("sample_rows", &sample_rows);
+  m.impl("topk_rows", &topk_rows);
+}
+
+}  // namespace saccade

@@ -1,0 +1,225 @@
+// Keyed Gumbel noise, and the best ids of logits plus noise.
+//
+// Compiled with -ffp-contract=off: scores must have the bits that PyTorch's separate operations give, or the sampler's
+// paths would disagree on near ties.
+#include <limits>
+#include <vector>
+
+#include "tensors.h"
+#include "vec.h"
+
+namespace saccade {
+namespace {
+
+using f64x8 = double __attribute__((vector_size(64)));
+using i64x8 = int64_t __attribute__((vector_size(64)));
+using u64x8 = uint64_t __attribute__((vector_size(64)));
+
+constexpr uint64_t kLow = 0xffffffff;
+
+// Philox4x32-10 (Salmon et al., SC 2011), eight counters at a time; words are the low halves of 64-bit lanes.
+void philox(u64x8* counter, u64x8 key0, u64x8 key1) {
+  for (int round = 0; round < 10; ++round) {
+    const u64x8 product0 = counter[0] * 0xD2511F53ull, product1 = counter[2] * 0xCD9E8D57ull;
+    counter[0] = (product1 >> 32) ^ counter[1] ^ key0;
+    counter[2] = (product0 >> 32) ^ counter[3] ^ key1;
+    counter[1] = product1 & kLow;
+    counter[3] = product0 & kLow;
+    key0 = (key0 + 0x9E3779B9ull) & kLow;
+    key1 = (key1 + 0xBB67AE85ull) & kLow;
+  }
+}
+
+// log of positive normal doubles to about 1 ulp, near 1 too (fdlibm's e_log: x = 2^k (1 + f), s = f / (2 + f)).
+f64x8 log(f64x8 x) {
+  i64x8 bits = (i64x8)x - 0x3fe6a09e667f3bcdll;  // sqrt(1/2), so that 1 + f lies in [sqrt(1/2), sqrt(2))
+  const i64x8 exponent = bits >> 52;
+  const f64x8 f = (f64x8)((bits & 0x000fffffffffffffll) + 0x3fe6a09e667f3bcdll) - 1.0;
+  const f64x8 k = __builtin_convertvector(exponent, f64x8);
+  const f64x8 s = f / (2.0 + f), z = s * s, w = z * z, half = 0.5 * f * f;
+  const f64x8 even = w * (3.999999999940941908e-01 + w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01));
+  const f64x8 odd = z * (6.666666666666735130e-01 +
+                         w * (2.857142874366239149e-01 + w * (1.818357216161805012e-01 + w * 1.479819860511658591e-01)));
+  return k * 6.93147180369123816490e-01 - ((half - (s * (half + even + odd) + k * 1.90821492927058770002e-10)) - f);
+}
+
+// Noise of the ids [first, first + 32): -log(-log1p(-u)) with u = (bits + 1/2) 2^-32. 1 - u is exact in float64.
+void gumbel_block(uint64_t seed, uint64_t position, uint64_t choice, int64_t first, float* out) {
+  const u64x8 zero = {}, lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  u64x8 counter[4] = {zero + (first / 4) + lane, zero + (position & kLow), zero + (choice & kLow), zero};
+  philox(counter, zero + (seed & kLow), zero + (seed >> 32));
+  for (int word = 0; word < 4; ++word) {
+    const f64x8 bits = __builtin_convertvector((i64x8)counter[word], f64x8);
+    const f64x8 g = -log(-log(1.0 - (bits + 0.5) * 0x1p-32));
+    for (int i = 0; i < 8; ++i) out[4 * i + word] = static_cast<float>(g[i]);
+  }
+}
+
+}  // namespace
+
+at::Tensor philox_bits(const at::Tensor& counters, const at::Tensor& keys) {
+  const int64_t count = counters.size(0);
+  TORCH_CHECK(counters.dim() == 2 && counters.size(1) == 4 && keys.dim() == 2 && keys.size(0) == count && keys.size(1) == 2,
+              "philox_bits: expected counters [M, 4] and keys [M, 2]");
+  at::Tensor out = empty({count, 4}, at::kLong);
+  const int64_t *counter = index_data<int64_t>(counters, "counters"), *key = index_data<int64_t>(keys, "keys");
+  int64_t* to = out.mutable_data_ptr<int64_t>();
+  for (int64_t row = 0; row < count; ++row) {
+    u64x8 words[4], zero = {};
+    for (int i = 0; i < 4; ++i) words[i] = zero + (static_cast<uint64_t>(counter[row * 4 + i]) & kLow);
+    philox(words, zero + (static_cast<uint64_t>(key[row * 2]) & kLow), zero + (static_cast<uint64_t>(key[row * 2 + 1]) & kLow));
+    for (int i = 0; i < 4; ++i) to[row * 4 + i] = words[i][0];
+  }
+  return out;
+}
+
+void gumbel_noise(const at::Tensor& out, const at::Tensor& seeds, const at::Tensor& positions, const at::Tensor& choices) {
+  TORCH_CHECK(out.dim() == 2 && (out.stride(1) == 1 || out.size(1) <= 1), "gumbel_noise: out must be [M, V], ids dense");
+  const int64_t rows = out.size(0), ids = out.size(1), stride = out.stride(0);
+  TORCH_CHECK(seeds.numel() == rows && positions.numel() == rows && choices.numel() == rows,
+              "gumbel_noise: seeds, positions and choices must be [", rows, "]");
+  const int64_t *seed = index_data<int64_t>(seeds, "seeds"), *position = index_data<int64_t>(positions, "positions");
+  const int64_t* choice = index_data<int64_t>(choices, "choices");
+  float* to = out.mutable_data_ptr<float>();
+  constexpr int64_t kBlock = 32, kChunk = 4096;
+  const int64_t chunks = ceil_div(ids, kChunk);
+  parallel_tasks(rows * chunks, rows * ids * 4, [&](int64_t task) {
+    const int64_t row = task / chunks, begin = task % chunks * kChunk, end = std::min(begin + kChunk, ids);
+    float* noise = to + row * stride;
+    float partial[kBlock];
+    for (int64_t id = begin; id < end; id += kBlock) {
+      const bool whole = id + kBlock <= end;
+      gumbel_block(seed[row], position[row], choice[row], id, whole ? noise + id : partial);
+      if (!whole) std::copy(partial, partial + (end - id), noise + id);
+    }
+  });
+}
+
+namespace {
+
+enum Formula { kPlain, kDivide, kScale };  // x; x / T + g; x + T * g
+
+template <typename T>
+struct Best {
+  T value;
+  int64_t id;
+};
+
+template <typename T>
+inline T score(T x, T temperature, T noise, Formula formula) {
+  return formula == kPlain ? x : formula == kDivide ? x / temperature + noise : x + temperature * noise;
+}
+
+// Inserts behind all that are at least as good: equal values stay in the order of ids. NaN counts as -inf.
+template <typename T>
+inline void insert(Best<T>* best, int64_t& count, int64_t k, T value, int64_t id) {
+  if (!(value == value)) value = -std::numeric_limits<T>::infinity();
+  if (count == k && !(value > best[k - 1].value)) return;
+  int64_t at = count < k ? count++ : k - 1;
+  for (; at > 0 && value > best[at - 1].value; --at) best[at] = best[at - 1];
+  best[at] = {value, id};
+}
+
+// The k best of the ids [begin, end), descending, lowest id first among equals. Returns how many there are.
+template <typename T, Formula F>
+int64_t scan(const T* logits, const float* noise, T temperature, int64_t begin, int64_t end, int64_t k, Best<T>* best) {
+  constexpr int64_t kBlock = 128;
+  int64_t count = 0, id = begin;
+  T values[kBlock];
+  for (; id + kBlock <= end; id += kBlock) {
+    const T bar = count == k ? best[k - 1].value : -std::numeric_limits<T>::infinity();
+    int above = count < k;
+    for (int64_t i = 0; i < kBlock; ++i) {
+      values[i] = score<T>(logits[id + i], temperature, F == kPlain ? 0 : noise[id + i], F);
+      above |= values[i] > bar;
+    }
+    if (above)  // rare: about k ln(V / k) values of a row raise the bar
+      for (int64_t i = 0; i < kBlock; ++i) insert<T>(best, count, k, values[i], id + i);
+  }
+  for (; id < end; ++id) insert<T>(best, count, k, score<T>(logits[id], temperature, F == kPlain ? 0 : noise[id], F), id);
+  return count;
+}
+
+template <typename T>
+int64_t scan_by(Formula formula, const T* logits, const float* noise, T temperature, int64_t begin, int64_t end, int64_t k,
+                Best<T>* best) {
+  if (noise == nullptr) return scan<T, kPlain>(logits, noise, temperature, begin, end, k, best);
+  if (formula == kDivide) return scan<T, kDivide>(logits, noise, temperature, begin, end, k, best);
+  return scan<T, kScale>(logits, noise, temperature, begin, end, k, best);
+}
+
+// Calls take(row, list of k) for every row of logits [W, V]. A long row is scanned in parts, merged in their order.
+template <typename T, typename Take>
+void best_of_rows(const at::Tensor& logits, const at::Tensor& temperature, const at::Tensor& noise,
+                  const at::Tensor& noise_row, int64_t k, Formula formula, Take take) {
+  const int64_t rows = logits.size(0), ids = logits.size(1);
+  TORCH_CHECK(logits.dim() == 2 && noise.dim() == 2 && temperature.numel() == rows && noise_row.numel() == rows,
+              "expected logits [W, V], noise [M, V], temperature and noise_row [W]");
+  TORCH_CHECK(logits.stride(1) == 1 && (noise.numel() == 0 || (noise.stride(1) == 1 && noise.size(1) >= ids)),
+              "ids must be dense, and noise as wide as the logits");
+  TORCH_CHECK(k >= 1 && k <= ids, "k must be from 1 to ", ids);
+  const T* from = logits.const_data_ptr<T>();
+  const float* table = noise.const_data_ptr<float>();
+  const float* warmth = index_data<float>(temperature, "temperature");
+  const int64_t* source = index_data<int64_t>(noise_row, "noise_row");
+  for (int64_t row = 0; row < rows; ++row)
+    TORCH_CHECK_INDEX(source[row] < noise.size(0), "noise_row ", source[row], " of ", noise.size(0));
+  constexpr int64_t kPart = 16384;
+  const int64_t parts = ceil_div(ids, kPart);
+  std::vector<Best<T>> lists(rows * parts * k);
+  std::vector<int64_t> counts(rows * parts);
+  parallel_tasks(rows * parts, rows * ids / 8, [&](int64_t task) {
+    const int64_t row = task / parts, begin = task % parts * kPart;
+    const float* drawn = source[row] < 0 ? nullptr : table + source[row] * noise.stride(0);
+    counts[task] = scan_by<T>(formula, from + row * logits.stride(0), drawn, warmth[row], begin, std::min(begin + kPart, ids),
+                              k, lists.data() + task * k);
+  });
+  std::vector<Best<T>> merged(k);
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t count = 0;
+    for (int64_t part = row * parts; part < (row + 1) * parts; ++part)
+      for (int64_t i = 0; i < counts[part]; ++i)
+        insert<T>(merged.data(), count, k, lists[part * k + i].value, lists[part * k + i].id);
+    take(row, merged.data());
+  }
+}
+
+template <typename Body>
+void for_logits(const at::Tensor& logits, const char* op, Body body) {
+  if (logits.scalar_type() == at::kFloat) return body(float{});
+  TORCH_CHECK(logits.scalar_type() == at::kDouble, op, ": logits are ", logits.scalar_type());
+  body(double{});
+}
+
+}  // namespace
+
+at::Tensor sample_rows(const at::Tensor& logits, const at::Tensor& temperature, const at::Tensor& noise,
+                       const at::Tensor& noise_row) {
+  at::Tensor out = empty({logits.size(0)}, at::kLong);
+  int64_t* to = out.mutable_data_ptr<int64_t>();
+  for_logits(logits, "sample_rows", [&](auto type) {
+    using T = decltype(type);
+    best_of_rows<T>(logits, temperature, noise, noise_row, 1, kDivide,
+                    [&](int64_t row, const Best<T>* best) { to[row] = best[0].id; });
+  });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> topk_rows(const at::Tensor& logits, const at::Tensor& temperature,
+                                             const at::Tensor& noise, const at::Tensor& noise_row, int64_t k, bool divide) {
+  at::Tensor values = empty({logits.size(0), k}, logits.scalar_type()), ids = empty({logits.size(0), k}, at::kLong);
+  for_logits(logits, "topk_rows", [&](auto type) {
+    using T = decltype(type);
+    T* value = values.mutable_data_ptr<T>();
+    int64_t* id = ids.mutable_data_ptr<int64_t>();
+    best_of_rows<T>(logits, temperature, noise, noise_row, k, divide ? kDivide : kScale, [&](int64_t row, const Best<T>* best) {
+      for (int64_t i = 0; i < k; ++i) {
+        value[row * k + i] = best[i].value;
+        id[row * k + i] = best[i].id;
+      }
+    });
+  });
+  return {values, ids};
+}
+
+}  // namespace saccade

@@ -1,0 +1,47 @@
+// Checks and dispatch shared by the operators.
+#pragma once
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+
+namespace saccade {
+
+// Calls body(T{}) with the element type of `dtype`.
+template <typename Body>
+inline void for_floating(at::ScalarType dtype, const char* op, Body body) {
+  switch (dtype) {
+    case at::kFloat: return body(float{});
+    case at::kBFloat16: return body(c10::BFloat16{});
+    case at::kHalf: return body(c10::Half{});
+    case at::kDouble: return body(double{});
+    default: TORCH_CHECK(false, op, ": no kernel for ", dtype);
+  }
+}
+
+inline at::Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) { return at::detail::empty_cpu(shape, dtype); }
+
+template <typename T>
+inline const T* index_data(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  return tensor.const_data_ptr<T>();  // checks the dtype
+}
+
+// Runs body(i) for i in [0, count): on one thread unless there is work for more, `cost` being all of it in units of
+// about a nanosecond. What a thread gets never decides what it computes, so results do not depend on the split.
+template <typename Body>
+inline void parallel_tasks(int64_t count, int64_t cost, const Body& body) {
+  constexpr int64_t kWorthAThread = 10'000;  // waking a thread costs some microseconds
+  const int64_t threads = std::min<int64_t>({count, at::get_num_threads(), cost / kWorthAThread + 1});
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  at::parallel_for(0, count, (count + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
+}
+
+}  // namespace saccade
