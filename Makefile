@@ -61,5 +61,4 @@ bench-quick: setup
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find models -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
