@@ -1,0 +1,103 @@
+"""What the routes share: one served model, and the way from validated fields to a response."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from decoding.errors import RequestError, nearest
+from decoding.text import Tokenizer
+from server.engine_client import EngineClient
+from server.metrics import Metrics
+from server.openai.choice_output import OutputOptions
+from server.openai.fields import SamplingFields
+from server.openai.generation import Generation, PromptRequest
+from server.openai.rendering import StreamUsage
+from server.openai.sse import EventStreamResponse, until_disconnect
+from server.settings import ServerSettings
+
+
+class Renderer(Protocol):
+    """An endpoint's answer, in both of its forms."""
+
+    async def whole(self) -> dict[str, Any]: ...
+
+    def chunks(self, stream_usage: StreamUsage) -> AsyncGenerator[dict[str, Any], None]: ...
+
+
+@dataclass(frozen=True)
+class Api:
+    client: EngineClient
+    tokenizer: Tokenizer
+    settings: ServerSettings
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+    longest_token: int = field(init=False)  # in characters: no prompt is longer than its tokens times this
+
+    def __post_init__(self) -> None:
+        longest = max((len(token) for token in self.tokenizer.vocab()), default=1)
+        object.__setattr__(self, "longest_token", longest)
+
+    def model_name(self, asked: str | None) -> str:
+        """The name that the answer carries.
+
+        Raises:
+            RequestError: no such model is served (a 404).
+        """
+        served = self.settings.model_names
+        if asked is None:
+            return served[0]
+        if asked not in served:
+            message = f"The model {asked[:100]!r} does not exist: {nearest(asked, served)}."
+            raise RequestError(message, param="model", code="model_not_found")
+        return asked
+
+    def check_length(self, text: str) -> None:
+        """Refuse a text that must be too long before it costs the time to tokenize it.
+
+        Raises:
+            RequestError: however its tokens fall, they do not fit the context.
+        """
+        room = self.client.info.max_model_len
+        if len(text) > room * self.longest_token:
+            raise RequestError(
+                f"This model's maximum context length is {room} tokens. However, you requested more: your prompt has "
+                f"{len(text)} characters. Shorten the prompt.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    def generation(self, prompts: Sequence[PromptRequest], options: OutputOptions, arrived: float) -> Generation:
+        """The run of a request that arrived at that time (monotonic)."""
+
+        def first_token() -> None:
+            self.metrics.first_token(time.monotonic() - arrived)
+
+        return Generation(self.client, self.tokenizer, prompts, options, first_token)
+
+    async def answer(self, request: Request, renderer: Renderer, fields: SamplingFields) -> Response:
+        """The response, streamed or whole; either way the request is cancelled when the client leaves."""
+        if fields.stream:
+            chunks = renderer.chunks(StreamUsage.of(fields.stream_options))
+            return EventStreamResponse(chunks, self.settings.ping_seconds)
+
+        async def whole() -> Response:
+            return JSONResponse(await renderer.whole())
+
+        return await until_disconnect(request, whole())
+
+
+def output_options(fields: SamplingFields, *, echo: bool = False, prompt_only: bool = False) -> OutputOptions:
+    """How the client wants the tokens returned."""
+    return OutputOptions(
+        stop=tuple(fields.stop or ()),
+        include_stop=bool(fields.include_stop_str_in_output),
+        skip_special_tokens=fields.skip_special_tokens is not False,
+        echo=echo,
+        prompt_only=prompt_only,
+    )

@@ -1,0 +1,72 @@
+"""The HTTP application."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from decoding.errors import RequestError, SaccadeError, nearest
+from decoding.text import Tokenizer
+from server.admission import Admission, AdmitAll
+from server.api import Api
+from server.engine_client import EngineClient
+from server.errors import ErrorReply, reply_to
+from server.metrics import Metrics
+from server.middleware import REQUEST_ID, AdmissionMiddleware, RequestMiddleware, assign_id
+from server.routes.chat import chat_router
+from server.routes.completions import completions_router
+from server.routes.models import models_router
+from server.routes.operations import operations_router
+from server.settings import ServerSettings
+
+ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+
+
+def build_app(
+    client: EngineClient, tokenizer: Tokenizer, settings: ServerSettings, admission: Admission | None = None
+) -> FastAPI:
+    """The application that serves ``client``; starting and closing the client is the caller's."""
+    metrics = Metrics(client.stats, lambda: client.state)
+    api = Api(client, tokenizer, settings, metrics)
+    # no OpenAPI pages: bodies are parsed by hand, for errors that OpenAI's clients understand
+    app = FastAPI(title="Saccade", openapi_url=None, redirect_slashes=False)
+    for router in (completions_router(api), chat_router(api), models_router(api), operations_router(api)):
+        app.include_router(router)
+    app.add_middleware(AdmissionMiddleware, admission=admission or AdmitAll())
+    app.add_middleware(RequestMiddleware, metrics=metrics)
+    app.add_exception_handler(SaccadeError, _on_own_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_mistake)
+    return app
+
+
+async def _on_own_error(request: Request, error: Exception) -> Response:
+    return reply_to(error).response()
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Routing errors: unknown paths and wrong methods."""
+    assert isinstance(error, HTTPException)
+    path = request.scope["path"][:100]
+    if error.status_code == 404:
+        known = RequestError(f"There is nothing at {path!r}: {nearest(path, ROUTES)}.", code="not_found")
+        return reply_to(known).response()
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        message = f"{path} does not answer {request.method[:20]}; use {headers.get('Allow', 'another method')}."
+        return ErrorReply(405, "invalid_request_error", "method_not_allowed", message, headers=headers).response()
+    reply = ErrorReply(error.status_code, "invalid_request_error", "invalid_value", str(error.detail)[:200])
+    return reply.response()
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _on_mistake(request: Request, error: Exception) -> Response:
+    """An error that nobody foresaw; the traceback goes to the log."""
+    response = reply_to(error).response()
+    response.headers[REQUEST_ID] = assign_id(request.scope)  # this handler is outside of the middleware
+    return response

@@ -1,0 +1,112 @@
+"""The ``saccade`` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from decoding.errors import SaccadeError, nearest
+from server.flags import Parser, add_engine_flags, engine_config, positive
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+DEFAULT_MAX_TOKENS = 128
+
+_EXAMPLES = """\
+examples:
+  saccade serve demo/target --speculate draft=demo/draft --speculate ngram
+  saccade generate demo/target --prompt "def fib(n):" --speculate ngram --seed 7
+
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+       -d '{"prompt": "def fib(n):", "max_tokens": 64, "stream": true}'
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0, or 1 after an error that is the user's to mend; argparse ends the process with 2 for a wrong command line.
+    """
+    args = parse(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        return _serve(args) if args.command == "serve" else _generate(args)
+    except SaccadeError as error:
+        print(f"saccade: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; ends the process, with a message, if it is wrong."""
+    parser = Parser(
+        prog="saccade",
+        description="An LLM inference server in which every forward pass verifies token trees.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    parsers = {"serve": _serve_parser(commands), "generate": _generate_parser(commands)}
+    first = next((word for word in argv if not word.startswith("-")), None)
+    if first is not None and first not in parsers:
+        parser.error(f"unknown command {first!r}: {nearest(first, parsers)}")
+    args, extra = parser.parse_known_args(argv)
+    if extra:
+        parsers.get(args.command, parser).refuse(extra)
+    return args
+
+
+def _serve_parser(commands: argparse._SubParsersAction[Parser]) -> Parser:
+    parser = commands.add_parser("serve", help="serve a model over HTTP, with OpenAI's API")
+    add_engine_flags(parser)
+    parser.add_argument("--served-model-name", nargs="+", metavar="NAME", help="what clients call it (default: MODEL)")
+    parser.add_argument("--host", default=DEFAULT_HOST, help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help="(default: %(default)s; 0: a free one)")
+    return parser
+
+
+def _generate_parser(commands: argparse._SubParsersAction[Parser]) -> Parser:
+    parser = commands.add_parser("generate", help="continue one prompt, without a server")
+    add_engine_flags(parser)
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--max-tokens", type=positive, default=DEFAULT_MAX_TOKENS, help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, help="0: the likeliest token (default: the model's, else 1)")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this mass")
+    parser.add_argument("--top-k", type=int, help="draw from this many tokens")
+    return parser
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 0 to 65535")
+    return int(text)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from server.serve import Address, serve
+    from server.settings import ServerSettings
+
+    logging.getLogger("saccade").setLevel(logging.INFO)
+    config = engine_config(args)
+    names = tuple(getattr(args, "served_model_name", [config.model]))
+    settings = ServerSettings(model_names=names, seed=config.seed)
+    serve(config, settings, getattr(args, "chat_template", None), Address(args.host, args.port))
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from server.offline import Sampling, generate
+
+    config = engine_config(args)
+    wanted = {name: getattr(args, name, None) for name in ("temperature", "top_p", "top_k", "seed")}
+    report = generate(config, args.prompt, Sampling(max_tokens=args.max_tokens, **wanted))
+    print(report, file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Starts an engine process and ends it; the parent's side of ``server.engine_process``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import msgspec
+
+from decoding.config import EngineConfig
+
+# OpenMP's idle threads. Left alone they spin for milliseconds and starve the HTTP process on a small machine; with
+# OMP_WAIT_POLICY=passive they sleep at once, and every small operation pays about 50 us to wake them. This many turns
+# is a few tens of microseconds: enough to bridge the gaps between the operations of one step.
+GOMP_SPINCOUNT = 20000
+EXIT_SECONDS = 2.0  # how long an engine may take to end by itself
+
+
+def engine_environment(config: EngineConfig, environment: Mapping[str, str]) -> dict[str, str]:
+    """The engine process's environment: it must be there before torch is imported."""
+    env = dict(environment)
+    if "OMP_WAIT_POLICY" not in env and "GOMP_SPINCOUNT" not in env:
+        env["GOMP_SPINCOUNT"] = str(GOMP_SPINCOUNT)
+    if config.threads is not None:
+        env["OMP_NUM_THREADS"] = str(config.threads)
+    return env
+
+
+class EngineProcess:
+    """A running engine process."""
+
+    def __init__(self, config: EngineConfig, address: str, engine: str) -> None:
+        """Start it. Must run on the main thread, since it dies with the thread that started it (see prctl(2))."""
+        command = [sys.executable, "-m", "server.engine_process"]
+        command += ["--address", address, "--parent", str(os.getpid()), "--engine", engine]
+        # a session of its own: ctrl-C in the terminal reaches the parent alone, which then ends the engine
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, env=engine_environment(config, os.environ), start_new_session=True
+        )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+            stdin.write(msgspec.msgpack.encode(config))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def wait(self) -> int:
+        """Its exit status, once it has ended."""
+        while (status := self._process.poll()) is None:
+            await asyncio.sleep(0.05)
+        return status
+
+    async def stop(self) -> None:
+        """Wait for it to end by itself, and kill it if it does not."""
+        try:
+            await asyncio.wait_for(self.wait(), EXIT_SECONDS)
+        except TimeoutError:
+            self.kill()
+            await self.wait()
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self._process.poll() is None:
+            self._process.kill()
+
+
+def describe_exit(status: int) -> str:
+    """An exit status in words."""
+    return f"it was killed by signal {-status}" if status < 0 else f"it exited with status {status}"

@@ -1,0 +1,61 @@
+"""``saccade generate``: one prompt, no server."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, fields
+
+from decoding.config import EngineConfig
+from decoding.engine import Engine
+from decoding.generation import Generation
+from decoding.request import SamplingParams
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What was asked for on the command line; None: the model's default, else the neutral one."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+
+    def params(self, defaults: dict[str, float]) -> SamplingParams:
+        """The engine's parameters; ``defaults`` are the model's."""
+        chosen = {name: int(value) if name == "top_k" else value for name, value in defaults.items()}
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return SamplingParams(**{**chosen, **{name: value for name, value in given.items() if value is not None}})
+
+
+def generate(config: EngineConfig, prompt: str, sampling: Sampling) -> str:
+    """Write the continuation of a prompt to standard output as it is made.
+
+    Returns:
+        A line that says how it went.
+
+    Raises:
+        ConfigError: the model cannot be loaded.
+        RequestError: the prompt or the sampling parameters cannot be served.
+    """
+    engine = Engine.load(config)
+    started = time.monotonic()
+    for piece in engine.stream(prompt, sampling.params(engine.info.default_sampling)):
+        if isinstance(piece, Generation):
+            sys.stdout.write("\n")
+            return report(piece, time.monotonic() - started)
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+    raise AssertionError("a stream ends with its Generation")
+
+
+def report(generation: Generation, seconds: float) -> str:
+    """Tokens, their rate, and what speculation did."""
+    tokens, stats = len(generation.token_ids), generation.speculation
+    parts = [f"{tokens} tokens in {seconds:.2f} s", f"{tokens / max(seconds, 1e-9):.1f} tokens/s"]
+    if stats.steps:
+        parts.append(f"{tokens / stats.steps:.2f} tokens/step")
+    if stats.drafted:
+        parts.append(f"{stats.accepted} of {stats.drafted} draft tokens accepted")
+    return ", ".join([*parts, f"seed {generation.seed}"])

@@ -1,0 +1,63 @@
+"""Answers of /v1/completions, whole and in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from decoding.text import Tokenizer
+from server.openai.choice_output import Delta, ScoredToken
+from server.openai.generation import Generation
+from server.openai.rendering import Head, StreamUsage, finite, token_name, usage
+
+KIND = "text_completion"
+
+
+class CompletionRenderer:
+    def __init__(self, head: Head, tokenizer: Tokenizer, generation: Generation) -> None:
+        self._head = head
+        self._tokenizer = tokenizer
+        self._generation = generation
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer to a request without ``stream``."""
+        choices = [self._choice(delta) for delta in await self._generation.collected()]
+        payload = self._head.payload(KIND, choices)
+        return {**payload, "usage": usage(self._generation)}
+
+    async def chunks(self, stream_usage: StreamUsage) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a streamed answer."""
+        async with aclosing(self._generation.deltas()) as deltas:
+            async for delta in deltas:
+                yield stream_usage.attach(self._head.payload(KIND, [self._choice(delta)]), self._generation)
+        if stream_usage.final:
+            yield {**self._head.payload(KIND, []), "usage": usage(self._generation)}
+
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        return {
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": None if delta.scored is None else completion_logprobs(self._tokenizer, delta.scored),
+            "finish_reason": delta.finish_reason,
+        }
+
+
+def completion_logprobs(tokenizer: Tokenizer, scored: Sequence[ScoredToken]) -> dict[str, Any]:
+    """The endpoint's four parallel lists. The chosen token is always in its ``top_logprobs``, with the same value."""
+    return {
+        "tokens": [token_name(tokenizer, token.token_id) for token in scored],
+        "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in scored],
+        "top_logprobs": [_top(tokenizer, token) for token in scored],
+        "text_offset": [token.offset for token in scored],
+    }
+
+
+def _top(tokenizer: Tokenizer, token: ScoredToken) -> dict[str, float] | None:
+    if token.logprob is None:
+        return None
+    top: dict[str, float] = {}
+    for other, logprob in token.top:
+        top.setdefault(token_name(tokenizer, other), finite(logprob))
+    top[token_name(tokenizer, token.token_id)] = finite(token.logprob)
+    return top

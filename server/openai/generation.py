@@ -1,0 +1,185 @@
+"""A request on its way through the engine: all its prompts and choices, as one stream of deltas, with its account."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from decoding.messages import SpeculationStats, TokenEvent, TokenLogprobs
+from decoding.request import GenerateRequest
+from decoding.text import Tokenizer
+from server.engine_client import EngineClient
+from server.errors import GenerationError
+from server.openai.choice_output import ChoiceOutput, Delta, OutputOptions, ScoredToken, concatenated, score_prompt
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One prompt: what the engine gets, and its text for echo."""
+
+    request: GenerateRequest
+    text: str = ""
+
+
+class Generation:
+    """Runs all prompts of one HTTP request. Choice ``j`` of prompt ``i`` has the index ``i * n + j``.
+
+    Args:
+        on_first: called when the first token has come.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        prompts: Sequence[PromptRequest],
+        options: OutputOptions,
+        on_first: Callable[[], None],
+    ) -> None:
+        self._on_first = on_first
+        self._runs = [
+            _PromptRun(client, tokenizer, prompt, options, place * prompt.request.params.n)
+            for place, prompt in enumerate(prompts)
+        ]
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """What the choices gain, as it comes; each one's last delta has its finish reason.
+
+        Closing the generator cancels what still runs.
+
+        Raises:
+            RequestError, UnavailableError, EngineDeadError, GenerationError: the first that any prompt meets.
+        """
+        if len(self._runs) == 1:
+            source = self._runs[0].deltas()
+        else:
+            source = _merge([run.deltas() for run in self._runs])
+        async with aclosing(source) as deltas:
+            first = True
+            async for delta in deltas:
+                if first:
+                    self._on_first()
+                    first = False
+                if not delta.empty:
+                    yield delta
+
+    async def collected(self) -> list[Delta]:
+        """Each choice's whole output, in order; raises as ``deltas`` does."""
+        parts: dict[int, list[Delta]] = {}
+        async with aclosing(self.deltas()) as deltas:
+            async for delta in deltas:
+                parts.setdefault(delta.index, []).append(delta)
+        return [concatenated(parts[index]) for index in sorted(parts)]
+
+    @property
+    def choices(self) -> list[ChoiceOutput]:
+        return [choice for run in self._runs for choice in run.choices]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(run.prompt_tokens for run in self._runs)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens from the prefix cache; choices of one prompt share its tokens, so its first one counts."""
+        return sum(run.choices[0].cached_tokens for run in self._runs)
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.returned for choice in self.choices)
+
+    def speculation(self) -> SpeculationStats | None:
+        """The account of all choices; None until the first of them has ended."""
+        ended = [choice.speculation for choice in self.choices if choice.speculation is not None]
+        return _total(ended) if ended else None
+
+
+class _PromptRun:
+    def __init__(
+        self, client: EngineClient, tokenizer: Tokenizer, prompt: PromptRequest, options: OutputOptions, first: int
+    ) -> None:
+        self._client = client
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._options = options
+        self._echoed: set[int] = set()
+        count = prompt.request.params.n
+        self.choices = [ChoiceOutput(first + j, tokenizer, prompt.request, options) for j in range(count)]
+        self.prompt_tokens = len(prompt.request.prompt_ids)
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        waiting: list[TokenEvent] = []  # for the prompt's logprobs, which come with the first choice
+        scores: tuple[ScoredToken, ...] | None = None
+        unscored = self._prompt.request.params.prompt_logprobs is not None
+        async with aclosing(self._client.generate(self._prompt.request)) as events:
+            async for event in events:
+                if unscored and event.prompt_logprobs is None and event.finish_reason != "error":
+                    waiting.append(event)
+                    continue
+                if unscored and event.prompt_logprobs is not None:
+                    scores, unscored = await self._score(event.prompt_logprobs), False
+                for each in (event, *waiting):
+                    yield self._take(each, scores)
+                waiting.clear()
+        if waiting:
+            raise GenerationError("The engine did not score the prompt.")
+
+    async def _score(self, logprobs: tuple[TokenLogprobs | None, ...]) -> tuple[ScoredToken, ...]:
+        return await asyncio.to_thread(score_prompt, self._tokenizer, self._prompt.request.prompt_ids, logprobs)
+
+    def _take(self, event: TokenEvent, scores: tuple[ScoredToken, ...] | None) -> Delta:
+        choice = self.choices[event.choice]
+        deltas = []
+        if self._options.echo and event.choice not in self._echoed and event.finish_reason != "error":
+            self._echoed.add(event.choice)
+            deltas.append(choice.echo(self._prompt.text, scores))
+        finished_before = choice.finished
+        deltas.append(choice.take(event))
+        if choice.finished and not finished_before and event.finish_reason is None:
+            self._client.cancel(event.request_id, event.choice)  # a stop string: the engine need not go on
+        return concatenated(deltas)  # the echoed prompt goes out with the first token
+
+
+async def _merge(sources: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+    """Deltas of several prompts as they come. When one fails or the consumer leaves, the others are closed."""
+    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue(maxsize=2 * len(sources))
+
+    async def pump(source: AsyncGenerator[Delta, None]) -> None:
+        try:
+            async with aclosing(source):
+                async for delta in source:
+                    await queue.put(delta)
+            await queue.put(None)
+        except Exception as error:  # noqa: BLE001 - carried over to the consumer, which raises it
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(pump(source)) for source in sources]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _total(parts: Sequence[SpeculationStats]) -> SpeculationStats:
+    by_drafter = {}
+    for name in dict.fromkeys(name for part in parts for name in part.by_drafter):
+        found = [part.by_drafter[name] for part in parts if name in part.by_drafter]
+        by_drafter[name] = type(found[0])(sum(s.drafted for s in found), sum(s.accepted for s in found))
+    return SpeculationStats(
+        steps=sum(part.steps for part in parts),
+        drafted=sum(part.drafted for part in parts),
+        accepted=sum(part.accepted for part in parts),
+        by_drafter=by_drafter,
+    )

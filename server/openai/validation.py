@@ -1,0 +1,124 @@
+"""From a JSON object to validated fields, or one RequestError that names the field and says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from decoding.errors import RequestError, nearest
+from server.openai.fields import SpeculationFields, StreamOptions
+
+# Fields without an effect on the answer: accepted, so that clients which always send them work.
+IGNORED = frozenset(
+    {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"}
+    | {"prompt_cache_retention", "parallel_tool_calls"}
+)
+
+# Fields that would change the answer and that this server does not have, with the values that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "detokenize": (True,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "modalities": (["text"],),
+    "mm_processor_kwargs": (),
+    "moderation": (),
+    "prediction": (),
+    "priority": (0,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (-1,),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+}
+
+_NESTED: dict[str, type[BaseModel]] = {"stream_options": StreamOptions, "speculation": SpeculationFields}
+_UNION_TAGS = frozenset({"switch", "limits"})
+_MAX_NAME_CHARS = 60
+
+F = TypeVar("F", bound=BaseModel)
+
+
+def parse_fields(body: dict[str, Any], model: type[F]) -> F:
+    """The fields of a request body.
+
+    Raises:
+        RequestError: for the first field at fault.
+    """
+    known: dict[str, Any] = {}
+    for name, value in body.items():
+        if name in model.model_fields:
+            known[name] = value
+        elif name not in IGNORED:
+            _check_unsupported(name, value, model.model_fields)
+    try:
+        return model.model_validate(known)
+    except ValidationError as error:
+        # no input in it: it could be large, and it is the client's
+        raise _request_error(error.errors(include_url=False, include_input=False, include_context=True)[0]) from None
+
+
+def _check_unsupported(name: str, value: Any, valid: Iterable[str]) -> None:
+    if name not in UNSUPPORTED:
+        raise _unknown(name, valid)
+    if value is not None and not any(
+        type(value) is type(neutral) and value == neutral for neutral in UNSUPPORTED[name]
+    ):
+        raise RequestError(
+            f"This server does not support {name}; leave it out.", param=name, code="unsupported_parameter"
+        )
+
+
+def _unknown(name: str, valid: Iterable[str], inside: str = "") -> RequestError:
+    shown = name if len(name) <= _MAX_NAME_CHARS else name[:_MAX_NAME_CHARS] + "…"
+    param = f"{inside}.{shown}" if inside else shown
+    return RequestError(
+        f"Unknown field {param!r}: {nearest(name[:200], sorted(valid))}.", param=param, code="unknown_parameter"
+    )
+
+
+def _request_error(details: ErrorDetails) -> RequestError:
+    place = [str(part) for part in details["loc"] if part not in _UNION_TAGS]
+    param = ".".join(place)
+    kind = details["type"]
+    if kind == "missing":
+        return RequestError(f"The field {param} is missing.", param=param, code="missing_required_parameter")
+    if kind == "extra_forbidden":
+        return _unknown_nested(place)
+    if kind == "literal_error" and place[-1] == "type":
+        message = f"{param}: this model reads text only, so the content's type must be 'text'."
+        return RequestError(message, param=param, code="unsupported_value")
+    return RequestError(f"{param}: {details['msg']}.", param=param)
+
+
+def _unknown_nested(place: list[str]) -> RequestError:
+    parent, name = ".".join(place[:-1]), place[-1]
+    if parent in _NESTED:
+        return _unknown(name, _NESTED[parent].model_fields, inside=parent)
+    shown = name[:_MAX_NAME_CHARS]
+    param = f"{parent}.{shown}"
+    return RequestError(f"{param}: this field is not supported here.", param=param, code="unknown_parameter")

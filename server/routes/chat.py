@@ -1,0 +1,68 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from fastapi import APIRouter, Request, Response
+
+from decoding.errors import RequestError
+from decoding.request import GenerateRequest
+from server.api import Api, output_options
+from server.engine_client import check_ready
+from server.openai.chat import ChatRenderer
+from server.openai.chat_schema import ChatFields
+from server.openai.generation import PromptRequest
+from server.openai.json_body import read_json
+from server.openai.rendering import Head
+from server.openai.validation import parse_fields
+
+
+def chat_router(api: Api) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def create_chat_completion(request: Request) -> Response:
+        arrived = time.monotonic()
+        fields = parse_fields(await read_json(request, api.settings.max_body_bytes), ChatFields)
+        fields.check_combinations()
+        head = Head(api.model_name(fields.model), fields.resolved_seed(api.settings.seed), "chatcmpl")
+        check_ready(api.client.state)
+        prompt = await asyncio.to_thread(prepare_conversation, api, fields, head)
+        generation = api.generation([prompt], output_options(fields), arrived)
+        renderer = ChatRenderer(head, api.tokenizer, generation, fields.top_logprobs or 0)
+        return await api.answer(request, renderer, fields)
+
+    return router
+
+
+def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> PromptRequest:
+    """Render, tokenize and check the messages; runs in a worker thread.
+
+    Raises:
+        RequestError: naming the field at fault; what is wrong with the prompt is wrong with the messages.
+    """
+    try:
+        return PromptRequest(_request(api, fields, head))
+    except RequestError as error:
+        if error.param != "prompt":
+            raise
+        raise RequestError(error.message, param="messages", code=error.code) from None
+
+
+def _request(api: Api, fields: ChatFields, head: Head) -> GenerateRequest:
+    info = api.client.info
+    messages = [message.for_template() for message in fields.messages]
+    text = api.tokenizer.render_chat(messages, add_generation_prompt=fields.add_generation_prompt is not False)
+    api.check_length(text)
+    ids = tuple(api.tokenizer.encode(text, add_special_tokens=False))  # the template wrote those there are
+    params = fields.sampling_params(
+        info.default_sampling,
+        max_tokens=fields.token_limit(info.max_model_len - len(ids)),
+        seed=head.seed,
+        logprobs=fields.scored,
+    )
+    request = GenerateRequest(f"{head.id}-0", ids, params, fields.speculation_params(), fields.cache_salt or "")
+    request.validate(info.vocab_size, info.max_model_len, info.drafters)
+    return request

@@ -1,0 +1,19 @@
+"""The HTTP side's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from server.openai.sse import PING_SECONDS
+
+MAX_BODY_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What the HTTP process must know beside the engine's configuration."""
+
+    model_names: tuple[str, ...]  # that clients may ask for; the first is the one that answers name
+    seed: int | None = None  # of requests that bring none; None: a random one each
+    max_body_bytes: int = MAX_BODY_BYTES
+    ping_seconds: float = PING_SECONDS

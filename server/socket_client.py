@@ -1,0 +1,97 @@
+"""An engine in a process of its own, over ZeroMQ on a Unix socket that no other user can reach."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from decoding.config import EngineConfig
+from decoding.errors import ConfigError
+from decoding.messages import FromEngine, LoadFailed, Shutdown, ToEngine
+from server.engine_client import RoutedEngineClient
+from server.engine_driver import ENGINE
+from server.engine_launch import EngineProcess, describe_exit
+
+_DRAIN_SECONDS = 0.1  # for what a dead engine had sent before
+
+
+class SocketEngineClient(RoutedEngineClient):
+    """One engine process, from its start to its end; it is not started twice (see Supervisor)."""
+
+    def __init__(self, config: EngineConfig, *, engine: str = ENGINE) -> None:
+        super().__init__()
+        self._config = config
+        self._engine = engine
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket = self._context.socket(zmq.PAIR)
+        self._directory: str | None = None
+        self._process: EngineProcess | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._load_failure: str | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process id."""
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        self._process = EngineProcess(self._config, self._bind(), self._engine)
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch(self._process))]
+        await self._wait_loaded()
+        if self._state != "ready":
+            await self.close()
+            raise ConfigError(self._load_failure or "The engine process ended while it loaded; its log is above.")
+
+    async def close(self) -> None:
+        if self._socket.closed:
+            return
+        if self._process is not None:
+            if self._state == "ready":
+                self._send(Shutdown())
+            else:
+                self._process.kill()
+            await self._process.stop()
+        self._die("The server is shutting down; the request was not finished.")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._context.destroy(linger=0)
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _bind(self) -> str:
+        self._directory = tempfile.mkdtemp(prefix="saccade-")  # mode 0700
+        address = f"ipc://{self._directory}/engine"
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"cannot open the socket {address}: {error}; point TMPDIR to a short path") from error
+        return address
+
+    def _send(self, message: ToEngine) -> None:
+        sent = asyncio.ensure_future(self._socket.send(self._encoder.encode(message), flags=zmq.NOBLOCK))
+        # it fails when the engine is gone: _watch tells every request, so there is nothing to do here
+        sent.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def _read(self) -> None:
+        while True:
+            message = self._decoder.decode(await self._socket.recv())
+            if isinstance(message, LoadFailed):
+                self._load_failure = message.message
+                self._die(message.message)
+            else:
+                self._receive(message)
+
+    async def _watch(self, process: EngineProcess) -> None:
+        status = await process.wait()
+        await asyncio.sleep(_DRAIN_SECONDS)
+        self._die(f"The engine ended ({describe_exit(status)}); the request was not finished and can be sent again.")
