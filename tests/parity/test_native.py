@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from models import kernels
 from models.attention import AttentionSpec
 from models.attention.reference import attend
 from models.batch import RaggedBatch
 from models.decoder import Decoder
 from models.families import NATIVE_FAMILIES
+from models.layers.linear import packs
 from models.layers.ops import TorchOps
 from models.loader import Checkpoint, fill, load_model, read_config
 from tests.paged import PagedRun, greedy, greedy_rows
@@ -42,9 +46,10 @@ def native(folder: Path, **options: Any) -> Decoder:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_agree_with_transformers(folders: dict[str, Path], variant: str) -> None:
-    prompt = random_prompt(300)
-    (logits,) = PagedRun(native(folders[variant])).extend([prompt])
+@pytest.mark.parametrize("ops", [None, TorchOps()], ids=["auto", "torch"])
+def test_logits_agree_with_transformers(folders: dict[str, Path], variant: str, ops: TorchOps | None) -> None:
+    prompt, attention = random_prompt(300), "reference" if ops else "auto"
+    (logits,) = PagedRun(native(folders[variant], ops=ops, attention=attention)).extend([prompt])
     expected = reference_logits(folders[variant], prompt)
     assert expected.std() > 0.5  # the comparison below is about something
     assert (logits - expected).abs().max() < TOLERANCE
@@ -66,17 +71,39 @@ def test_greedy_text_is_that_of_transformers(folders: dict[str, Path], variant: 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_tree_node_has_the_logits_of_its_path(folders: dict[str, Path], variant: str) -> None:
     model = native(folders[variant], dtype="float64")
-    context, tokens = random_prompt(37), random_prompt(64, seed=1)
-    parents = [-1] + [max(0, node - 1 - (node * 7) % 5) for node in range(1, 64)]
+    for in_tree, plain in tree_and_paths(model, random_prompt(37)):
+        torch.testing.assert_close(in_tree, plain, rtol=0, atol=1e-9)
+
+
+def tree_and_paths(model: Decoder, context: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [depth, V] of every root-to-leaf path of a random tree of 64 nodes: within the tree, and run plainly."""
+    chance = random.Random(0)
+    tokens, parents = (
+        random_prompt(64, seed=1),
+        [-1] + [chance.randrange(max(0, node - 9), node) for node in range(1, 64)],
+    )
     run = PagedRun(model)
     run.extend([context])
     logits = run.tree(0, tokens, parents)
-    for leaf in [node for node in range(64) if node not in parents]:
+    for leaf in set(range(64)) - set(parents):
         path = [leaf]
         while parents[path[0]] >= 0:
             path.insert(0, parents[path[0]])
         plain = PagedRun(model).extend([context + [tokens[node] for node in path]])[0]
-        torch.testing.assert_close(logits[path], plain[len(context) :], rtol=0, atol=1e-9)
+        yield logits[path], plain[len(context) :]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("variant", ["llama-tied-biased", "mistral", "qwen3-sliding"])
+def test_on_a_cpu_chunks_and_trees_do_not_change_a_bit(folders: dict[str, Path], variant: str, dtype: str) -> None:
+    model, prompt = native(folders[variant], dtype=dtype), random_prompt(90)
+    if not (packs(model.device, model.dtype) and kernels.serves(model.device, model.dtype)):
+        pytest.skip("neither packed linears nor compiled kernels here: equal up to rounding only")
+    (whole,) = PagedRun(model).extend([prompt])
+    for chunk in (1, 5, 16, 33):
+        assert torch.equal(PagedRun(model).extend([prompt], chunk)[0], whole)
+    for in_tree, plain in tree_and_paths(model, prompt[:37]):
+        assert torch.equal(in_tree, plain)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
