@@ -23,6 +23,7 @@ class ChosenTrees:
 
     trees: Trees  # [S, N]
     counts: list[int]  # nodes per row, root included
+    deepest: int  # no node is deeper (host)
 
 
 class StaticPlanner:
@@ -58,14 +59,15 @@ class StaticPlanner:
 
     def choose(self, plan: Plan, proposals: list[Trees], quota: Quota, device: torch.device) -> ChosenTrees:
         """Merge the drafters' trees and keep the most probable nodes within the quota."""
-        if not proposals:
-            roots = torch.tensor([int(row.sequence.tokens[-1]) for row in plan.deciding], device=device)
-            return ChosenTrees(roots_only(roots), [1] * len(plan.deciding))
+        if not proposals or not plan.deciding:
+            last = [int(row.sequence.tokens[-1]) for row in plan.deciding]
+            roots = torch.tensor(last, dtype=torch.int64, device=device)
+            return ChosenTrees(roots_only(roots), [1] * len(plan.deciding), 0)
         nodes = torch.tensor([row.nodes for row in quota.rows], device=device)
         depth = torch.tensor([row.depth for row in quota.rows], device=device)
         trees = best_nodes(merge(proposals), nodes, depth, 1 + quota.nodes, self._min_probability)
         counts = (1 + is_node(trees).sum(dim=1)).tolist()
-        return ChosenTrees(trees.narrow(max(counts)), counts)
+        return ChosenTrees(trees.narrow(max(counts)), counts, min(quota.depth, max(counts) - 1))
 
     def _row_quota(self, row: PlannedRow, share: int) -> RowQuota:
         wish, sequence = row.sequence.speculation, row.sequence

@@ -107,7 +107,7 @@ class Counts:
 
 def count(sequences: list[Sequence], table: SamplingTable, vocab_size: int, device: torch.device) -> Counts:
     """The counts of ``sequences`` now."""
-    generated = torch.tensor([s.generated for s in sequences], device=device)
+    generated = torch.tensor([s.generated for s in sequences], dtype=torch.int64, device=device)
     if not table.penalised:
         return Counts(generated, None, None)
     output = torch.zeros(len(sequences), vocab_size)

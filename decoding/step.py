@@ -68,7 +68,7 @@ class Stepper:
         logits = self.target.logits(out.hidden[batch.wanted])  # at the tree's nodes
         self.forward_seconds += time.perf_counter() - forward
 
-        verdict = verify(self.rule, chosen.trees, nodes, logits, sampling, quota.depth)  # accepted path + bonus
+        verdict = verify(self.rule, chosen.trees, nodes, logits, sampling, chosen.deepest)  # accepted path + bonus
         self.cache.commit(batch, nodes, verdict)  # keep the accepted path's K/V
         self.drafters.observe(batch, nodes, out, verdict)
         events = self.committer.commit(plan, chosen, nodes, verdict, logits, out)  # append, stop, finish, free

@@ -131,7 +131,8 @@ class DraftModelDrafter:
         chains, drafting = self._catch_up(plan, active)
         if not chains:
             return None
-        roots = torch.tensor([int(plan.deciding[i].sequence.tokens[-1]) for i in drafting], device=self._model.device)
+        last = [int(plan.deciding[i].sequence.tokens[-1]) for i in drafting]
+        roots = torch.tensor(last, dtype=torch.int64, device=self._model.device)
         trees = roots_only(roots)
         batch, _ = build(chains, trees, ancestor_masks(trees.parents), [1] * len(drafting))
         hidden = self._model.forward(batch, self._cache).hidden
