@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from models.families import supports_natively
 from models.layers.ops import load_ops
 from models.loader import CheckpointError, generation_config, load_model, read_config, resolve
+from models.transformers_model import TransformersModel
 from tests.paged import PagedRun
 from tests.parity.tiny import random_prompt, save_tiny
 
@@ -297,6 +299,14 @@ def test_a_local_folder_resolves_to_itself(llama: Path) -> None:
 )
 def test_what_runs_natively(llama: Path, change: dict[str, Any], native: bool) -> None:
     assert supports_natively({**read_config(llama), **change}) is native
+
+
+def test_other_families_run_through_transformers(tmp_path: Path) -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 99, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert isinstance(model, TransformersModel)
+    assert (model.vocab_size, model.max_model_len) == (99, 64)
 
 
 def test_layer_operations_are_chosen_by_name() -> None:
