@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Literal, Protocol
 
-from decoding.errors import EngineDeadError
+from decoding.errors import EngineDeadError, SaccadeError
 from decoding.messages import Cancel, EngineInfo, EngineStats, Ready, Rejected, StepOutput, Submit, ToEngine, TokenEvent
 from decoding.request import GenerateRequest
 from server.errors import UnavailableError
@@ -54,7 +54,7 @@ class EngineClient(Protocol):
         ...
 
     async def close(self) -> None:
-        """End the engine; requests in flight fail with EngineDeadError. Can be called twice."""
+        """End the engine; requests in flight fail with UnavailableError. Can be called twice."""
         ...
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
@@ -168,8 +168,15 @@ class RoutedEngineClient(ABC):
         await self._loaded.wait()
 
     def _die(self, reason: str) -> None:
-        """Fail every request in flight, once, and take no more."""
+        """The engine has ended: fail every request in flight, and take no more."""
+        self._end(lambda: EngineDeadError(reason))
+
+    def _close_down(self) -> None:
+        """The engine is being ended: as ``_die``, with another reason."""
+        self._end(lambda: UnavailableError("The server shut down before the request was finished.", code="draining"))
+
+    def _end(self, make_error: Callable[[], SaccadeError]) -> None:
         self._state = "dead"
-        self._router.fail_all(reason)
+        self._router.fail_all(make_error)
         self._loaded.set()
         self._dead.set()

@@ -7,10 +7,10 @@ A stream holds what its consumer has not taken yet. It needs no bound of its own
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from decoding.errors import EngineDeadError, RequestError
+from decoding.errors import RequestError, SaccadeError
 from decoding.messages import Rejected, TokenEvent
 from decoding.request import GenerateRequest
 
@@ -103,9 +103,10 @@ class EventRouter:
         if stream is not None:
             stream.fail(RequestError(rejected.message, param=rejected.param, code=rejected.code))
 
-    def fail_all(self, reason: str) -> None:
+    def fail_all(self, make_error: Callable[[], SaccadeError]) -> None:
+        """Fail every request, each with an error of its own."""
         for stream in self._streams.values():
-            stream.fail(EngineDeadError(reason))
+            stream.fail(make_error())
 
 
 def merge_by_choice(events: list[TokenEvent]) -> list[TokenEvent]:

@@ -38,10 +38,10 @@ class InProcessEngineClient(RoutedEngineClient):
             raise self._load_error or ConfigError("The engine's thread ended while it loaded; its log is above.")
 
     async def close(self) -> None:
+        self._close_down()
         self._inbox.put(Shutdown())
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
-        self._die("The engine was closed; the request was not finished.")
 
     def _send(self, message: ToEngine) -> None:
         self._inbox.put(message)

@@ -52,13 +52,14 @@ class SocketEngineClient(RoutedEngineClient):
     async def close(self) -> None:
         if self._socket.closed:
             return
+        was_ready = self._state == "ready"
+        self._close_down()
         if self._process is not None:
-            if self._state == "ready":
+            if was_ready:
                 self._send(Shutdown())
             else:
                 self._process.kill()
             await self._process.stop()
-        self._die("The server is shutting down; the request was not finished.")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
