@@ -58,7 +58,7 @@ class FakeEngineClient:
         self._script = script
         self._state: EngineState = state
         self._dead = asyncio.Event()
-        self._open = 0
+        self._cuts: dict[str, set[int | None]] = {}  # choices cancelled, of each request in flight
         self.requests: list[GenerateRequest] = []
         self.cancelled: list[tuple[str, int | None]] = []
 
@@ -92,15 +92,17 @@ class FakeEngineClient:
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         self.cancelled.append((request_id, choice))
+        if request_id in self._cuts:
+            self._cuts[request_id].add(choice)
 
     def stats(self) -> EngineStats:
-        return EngineStats(running=self._open, pages_total=100, pages_free=100 - self._open)
+        return EngineStats(running=len(self._cuts), pages_total=100, pages_free=100 - len(self._cuts))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         check_ready(self._state)
         request.validate(self._info.vocab_size, self._info.max_model_len, self._info.drafters)
         self.requests.append(request)
-        self._open += 1
+        self._cuts[request.request_id] = set()
         open_choices = set(range(request.params.n))
         try:
             for line in self._script(request):
@@ -116,7 +118,7 @@ class FakeEngineClient:
                         open_choices.discard(line.choice)
                     yield event
         finally:
-            self._open -= 1
+            del self._cuts[request.request_id]
             if open_choices:
                 self.cancel(request.request_id)
 
@@ -127,7 +129,6 @@ class FakeEngineClient:
 
     def _or_cancelled(self, event: TokenEvent) -> TokenEvent:
         """The event, or the terminal one that a cancelled choice gets in its place."""
-        ends = {(event.request_id, None), (event.request_id, event.choice)}
-        if not ends.intersection(self.cancelled):
+        if not self._cuts[event.request_id] & {None, event.choice}:
             return event
         return replace(event, token_ids=(), logprobs=None, finish_reason="cancelled", stop_token=None)
