@@ -65,8 +65,8 @@ class Committer:
         events = []
         for index, row in enumerate(plan.deciding):
             sequence, count = row.sequence, accepted[index]
-            sequence.cached = row.end + count
             kept, reason = self._append(sequence, tokens[index][: count + 1])
+            sequence.cached = min(row.end + count, sequence.length)  # the text may end within the accepted path
             self._account(sequence, source[index][: chosen.counts[index]], path[index][: min(count, kept)], kept)
             events.append(self._event(sequence, kept, reason, logprobs.get(index)))
             self._settle(sequence, reason)

@@ -47,6 +47,8 @@ class Engine:
         self._stepper = stepper
         self._sequences: dict[SequenceId, Sequence] = {}
         self._numbers = itertools.count()
+        self._local: dict[str, GenerationBuilder] = {}  # requests of generate and stream
+        self._undelivered: list[TokenEvent] = []  # of submitted requests, made while generate or stream stepped
 
     @classmethod
     def load(cls, model: str | EngineConfig, **settings: Any) -> Engine:
@@ -68,7 +70,7 @@ class Engine:
             RequestError: a request that cannot be served; nothing is queued.
         """
         request.validate(self.info.vocab_size, self.info.max_model_len, self.info.drafters)
-        if (request.request_id, 0) in self._sequences:
+        if request.request_id in self._open_requests():
             raise RequestError(f"there is already a request {request.request_id!r}.", param="request_id")
         pages = pages_for(len(request.prompt_ids) + request.params.max_tokens)
         total = self._stepper.cache.prefixes.pool.num_pages
@@ -90,20 +92,30 @@ class Engine:
     def cancel(self, request_id: str, choice: int | None = None) -> list[TokenEvent]:
         """End a request, or one choice of it; the terminal events. Nothing happens for one that has ended."""
         wanted = [s for s in self._sequences.values() if s.id[0] == request_id and choice in (None, s.choice)]
-        return [self._ended(self._stepper.committer.end(sequence, "cancelled")) for sequence in wanted]
+        events = [self._stepper.committer.end(sequence, "cancelled") for sequence in wanted]
+        self._deliver(events)
+        return events
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._sequences or self._undelivered)
 
     def step(self) -> list[TokenEvent]:
-        """One forward pass over whatever is to be done; the tokens that came out."""
-        return [self._ended(event) for event in self._stepper.step()]
+        """One forward pass over whatever is to be done; the tokens that came out for submitted requests."""
+        waiting, self._undelivered = self._undelivered, []
+        return waiting + self._deliver(self._stepper.step())
 
-    def _ended(self, event: TokenEvent) -> TokenEvent:
-        if event.finish_reason is not None:
-            del self._sequences[event.request_id, event.choice]
-        return event
+    def _deliver(self, events: list[TokenEvent]) -> list[TokenEvent]:
+        """Hand the events of ``generate`` and ``stream`` to their builders; the others."""
+        submitted = []
+        for event in events:
+            if event.finish_reason is not None:
+                del self._sequences[event.request_id, event.choice]
+            if event.request_id in self._local:
+                self._local[event.request_id].add(event, self.cancel)
+            else:
+                submitted.append(event)
+        return submitted
 
     # in-process use --------------------------------------------------------------------------------------------------
 
@@ -121,12 +133,16 @@ class Engine:
             RequestError: a prompt or parameter that cannot be served.
         """
         several = not isinstance(prompts, str) and bool(prompts) and not isinstance(prompts[0], int)
-        builders = [self._start(prompt, params, speculation, stop) for prompt in (prompts if several else [prompts])]
-        by_request = {builder.request.request_id: builder for builder in builders}
-        while any(builder.request.request_id in self._open_requests() for builder in builders):
-            for event in self.step():
-                by_request[event.request_id].add(event, self.cancel)
-        return [generation for builder in builders for generation in builder.generations()]
+        builders: list[GenerationBuilder] = []
+        try:
+            for prompt in prompts if several else [prompts]:
+                builders.append(self._start(prompt, params, speculation, stop))
+            while any(builder.is_open for builder in builders):
+                self._undelivered += self._deliver(self._stepper.step())
+            return [generation for builder in builders for generation in builder.generations()]
+        finally:
+            for builder in builders:
+                self._leave(builder)
 
     def stream(
         self,
@@ -139,12 +155,14 @@ class Engine:
         """Complete one prompt: pieces of text of choice 0 as they are made, at last its Generation."""
         builder = self._start(prompt, dataclasses.replace(params or SamplingParams(), n=1), speculation, stop)
         try:
-            while builder.request.request_id in self._open_requests():
-                for event in self.step():
-                    yield from builder.add(event, self.cancel)
+            while builder.deltas or builder.is_open:
+                if builder.deltas:
+                    yield builder.deltas.popleft()
+                else:
+                    self._undelivered += self._deliver(self._stepper.step())
             yield builder.generations()[0]
         finally:
-            self.cancel(builder.request.request_id)
+            self._leave(builder)
 
     def _start(
         self, prompt: Any, params: SamplingParams | None, speculation: SpeculationParams | None, stop: Many[str]
@@ -153,8 +171,14 @@ class Engine:
         request = GenerateRequest(
             f"local-{next(self._numbers)}", tuple(ids), params or SamplingParams(), speculation or SpeculationParams()
         )
+        builder = GenerationBuilder(request, self.tokenizer, tuple(stop))
         self.submit(request)
-        return GenerationBuilder(request, self.tokenizer, tuple(stop))
+        self._local[request.request_id] = builder
+        return builder
+
+    def _leave(self, builder: GenerationBuilder) -> None:
+        self.cancel(builder.request.request_id)
+        del self._local[builder.request.request_id]
 
     def _open_requests(self) -> set[str]:
         return {request_id for request_id, _ in self._sequences}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,29 +47,35 @@ class GenerationBuilder:
         self._tokens: list[list[int]] = [[] for _ in self._choices]
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in self._choices]
         self._prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+        self.deltas: deque[TextDelta] = deque()  # new text of all choices, for whoever streams
 
-    def add(self, event: TokenEvent, cancel: Callable[[str, int], Any]) -> list[TextDelta]:
-        """Take in an event; a stop string that it completes ends the choice. Returns the new text."""
+    @property
+    def is_open(self) -> bool:
+        """A choice has not ended yet."""
+        return any(choice.last is None for choice in self._choices)
+
+    def add(self, event: TokenEvent, cancel: Callable[[str, int], Any]) -> None:
+        """Take in an event; a stop string that it completes ends the choice by ``cancel``, whose event comes here."""
         choice = self._choices[event.choice]
+        if event.finish_reason is not None:
+            choice.last = event
         if choice.stopped:
-            return []
+            return
         if event.seed is not None:
             choice.seed, choice.cached_tokens = event.seed, event.cached_tokens
         self._prompt_logprobs = event.prompt_logprobs or self._prompt_logprobs
         self._tokens[event.choice].extend(event.token_ids)
         self._logprobs[event.choice].extend(event.logprobs or ())
         deltas = [choice.stream.push(event.token_ids)]
-        if event.finish_reason is not None:
-            choice.last = event
-            if not deltas[0].stopped:
-                deltas.append(choice.stream.finish())
+        if event.finish_reason is not None and not deltas[0].stopped:
+            deltas.append(choice.stream.finish())
         for delta in deltas:
             choice.text += delta.text
             choice.kept = delta.token_count
             choice.stopped = choice.stopped or delta.stopped
+        self.deltas.extend(delta for delta in deltas if delta.text)
         if choice.stopped and event.finish_reason is None:
-            (choice.last,) = cancel(self.request.request_id, event.choice)
-        return [delta for delta in deltas if delta.text]
+            cancel(self.request.request_id, event.choice)
 
     def generations(self) -> list[Generation]:
         """The finished choices, in order."""

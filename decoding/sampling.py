@@ -49,21 +49,21 @@ def make_table(
     def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
-    ks = [p.top_k if p.top_k > 0 else vocab_size for p in params]
-    filtered = tuple(
-        i
-        for i, (p, k) in enumerate(zip(params, ks, strict=True))
-        if not greedy[i] and (k < vocab_size or p.top_p < 1 or p.min_p > 0)
-    )
+    # the argmax passes every filter, so greedy sequences have none
+    filters = [
+        (vocab_size, 1.0, 0.0) if g else (p.top_k if p.top_k > 0 else vocab_size, p.top_p, p.min_p)
+        for p, g in zip(params, greedy, strict=True)
+    ]
+    filtered = tuple(i for i, (k, top_p, min_p) in enumerate(filters) if k < vocab_size or top_p < 1 or min_p > 0)
     penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
     repetition, presence, frequency = column(penalties).view(-1, 3, 1).unbind(1)  # type: ignore[arg-type]
     return SamplingTable(
         temperature=column([1.0 if g else p.temperature for p, g in zip(params, greedy, strict=True)]),
         first_noise=column(first_noise, torch.int64),
         filters=Filters(
-            top_k=column(ks, torch.int64),
-            top_p=column([p.top_p for p in params], torch.float64),
-            min_p=column([p.min_p for p in params], torch.float64),
+            top_k=column([k for k, _, _ in filters], torch.int64),
+            top_p=column([top_p for _, top_p, _ in filters], torch.float64),
+            min_p=column([min_p for _, _, min_p in filters], torch.float64),
         ),
         all_greedy=all(greedy),
         filtered=filtered,

@@ -15,6 +15,10 @@ from torch import Tensor
 from models.batch import MAX_TREE
 
 NO_PARENT = -1  # parent of the root and of padding
+# The most that a node's confidence counts for: below 1 by more than the rounding of a product of 64 float32 factors,
+# so that a node's path is always less probable than its parent's.
+CERTAIN = 1 - 2.0**-16
+IMPOSSIBLE = 1e-30  # path probability; float32 products above it have lost no precision
 
 
 @dataclass(frozen=True)
@@ -109,11 +113,13 @@ def mask_depths(masks: Tensor) -> Tensor:
 def path_confidence(trees: Trees) -> Tensor:
     """[R, N] probability that a node is reached: the product of confidences along its path. 0 for padding.
 
-    Siblings whose confidences sum to more than 1 (two drafters can both be sure) are divided by the sum.
+    Siblings whose confidences sum to more than 1 (two drafters can both be sure) are divided by the sum. A node's
+    probability is below its parent's, whatever the rounding: nothing counts for more than ``CERTAIN``.
     """
     hung = trees.parents.clamp(min=0)
     sums = torch.zeros_like(trees.confidence).scatter_add(1, hung, trees.confidence * is_node(trees))
-    prob = torch.where(is_node(trees), trees.confidence / sums.clamp(min=1).gather(1, hung), trees.confidence)
+    share = (trees.confidence / sums.clamp(min=1).gather(1, hung)).clamp(max=CERTAIN)
+    prob = torch.where(is_node(trees), share, trees.confidence)
     pointer = hung
     for _ in range(_rounds(trees.width)):
         prob = prob * prob.gather(1, pointer)  # the root's own is 1, so it may be passed any number of times
@@ -166,13 +172,14 @@ def best_nodes(
 
     Nodes whose path is less probable than ``min_probability``, or impossible, are left out.
 
-    A parent is at least as probable as its child, so what is kept is a tree. Padding ends up on the right.
+    A parent is more probable than its child, so what is kept is a tree. Padding ends up on the right.
 
     Args:
         width: columns of the result, root included; at least 1 + max(max_nodes).
     """
     score = path_confidence(trees)
-    allowed = is_node(trees) & (depths(trees.parents) <= max_depth[:, None]) & (score > 0) & (score >= min_probability)
+    lowest = max(min_probability, IMPOSSIBLE)
+    allowed = is_node(trees) & (depths(trees.parents) <= max_depth[:, None]) & (score >= lowest)
     score = torch.where(allowed, score, -1.0)
     score[:, 0] = 2.0
     order = score.argsort(dim=1, descending=True, stable=True)

@@ -49,7 +49,7 @@ def load_draft_model(options: DraftModelOptions, context: DrafterContext) -> Dra
     """
     if min(options.depth, options.top_k, options.beam) < 1 or options.beam * (options.depth - 1) >= MAX_TREE:
         raise ConfigError("draft: depth, top_k and beam must be at least 1, and beam * (depth - 1) under 64")
-    if options.tau <= 0:
+    if not options.tau > 0:
         raise ConfigError("draft: tau must be positive")
     try:
         folder = resolve(options.path)
