@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import tempfile
 
@@ -16,6 +17,8 @@ from decoding.messages import FromEngine, LoadFailed, Shutdown, ToEngine
 from server.engine_client import RoutedEngineClient
 from server.engine_driver import ENGINE
 from server.engine_launch import EngineProcess, describe_exit
+
+log = logging.getLogger("saccade")
 
 _DRAIN_SECONDS = 0.1  # for what a dead engine had sent before
 
@@ -85,7 +88,13 @@ class SocketEngineClient(RoutedEngineClient):
 
     async def _read(self) -> None:
         while True:
-            message = self._decoder.decode(await self._socket.recv())
+            try:
+                message = self._decoder.decode(await self._socket.recv())
+            except msgspec.DecodeError as error:  # two versions of the code, or memory gone bad
+                log.error("the engine sent what is no message: %s", error)
+                if self._process is not None:
+                    self._process.kill()  # _watch does the rest
+                return
             if isinstance(message, LoadFailed):
                 self._load_failure = message.message
                 self._die(message.message)

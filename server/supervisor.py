@@ -134,7 +134,7 @@ class Supervisor:
         self._client = self._make_client()
         try:
             await self._client.start()
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             log.error("the engine did not start again: %s", error)
             return False
         self._restarts += 1

@@ -1,0 +1,94 @@
+"""The command line: what it accepts, what it refuses, and how."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from decoding.config import EngineConfig
+from server.cli import parse
+from server.flags import engine_config, size
+
+
+def test_no_flags_are_the_defaults_of_the_config() -> None:
+    args = parse(["serve", "demo/target"])
+    assert engine_config(args) == EngineConfig("demo/target")
+    assert (args.host, args.port) == ("127.0.0.1", 8000)
+
+
+def test_every_flag_arrives() -> None:
+    flags = (
+        "serve m --speculate ngram --speculate draft=d --tokenizer t --dtype float32 --device cpu --seed 3 "
+        "--max-model-len 100 --max-num-seqs 4 --max-num-batched-tokens 64 --max-nodes 5 --max-depth 0 "
+        "--kv-cache-memory 512M --gpu-memory-utilization 0.5 --num-pages 9 --no-prefix-caching --attention reference "
+        "--threads 2 --generation-config vllm --served-model-name a b --host 0.0.0.0 --port 0"
+    )
+    args = parse(flags.split())
+    assert engine_config(args) == EngineConfig(
+        model="m",
+        tokenizer="t",
+        speculate=("ngram", "draft=d"),
+        dtype="float32",
+        device="cpu",
+        max_model_len=100,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        max_nodes=5,
+        max_depth=0,
+        kv_cache_memory=512 * 2**20,
+        gpu_memory_utilization=0.5,
+        num_pages=9,
+        prefix_caching=False,
+        seed=3,
+        generation_config="vllm",
+        attention="reference",
+        threads=2,
+    )
+    assert args.served_model_name == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2GiB", 2**31), ("512M", 2**29), ("512mb", 2**29), ("1000", 1000), ("1.5k", 1536), ("1TiB", 2**40)],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1", "1X", "two"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        size(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("serv demo", "did you mean 'serve'"),
+        ("serve demo --max_model_len 5", "did you mean '--max-model-len'"),
+        ("serve demo --speculat ngram", "did you mean '--speculate'"),
+        ("serve demo --max-model 5", "did you mean '--max-model-len'"),
+        ("generate demo --prompt x --port 5", "unknown argument --port"),
+        ("serve demo extra", "unknown argument extra"),
+        ("serve demo --port 70000", "no port"),
+        ("serve demo --max-num-seqs 0", "at least 1"),
+        ("serve demo --kv-cache-memory lots", "2GiB"),
+        ("serve demo --dtype int8", "invalid choice"),
+        ("serve", "MODEL"),
+        ("generate demo", "--prompt"),
+        ("", "COMMAND"),
+    ],
+)
+def test_wrong_command_lines(line: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(line.split())
+    assert ended.value.code == 2
+    assert part in capsys.readouterr().err
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    assert "saccade serve demo/target" in capsys.readouterr().out

@@ -1,0 +1,89 @@
+"""A real server as a child process."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+COMMAND = (sys.executable, "-m", "server.cli")
+DEMO = ("demo/target", "--speculate", "draft=demo/draft", "--speculate", "ngram", "--kv-cache-memory", "64MiB")
+START_SECONDS = 120  # on a machine that has other things to do
+EXIT_SECONDS = 5.0
+
+
+@dataclass
+class Served:
+    """A running ``saccade serve``."""
+
+    process: subprocess.Popen[str]
+    url: str = ""
+    log: list[str] = field(default_factory=list)
+
+    def engine_pid(self) -> int:
+        """The one child of the server."""
+        (pid,) = children(self.process.pid)
+        return pid
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics without labels."""
+        lines = [line.split() for line in httpx.get(f"{self.url}/metrics").text.splitlines()]
+        return {line[0]: float(line[1]) for line in lines if len(line) == 2 and "{" not in line[0]}
+
+    def end(self, number: signal.Signals = signal.SIGINT) -> tuple[int, float]:
+        """Send a signal and wait: (exit status, seconds)."""
+        started = time.monotonic()
+        self.process.send_signal(number)
+        status = self.process.wait(30)
+        return status, time.monotonic() - started
+
+
+def children(pid: int) -> list[int]:
+    """Child processes of all threads of a process (Linux)."""
+    found = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for group in found for child in group]
+
+
+def run(*args: str, seconds: float = START_SECONDS) -> subprocess.CompletedProcess[str]:
+    """``saccade`` with these arguments, to its end."""
+    return subprocess.run([*COMMAND, *args], cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+
+
+@contextlib.contextmanager
+def serving(*args: str) -> Iterator[Served]:
+    """A server on a free port, ready for requests; ended at the latest when the context is left."""
+    command = [*COMMAND, "serve", *args, "--port", "0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    served, ready = Served(process), threading.Event()
+
+    def read() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            served.log.append(line)
+            if found := re.search(r"ready +(http://\S+)/v1", line):
+                served.url = found[1]
+                ready.set()
+        ready.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        ready.wait(START_SECONDS)
+        assert served.url, "".join(served.log)
+        yield served
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        reader.join()
+        process.stderr.close()  # type: ignore[union-attr]

@@ -1,0 +1,257 @@
+"""The whole server as a user runs it: the demo models, both drafters, real clients, signals, a killed engine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.api.harness import events, eventually
+from tests.process.serving import DEMO, EXIT_SECONDS, ROOT, Served, run, serving
+
+pytestmark = pytest.mark.process
+
+PROMPT = "def fib(n):\n"
+LONG = {"prompt": PROMPT, "max_tokens": 1000, "ignore_eos": True, "seed": 1, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    with serving(*DEMO, "--served-model-name", "demo", "other") as served:
+        yield served
+
+
+def complete(server: Served, **body: Any) -> dict[str, Any]:
+    response = httpx.post(f"{server.url}/v1/completions", json={"prompt": PROMPT, **body}, timeout=60)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def test_curl_shows_tokens_as_they_are_made(server: Served) -> None:
+    body = '{"prompt": "def fib(n):", "max_tokens": 200, "ignore_eos": true, "stream": true}'
+    command = ["curl", "-sN", f"{server.url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as curl:
+        assert curl.stdout is not None
+        arrived = [(time.monotonic(), line) for line in curl.stdout if line.strip()]
+    assert arrived[-1][1] == "data: [DONE]\n"
+    assert len(arrived) > 20
+    middle = arrived[len(arrived) // 2][0]
+    assert arrived[0][0] < middle < arrived[-1][0]
+    assert arrived[-1][0] - arrived[0][0] > 0.05
+
+
+def test_stream_and_whole_answer_and_plain_decoding_say_the_same(server: Served) -> None:
+    ask = {"max_tokens": 40, "temperature": 0.8, "seed": 5}
+    whole = complete(server, **ask)
+    plain = complete(server, **ask, speculation=False)
+    response = httpx.post(f"{server.url}/v1/completions", json={"prompt": PROMPT, **ask, "stream": True}, timeout=60)
+    streamed = "".join(chunk["choices"][0]["text"] for chunk in events(response))
+    assert whole["choices"][0]["text"] == plain["choices"][0]["text"] == streamed
+    assert whole["usage"]["speculation"]["drafted"] > 0
+    assert plain["usage"]["speculation"]["drafted"] == 0
+    assert plain["usage"]["speculation"]["tokens_per_step"] == 1.0
+
+
+def test_openai_client_on_both_endpoints(server: Served) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, _strict_response_validation=True)
+    lax = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["demo", "other"]
+    done = client.completions.create(model="demo", prompt=PROMPT, max_tokens=20, seed=3)
+    chunks = list(lax.completions.create(model="other", prompt=PROMPT, max_tokens=20, seed=3, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == done.choices[0].text
+    messages: Any = [{"role": "user", "content": "import os"}]
+    chat = client.chat.completions.create(model="demo", messages=messages, max_tokens=20, seed=3)
+    deltas = list(client.chat.completions.create(model="demo", messages=messages, max_tokens=20, seed=3, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in deltas) == chat.choices[0].message.content
+
+
+def test_choices_echo_and_logprobs_of_the_real_engine(server: Served) -> None:
+    answer = complete(server, n=3, echo=True, logprobs=2, max_tokens=6, seed=2, ignore_eos=True)
+    first = complete(server, max_tokens=6, seed=2, ignore_eos=True)["choices"][0]["text"]
+    assert answer["choices"][0]["text"] == PROMPT + first
+    assert len({choice["text"] for choice in answer["choices"]}) > 1
+    for choice in answer["choices"]:
+        logprobs = choice["logprobs"]
+        assert "".join(logprobs["tokens"]) == choice["text"]
+        assert logprobs["token_logprobs"][0] is None
+        assert all(value <= 0 for value in logprobs["token_logprobs"][1:])
+        starts = [choice["text"][at:].startswith(t) for at, t in zip(logprobs["text_offset"], logprobs["tokens"])]
+        assert all(starts)
+
+
+def test_a_stop_string_ends_the_request_in_the_engine(server: Served) -> None:
+    answer = complete(server, max_tokens=900, ignore_eos=True, stop=["e"], seed=4)
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert "e" not in answer["choices"][0]["text"]
+    assert answer["usage"]["completion_tokens"] < 900
+    assert eventually(lambda: server.metrics()["saccade_running"] == 0)
+
+
+@pytest.mark.parametrize("body", [LONG, {**LONG, "stream": False}, {**LONG, "n": 3}])
+def test_a_client_that_leaves_frees_its_pages(server: Served, body: dict[str, Any]) -> None:
+    before = server.metrics()["saccade_requests_finished_total"]
+    if body["stream"]:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+            next(response.iter_lines())
+    else:
+        thread = threading.Thread(target=_ask_and_leave, args=(server.url, body))
+        thread.start()
+        assert eventually(lambda: server.metrics()["saccade_running"] > 0)
+        thread.join()
+    assert eventually(lambda: server.metrics()["saccade_requests_finished_total"] > before, 20)
+    assert eventually(lambda: server.metrics()["saccade_running"] == 0, 20)
+    found = server.metrics()
+    assert found["saccade_pages_free"] + found["saccade_pages_cached"] == found["saccade_pages_total"]
+
+
+def _ask_and_leave(url: str, body: dict[str, Any]) -> None:
+    with contextlib.suppress(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json=body, timeout=0.7)
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        ({"prompt": ""}, "empty"),
+        ({"prompt": "x " * 3000}, "maximum context length is 1024 tokens"),
+        ({"prompt": "x", "temperature": -1}, "temperature"),
+        ({"prompt": "x", "speculation": {"depth": 3}}, "did you mean 'max_depth'"),
+        ({"prompt": "x", "speculation": {"drafters": ["eagle"]}}, "draft, ngram"),
+    ],
+)
+def test_bad_requests_say_why_and_the_server_goes_on(server: Served, body: dict[str, Any], part: str) -> None:
+    response = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert response.status_code == 400
+    assert part in response.json()["error"]["message"]
+    assert complete(server, max_tokens=1)["usage"]["completion_tokens"] == 1
+
+
+def test_the_http_process_has_no_torch(server: Served) -> None:
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "libtorch" not in maps
+    assert "libtorch" in Path(f"/proc/{server.engine_pid()}/maps").read_text()
+
+
+def test_a_killed_engine_fails_what_runs_once_and_comes_back(server: Served) -> None:
+    answers: list[httpx.Response] = []
+    streams = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60))
+    )
+    streams.start()
+    assert eventually(lambda: server.metrics()["saccade_running"] > 0)
+    engine = server.engine_pid()
+    os.kill(engine, signal.SIGKILL)
+    streams.join(20)
+    if answers[0].status_code == 200:
+        errors = [event["error"] for event in events(answers[0]) if "error" in event]
+    else:  # it had not said a token yet
+        errors = [answers[0].json()["error"]]
+    assert [error["code"] for error in errors] == ["engine_dead"]
+    assert httpx.get(f"{server.url}/health").status_code == 503
+    assert eventually(lambda: httpx.get(f"{server.url}/health").status_code == 200, 60)
+    assert server.engine_pid() != engine
+    assert complete(server, max_tokens=3, seed=1)["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything_in_time(number: signal.Signals) -> None:
+    with serving(*DEMO) as server:
+        engine = server.engine_pid()
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            status, seconds = server.end(number)
+            rest = [line for line in lines if line]
+        assert (status, seconds < EXIT_SECONDS) == (0, True), seconds
+        assert not Path(f"/proc/{engine}").exists()
+        assert rest[-1] == "data: [DONE]"
+        assert '"code":"draining"' in rest[-2] or '"finish_reason":"length"' in rest[-2]
+        assert "Traceback" not in "".join(server.log)
+
+
+def test_a_second_ctrl_c_ends_at_once() -> None:
+    with serving(*DEMO) as server:
+        engine = server.engine_pid()
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=60) as response:
+            next(response.iter_lines())
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+            _, seconds = server.end(signal.SIGINT)
+        assert seconds < 1.0
+        assert eventually(lambda: not Path(f"/proc/{engine}").exists() or _is_zombie(engine))
+
+
+def test_an_engine_does_not_outlive_a_killed_server() -> None:
+    with serving(*DEMO) as server:
+        engine = server.engine_pid()
+        server.process.kill()
+        server.process.wait()
+        assert eventually(lambda: not Path(f"/proc/{engine}").exists() or _is_zombie(engine))
+
+
+def _is_zombie(pid: int) -> bool:
+    """Dead, and nobody has asked how; in a container there may be no init that does."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("serve", "no/such/model/at/all", "--port", str(port), seconds=30)
+    assert done.returncode == 1
+    assert f"port {port} on 127.0.0.1 is in use" in done.stderr
+    assert "--port" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (("no/such/folder",), ["'no/such/folder'", "folder"]),
+        (("demo/target", "--speculate", "eagle"), ["unknown drafter 'eagle'", "ngram, draft"]),
+        (("demo/target", "--speculate", "ngram:max_mach=3"), ["no option 'max_mach'", "max_match"]),
+        (("demo/target", "--speculate", "draft=no/such"), ["'no/such'"]),
+        (("demo/target", "--chat-template", "nowhere.jinja"), ["--chat-template", "nowhere.jinja"]),
+        (("demo/target", "--max-nodes", "64"), ["--max-nodes"]),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_that_says_why(args: tuple[str, ...], parts: list[str]) -> None:
+    done = run("serve", *args, "--port", "0")
+    assert done.returncode == 1
+    for part in parts:
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("saccade: ")]) == 1
+
+
+def test_generate_prints_the_text_and_how_it_went() -> None:
+    args = ("generate", *DEMO, "--prompt", PROMPT, "--seed", "7", "--max-tokens", "24")
+    once, again = run(*args), run(*args[:2], *args[6:])  # with both drafters, and with none
+    assert once.returncode == again.returncode == 0
+    assert once.stdout == again.stdout
+    assert once.stdout.strip()
+    assert "24 tokens in" in once.stderr
+    assert "tokens/step" in once.stderr
+    assert once.stderr.rstrip().endswith("seed 7")
+
+
+def test_starting_loads_no_torch() -> None:
+    code = "import sys, server.cli, server.serve, server.app; print(any(m.startswith('torch') for m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
