@@ -235,21 +235,11 @@ def _from_file(path: Path, config: Mapping[str, Any], named: Mapping[str, str]) 
     there = backend.get_vocab(with_added_tokens=True)
     added = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda entry: int(entry[0]))
     backend.add_tokens([tokenizers.AddedToken(**token) for _, token in added if token["content"] not in there])
-    backend.add_special_tokens(_not_yet_special(backend, named.values()))
+    # a token named as special is special, unless it is there as an added token, which says itself what it is
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    missing = [name for name in dict.fromkeys(named.values()) if name not in known]
+    backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in missing])
     return backend
-
-
-def _not_yet_special(backend: Any, names: Iterable[str]) -> list[Any]:
-    """Tokens that the configuration names as special and tokenizer.json has as plain ones, or not at all."""
-    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    missing = []
-    for name in dict.fromkeys(names):
-        token = added.get(name)
-        if token is None:
-            missing.append(tokenizers.AddedToken(name, normalized=False, special=True))
-        elif not token.special:
-            missing.append(tokenizers.AddedToken(name, lstrip=token.lstrip, rstrip=token.rstrip, special=True))
-    return missing
 
 
 def _converted(folder: Path) -> Any:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from decoding.stop_strings import StopStrings
 from decoding.text import TextStream, Tokenizer
 
 DEMO = Path(__file__).parents[2] / "demo" / "target"
@@ -143,7 +144,9 @@ def test_no_replacement_character_for_a_character_under_way(name: str, text: str
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), rng=st.randoms(use_true_random=False))
 def test_prompt_and_output_together_are_the_text_of_both(name: str, data: st.DataObject, rng: random.Random) -> None:
-    tokenizer, prompt, ids = TOKENIZERS[name], data.draw(outputs(name)), data.draw(outputs(name))
+    tokenizer, both = TOKENIZERS[name], data.draw(outputs(name)) + data.draw(outputs(name))
+    cut = data.draw(st.integers(0, len(both)))
+    prompt, ids = both[:cut], both[cut:]
     whole = streamed(TextStream(tokenizer, prompt), ids, rng)[0]
     # a prompt may end within a character, which the output then completes
     assert _certain(tokenizer, prompt) + whole == tokenizer.decode(prompt + ids)
@@ -172,6 +175,7 @@ def test_text_is_cut_at_the_stop_string_that_is_completed_first(
     end, _, stop = min(ends)
     assert whole == text[: end if include else end - len(stop)]
     assert (last.stopped, last.stop) == (True, stop)
+    assert stream.offsets == _offsets(tokenizer, ids)[: last.token_count]
     assert last.token_count == len(stream.offsets) == _tokens_until(tokenizer, ids, end)
 
 
@@ -190,15 +194,38 @@ def _certain(tokenizer: Tokenizer, ids: list[int]) -> str:
     return codecs.getincrementaldecoder("utf-8")("replace").decode(spelled, final=False)
 
 
+def _offsets(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    return [len(_certain(tokenizer, ids[:count])) for count in range(len(ids))]
+
+
 @each_tokenizer
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_offsets_are_where_each_tokens_text_begins(name: str, data: st.DataObject) -> None:
     tokenizer, ids = TOKENIZERS[name], data.draw(outputs(name))
-    one_by_one, at_once = TextStream(tokenizer), TextStream(tokenizer)
-    length, expected = 0, []
-    for token_id in ids:
-        expected.append(length)
-        length += len(one_by_one.push([token_id]).text)
-    at_once.push(ids)
-    assert one_by_one.offsets == at_once.offsets == expected
+    stream = TextStream(tokenizer)
+    stream.push(ids)
+    assert stream.offsets == _offsets(tokenizer, ids)
+
+
+@settings(max_examples=300)
+@given(
+    parts=st.lists(st.text("ab", max_size=8), max_size=6),
+    stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3),
+)
+def test_stop_strings_that_overlap_themselves_are_found(parts: list[str], stops: list[str]) -> None:
+    text, found = "".join(parts), StopStrings(tuple(stops), include_stop=False)
+    certain, stop = "", None
+    for part in parts:
+        more, stop = found.push(part)
+        certain += more
+        if stop is not None:
+            break
+    ends = [(text.index(stop) + len(stop), -len(stop)) for stop in stops if stop in text]
+    if ends:
+        end, length = min(ends)
+        assert (certain, stop) == (text[: end + length], text[end + length : end])
+    else:
+        held = found.flush()
+        assert (certain + held, stop) == (text, None)
+        assert any(stop.startswith(held) for stop in stops)  # no more is held back than may become a stop string

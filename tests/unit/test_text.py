@@ -21,7 +21,7 @@ DEMO = Path(__file__).parents[2] / "demo" / "target"
 CODE = "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)  # naïve 🦉 “你好”\n"
 CHATML = (
     "{% for message in messages %}\n"
-    "    {%- if message['role'] == 'skip' %}{% continue %}{% endif %}\n"
+    "    {% if message['role'] == 'skip' %}{% continue %}{% endif %}\n"
     "    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>' + '\\n' }}\n"
     "{% endfor %}\n"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -91,14 +91,15 @@ def test_bos_is_added_as_the_post_processor_says(tmp_path: Path, special: bool) 
 
 
 def test_tokens_that_only_the_configuration_names_become_special(tmp_path: Path) -> None:
-    added = {"8192": {"content": "<tool>", "special": False, "lstrip": False, "rstrip": False, "normalized": False}}
-    folder_like_demo(tmp_path, added_tokens_decoder=added, eos_token="<|stop|>", additional_special_tokens=["<think>"])
+    plain = {"special": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = {"8192": {"content": "<tool call>", **plain}, "8193": {"content": "<think>", **plain}}
+    folder_like_demo(tmp_path, added_tokens_decoder=added, eos_token="<|stop|>", additional_special_tokens=["<|x|>"])
     ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    text = "a<tool>b<|stop|>c<think>d"
+    text = "a<tool call>b<|stop|>c<think>d<|x|>"
     ids = ours.encode(text)
     assert ids == theirs.encode(text)
-    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "a<tool>bcd"
-    assert ours.vocab_size == len(theirs) == 8195
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "a<tool call>bc<think>d"
+    assert ours.vocab_size == len(theirs) == 8196
     assert ours.eos_token_id == theirs.eos_token_id
 
 
@@ -129,6 +130,13 @@ def test_bytes_of_tokens_are_exact(demo: Tokenizer, tmp_path: Path) -> None:
     ids = llama.encode("hello 你", add_special_tokens=False)
     assert b"".join(map(llama.token_bytes, ids)) == " hello 你".encode()
     assert [llama.token_text(i) for i in ids[-3:]] == ["\ufffd"] * 3
+
+
+def test_a_first_space_is_stripped_also_where_it_is_a_byte(tmp_path: Path) -> None:
+    llama, theirs = Tokenizer.load(folder_like_llama(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    for ids in ([3 + 0x20, 3 + 0x61], [3 + 0x20, 3 + 0x20], [3 + 0x61, 3 + 0x20], [259, 259]):
+        assert llama.decode(ids) == theirs.decode(ids)
+    assert llama.decode([3 + 0x20, 3 + 0x61]) == "a"
 
 
 def test_valid_characters_survive_beside_invalid_bytes(tmp_path: Path) -> None:
