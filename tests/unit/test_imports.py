@@ -15,7 +15,7 @@ OURS = ("models", "decoding", "server", "training", "benchmarks", "tests")
 MAY_IMPORT = {"models": {"models"}, "decoding": {"decoding", "models"}, "server": {"server", "decoding"}}
 TEXT_SIDE = {"decoding.config", "decoding.messages", "decoding.errors", "decoding.text", "decoding.request"}
 # the engine itself runs or is started here; everything else in server/ speaks to it through an EngineClient
-ENGINE_SIDE = {"inprocess_client", "supervisor", "engine_process", "engine_launch", "engine_driver", "cli"}
+ENGINE_SIDE = {"inprocess_client", "supervisor", "engine_process", "engine_launch", "engine_driver", "offline"}
 MAX_FILE_BYTES = 20 * 2**20
 MAX_MODULE_LINES = 400
 
