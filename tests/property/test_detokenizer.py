@@ -208,12 +208,12 @@ def test_offsets_are_where_each_tokens_text_begins(name: str, data: st.DataObjec
     assert stream.offsets == _offsets(tokenizer, ids)
 
 
-@settings(max_examples=300)
-@given(
-    parts=st.lists(st.text("ab", max_size=8), max_size=6),
-    stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3),
-)
-def test_stop_strings_that_overlap_themselves_are_found(parts: list[str], stops: list[str]) -> None:
+@settings(max_examples=400)
+@given(data=st.data())
+def test_stop_strings_that_overlap_themselves_are_found(data: st.DataObject) -> None:
+    stops = data.draw(st.lists(st.text("ab", min_size=1, max_size=9), min_size=1, max_size=3))
+    beginnings = [stop[:end] for stop in stops for end in range(1, len(stop) + 1)]
+    parts = data.draw(st.lists(st.sampled_from(beginnings) | st.text("ab", max_size=3), max_size=8))
     text, found = "".join(parts), StopStrings(tuple(stops), include_stop=False)
     certain, stop = "", None
     for part in parts:
