@@ -19,6 +19,7 @@ namespace {
 constexpr int kDotQueries = 8;    // query vectors that share one pass over a key tile
 constexpr int kTileVectors = 64;  // query vectors of one task, fewer where the context is long
 constexpr int64_t kTileScores = 1 << 20;
+constexpr int64_t kValueChunk = 64;  // keys whose values stay in the first-level cache for all vectors
 
 template <typename T>
 struct Problem {
@@ -231,22 +232,29 @@ class Tile {
   // out[v] = the values that vector v sees, weighted, added in the order of positions.
   void weigh() {
     std::fill(out_, out_ + vectors_ * out_width_, A{0});
-    for (int64_t v = 0; v < vectors_;) {
-      const int64_t left = vectors_ - v, step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      int64_t low = 0, visible = std::numeric_limits<int64_t>::max();  // [low, visible): what all of them see
-      for (int64_t i = v; i < v + step; ++i) {
-        low = std::max(low, span(i).low);
-        visible = std::min(visible, span(i).visible);
+    int64_t end = 0;
+    for (int64_t q = 0; q < queries_; ++q) end = std::max(end, spans_[q].visible);
+    for (int64_t begin = origin_; begin < end; begin += kValueChunk)
+      for (int64_t v = 0; v < vectors_;) {
+        const int64_t left = vectors_ - v, step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        weigh_some(v, step, begin, begin + kValueChunk);
+        v += step;
       }
-      visible = std::max(visible, low);
-      for (int64_t i = v; i < v + step; ++i) add_values<1>(i, span(i).low, std::min(low, span(i).visible));
-      step == 4 ? add_values<4>(v, low, visible) : step == 2 ? add_values<2>(v, low, visible) : add_values<1>(v, low, visible);
-      for (int64_t i = v; i < v + step; ++i) {
-        add_values<1>(i, visible, span(i).visible);
-        add_ancestors(i);
-      }
-      v += step;
+    for (int64_t v = 0; v < vectors_; ++v) add_ancestors(v);
+  }
+
+  // Adds the prefix keys within [begin, end) to `step` vectors: together those that all of them see.
+  void weigh_some(int64_t v, int64_t step, int64_t begin, int64_t end) {
+    int64_t low = begin, visible = end;
+    for (int64_t i = v; i < v + step; ++i) {
+      low = std::max(low, span(i).low);
+      visible = std::min(visible, span(i).visible);
     }
+    visible = std::max(visible, low);
+    for (int64_t i = v; i < v + step; ++i)
+      add_values<1>(i, std::max(begin, span(i).low), std::min({low, end, span(i).visible}));
+    step == 4 ? add_values<4>(v, low, visible) : step == 2 ? add_values<2>(v, low, visible) : add_values<1>(v, low, visible);
+    for (int64_t i = v; i < v + step; ++i) add_values<1>(i, visible, std::min(end, span(i).visible));
   }
 
   template <int N>

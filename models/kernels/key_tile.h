@@ -87,7 +87,10 @@ struct KeyTile<c10::BFloat16> {
 
   static u32x16 pairs(const c10::BFloat16* from, int64_t count) {
     u32x16 lanes = {};
-    std::memcpy(&lanes, from, count >= 2 * kLanes ? sizeof(lanes) : count * sizeof(c10::BFloat16));
+    if (count >= 2 * kLanes)  // a copy of known size is one load, the other a call
+      std::memcpy(&lanes, from, sizeof(lanes));
+    else
+      std::memcpy(&lanes, from, count * sizeof(c10::BFloat16));
     return lanes;
   }
 

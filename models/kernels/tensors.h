@@ -33,8 +33,8 @@ inline const T* index_data(const at::Tensor& tensor, const char* name) {
 // about a nanosecond. What a thread gets never decides what it computes, so results do not depend on the split.
 template <typename Body>
 inline void parallel_tasks(int64_t count, int64_t cost, const Body& body) {
-  constexpr int64_t kWorthAThread = 10'000;  // waking a thread costs some microseconds
-  const int64_t threads = std::min<int64_t>({count, at::get_num_threads(), cost / kWorthAThread + 1});
+  constexpr int64_t kWorthAThread = 15'000;  // waking a thread that waits passively costs most of this
+  const int64_t threads = std::min<int64_t>({count, at::get_num_threads(), cost / kWorthAThread});
   if (threads <= 1) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;

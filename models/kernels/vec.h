@@ -40,12 +40,30 @@ inline V splat(A value) {
 
 // ---- loads and stores that convert: T in memory, acc_t<T> in lanes ----
 
+// 16 bits to and from 32, zero-extended and cut off; the generic conversion takes GCC four times the instructions.
+inline u32x16 widen(const void* from) {
+#if defined(__AVX512F__)
+  return (u32x16)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+#else
+  u16x16 bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return __builtin_convertvector(bits, u32x16);
+#endif
+}
+
+inline void narrow(void* to, u32x16 lanes) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)lanes));
+#else
+  const u16x16 bits = __builtin_convertvector(lanes, u16x16);
+  std::memcpy(to, &bits, sizeof(bits));
+#endif
+}
+
 template <typename T>
 inline vec_t<acc_t<T>> load(const T* from) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    u16x16 bits;
-    std::memcpy(&bits, from, sizeof(bits));
-    return (f32x16)(__builtin_convertvector(bits, u32x16) << 16);
+    return (f32x16)(widen(from) << 16);
   } else if constexpr (std::is_same_v<T, c10::Half>) {
 #if defined(__AVX512F__)
     return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -67,8 +85,7 @@ inline void store(T* to, vec_t<acc_t<T>> lanes) {
     u32x16 bits = (u32x16)lanes;
     u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
     rounded = (lanes == lanes) ? rounded : (u32x16{} + 0x7fc0);    // rounding could turn a NaN into infinity
-    u16x16 narrow = __builtin_convertvector(rounded, u16x16);
-    std::memcpy(to, &narrow, sizeof(narrow));
+    narrow(to, rounded);
   } else if constexpr (std::is_same_v<T, c10::Half>) {
 #if defined(__AVX512F__)
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)lanes, _MM_FROUND_TO_NEAREST_INT));

@@ -205,7 +205,7 @@ def sinks_of(spec: AttentionSpec, wanted: bool) -> Tensor | None:
     return torch.linspace(-1, 2, spec.num_heads) if wanted else None
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=rows_of_batch,
     spec=specs(),
