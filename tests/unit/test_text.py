@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, processors
 from transformers import AutoTokenizer
 
 from decoding.errors import ModelError, RequestError
+from decoding.stop_strings import StopStrings
 from decoding.text import TextDelta, TextStream, Tokenizer
 
 DEMO = Path(__file__).parents[2] / "demo" / "target"
@@ -298,6 +300,14 @@ def test_a_stop_string_ends_the_text_and_the_count(demo: Tokenizer) -> None:
 def test_the_longest_of_stop_strings_that_end_together_wins(demo: Tokenizer) -> None:
     stream = TextStream(demo, stop=("c", "bc", "xbc"))
     assert stream.push(demo.encode("abc")) == TextDelta("a", stream.push([]).token_count, True, "bc")
+
+
+def test_a_stop_string_is_found_behind_any_beginning_of_itself() -> None:
+    for letters in itertools.chain.from_iterable(itertools.product("ab", repeat=n) for n in range(1, 9)):
+        stop = "".join(letters)
+        for end in range(len(stop)):
+            text = stop[:end] + stop
+            assert StopStrings((stop,), include_stop=True).push(text) == (text[: text.index(stop) + len(stop)], stop)
 
 
 def test_held_text_comes_out_at_the_end_or_when_it_cannot_match(demo: Tokenizer) -> None:
