@@ -23,7 +23,7 @@ _COUNTERS = {
     "generated_tokens": "Tokens generated",
     "cached_prompt_tokens": "Prompt tokens that came from the prefix cache",
     "preemptions": "Choices preempted to be resumed later",
-    "requests_finished": "Requests that ended in the engine",
+    "requests_finished": "Choices that ended, for whatever reason",
     "drafted": "Draft tokens verified",
     "accepted": "Draft tokens accepted",
     "step_seconds": "Time in steps",
