@@ -20,6 +20,7 @@ from decoding.noise import NoiseBank
 from decoding.planner import StaticPlanner
 from decoding.prefix_cache import PrefixCache
 from decoding.sampler import Sampler
+from decoding.sampling_ops import load_sampling_ops
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
 from decoding.step import Stepper
@@ -153,8 +154,9 @@ def build_stepper(config: EngineConfig, loaded: LoadedModel, drafters: list[Draf
         on_admit=admit,
         on_preempt=lambda sequence: team.forget(sequence.id),
     )
-    noise = NoiseBank(loaded.vocab_size, config.max_depth + 2, device)
-    sampler = Sampler(noise, loaded.vocab_size, loaded.eos_ids, device)
+    ops = load_sampling_ops(device)
+    noise = NoiseBank(loaded.vocab_size, config.max_depth + 2, device, ops.fill_noise)
+    sampler = Sampler(noise, ops, loaded.vocab_size, loaded.eos_ids, device)
     planner = StaticPlanner(
         cache,
         drafters,
@@ -181,7 +183,9 @@ def check_limits(config: EngineConfig) -> None:
         ConfigError: naming the flag.
     """
     if not 0 <= config.max_nodes <= 63:
-        raise ConfigError(f"--max-nodes must be in 0 .. 63 (a tree has 64 nodes, root included), not {config.max_nodes}")
+        raise ConfigError(
+            f"--max-nodes must be in 0 .. 63 (a tree has 64 nodes, root included), not {config.max_nodes}"
+        )
     if not 0 <= config.max_depth <= 63:
         raise ConfigError(f"--max-depth must be in 0 .. 63, not {config.max_depth}")
     if config.max_num_seqs < 1:

@@ -150,7 +150,7 @@ class Committer:
 
     def _extend_prompt_logprobs(self, row: PlannedRow, hidden: Tensor) -> None:
         sequence = row.sequence
-        known = sequence.prompt_logprobs if sequence.prompt_logprobs is not None else [None]
+        known: list[TokenLogprobs | None] = [None] if sequence.prompt_logprobs is None else sequence.prompt_logprobs
         # the logits at chain token i tell the logprob of token i + 1
         after = range(max(row.start + 1, len(known)), min(row.end + 1, sequence.prompt_len))
         if after:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import secrets
-from collections.abc import Iterator, Sequence as Many
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from typing import Any
 
 from decoding.assemble import LoadedModel, build_drafters, build_stepper, load_target
@@ -57,7 +58,11 @@ class Engine:
         Raises:
             ConfigError: settings or checkpoints that cannot work; the message names the fix.
         """
-        config = dataclasses.replace(model, **settings) if isinstance(model, EngineConfig) else EngineConfig(model, **settings)
+        config = (
+            dataclasses.replace(model, **settings)
+            if isinstance(model, EngineConfig)
+            else EngineConfig(model, **settings)
+        )
         loaded = load_target(config)
         return cls(config, loaded, build_stepper(config, loaded, build_drafters(config, loaded)))
 

@@ -1,10 +1,10 @@
 """Every error that Saccade raises on purpose, in one tree.
 
-    SaccadeError
-      ConfigError           a flag or option that cannot work; the message names the fix
-        ModelError          a checkpoint that cannot be loaded or served
-      RequestError          a request that cannot be served; carries the OpenAI fields (param, code)
-      EngineDeadError       the engine process ended while requests were in flight
+SaccadeError
+  ConfigError           a flag or option that cannot work; the message names the fix
+    ModelError          a checkpoint that cannot be loaded or served
+  RequestError          a request that cannot be served; carries the OpenAI fields (param, code)
+  EngineDeadError       the engine process ended while requests were in flight
 """
 
 from __future__ import annotations

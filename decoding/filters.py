@@ -21,6 +21,10 @@ class Filters:
     top_p: Tensor  # [W] float64
     min_p: Tensor  # [W] float64
 
+    def at(self, index: Tensor) -> Filters:
+        """The parameters of some of the nodes, or of nodes by their row."""
+        return Filters(self.top_k[index], self.top_p[index], self.min_p[index])
+
 
 def kept(scaled: Tensor, filters: Filters, candidates: Tensor) -> Tensor:
     """Which candidates survive.
@@ -35,7 +39,8 @@ def kept(scaled: Tensor, filters: Filters, candidates: Tensor) -> Tensor:
     best = probs.amax(dim=1)
     ids = torch.arange(scaled.shape[1], device=scaled.device)
     verdicts = []
-    for candidate in candidates.split(1, dim=1):  # C is small; [W, V, C] would not be
+    for candidate in candidates.unbind(1):  # C is small; [W, V, C] would not be
+        candidate = candidate[:, None]
         value = scaled.gather(1, candidate)
         better = (scaled > value) | ((scaled == value) & (ids < candidate))
         rank = better.sum(dim=1)

@@ -43,7 +43,8 @@ def node_logprobs(plan: Plan, nodes: Nodes, verdict: Verdict, logits: Tensor) ->
 def prompt_logprobs(target: CausalModel, hidden: Tensor, tokens: Tensor, top: int) -> list[TokenLogprobs]:
     """Logprobs of prompt tokens [M] from the hidden states [M, H] before each of them."""
     entries: list[TokenLogprobs] = []
-    for rows, chunk in zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True):
+    for first in range(0, len(tokens), CHUNK):
+        rows, chunk = hidden[first : first + CHUNK], tokens[first : first + CHUNK]
         entries.extend(_entries(target.logits(rows), chunk, top))
     return entries
 

@@ -51,7 +51,8 @@ def gumbel(out: Tensor, seeds: Tensor, positions: Tensor, choices: Tensor) -> No
     block = torch.arange((vocab + 3) // 4, device=out.device)
     key = (seeds[:, None] & LOW, (seeds[:, None] >> 32) & LOW)
     counter = (block[None], positions[:, None] & LOW, choices[:, None] & LOW, torch.zeros_like(block)[None])
-    words = torch.stack(torch.broadcast_tensors(*philox(counter, key)), dim=-1).flatten(1)[:, :vocab]
+    shape = (len(seeds), len(block))
+    words = torch.stack([word.expand(shape) for word in philox(counter, key)], dim=-1).flatten(1)[:, :vocab]
     uniform = (words.double() + 0.5) * 2.0**-32
     out.copy_(-torch.log(-torch.log1p(-uniform)))
 

@@ -1,4 +1,4 @@
-"""What a client may ask of the engine: sampling, speculation, and the checks that both paths (HTTP, in-process) share."""
+"""What a client may ask of the engine: sampling, speculation, and the checks that all paths into it share."""
 
 from __future__ import annotations
 
@@ -131,5 +131,7 @@ def _within(name: str, value: float, low: float, high: float, *, open_low: bool 
 def _token_id(name: str, token: int, vocab_size: int) -> None:
     if not 0 <= token < vocab_size:
         raise RequestError(
-            f"{name} has token id {token}; this model's ids are 0 to {vocab_size - 1}.", param=name, code="invalid_value"
+            f"{name} has token id {token}; this model's ids are 0 to {vocab_size - 1}.",
+            param=name,
+            code="invalid_value",
         )

@@ -7,6 +7,7 @@ import torch
 from decoding.noise import NoiseBank
 from decoding.plan import Plan, Quota
 from decoding.sampling import Sampling, SamplingTable, count, make_table
+from decoding.sampling_ops import SamplingOps
 from decoding.sequence import SequenceId
 
 
@@ -18,8 +19,11 @@ class Sampler:
         eos_ids: banned before min_tokens.
     """
 
-    def __init__(self, noise: NoiseBank, vocab_size: int, eos_ids: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, noise: NoiseBank, ops: SamplingOps, vocab_size: int, eos_ids: tuple[int, ...], device: torch.device
+    ) -> None:
         self.noise = noise
+        self._ops = ops
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
         self._device = device
@@ -35,12 +39,14 @@ class Sampler:
             first = self.noise.first_rows(sequences)
             self._table = make_table(sequences, first, self._vocab_size, self._eos_ids, self._device)
             self._key = key
+        positions = [] if self._table.all_greedy else [s.length for s in sequences]
         return Sampling(
             table=self._table,
             counts=count(sequences, self._table, self._vocab_size, self._device),
             noise=self.noise,
-            next_position=torch.tensor([s.length for s in sequences], dtype=torch.int64, device=self._device),
+            next_position=torch.tensor(positions, dtype=torch.int64, device=self._device),
             vocab_size=self._vocab_size,
+            ops=self._ops,
         )
 
     def forget(self, sequence: SequenceId) -> None:

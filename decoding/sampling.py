@@ -9,6 +9,7 @@ sorts a vocabulary: the few best of x / T + g are tried in turn, and only if the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from decoding.filters import Filters, kept, kept_everywhere
 from decoding.noise import NoiseBank
+from decoding.sampling_ops import SamplingOps
 from decoding.sequence import Sequence
 
 TRIED = 8  # candidates tried before the filters are computed over the whole vocabulary
@@ -46,8 +48,8 @@ def make_table(
     params = [s.params for s in sequences]
     greedy = [s.is_greedy for s in sequences]
 
-    def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+    def column(values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=device)
 
     # the argmax passes every filter, so greedy sequences have none
     filters = [
@@ -100,14 +102,16 @@ def _stops(sequences: list[Sequence], vocab_size: int, eos: tuple[int, ...], dev
 class Counts:
     """Token counts of S sequences at the root of this step's tree, for penalties and min_tokens."""
 
-    generated: Tensor  # [S] int64, tokens generated so far
+    generated: Tensor | None  # [S] int64, tokens generated so far; None if no sequence has min_tokens
     output: Tensor | None  # [S, V] float32, how often each id was generated; None without penalties
     prompt: Tensor | None  # [S, V] bool, ids that occur in the prompt
 
 
 def count(sequences: list[Sequence], table: SamplingTable, vocab_size: int, device: torch.device) -> Counts:
     """The counts of ``sequences`` now."""
-    generated = torch.tensor([s.generated for s in sequences], dtype=torch.int64, device=device)
+    generated = None
+    if table.stops is not None:
+        generated = torch.tensor([s.generated for s in sequences], dtype=torch.int64, device=device)
     if not table.penalised:
         return Counts(generated, None, None)
     output = torch.zeros(len(sequences), vocab_size)
@@ -126,8 +130,9 @@ class Sampling:
     table: SamplingTable
     counts: Counts
     noise: NoiseBank
-    next_position: Tensor  # [S] int64, position of the token drawn at the root
+    next_position: Tensor  # [S] int64, position of the token drawn at the root; not read if all are greedy
     vocab_size: int  # ids of the tokenizer; logits beyond are padding
+    ops: SamplingOps
 
     def needs_paths(self) -> bool:
         return self.table.penalised
@@ -146,7 +151,7 @@ class Sampling:
         table, x = self.table, logits[:, : self.vocab_size]
         if table.bias is not None:
             x = x + table.bias[row]
-        if table.stops is not None:
+        if table.stops is not None and self.counts.generated is not None:
             too_early = self.counts.generated[row] + depth < table.min_tokens[row]
             x = x.masked_fill(table.stops[row] & too_early[:, None], -torch.inf)
         if table.penalised:
@@ -155,39 +160,40 @@ class Sampling:
 
     def draw(self, x: Tensor, row: Tensor, depth: Tensor) -> Tensor:
         """The token of each node, [W] int64, from processed logits [W, V]."""
-        table = self.table
-        if table.all_greedy:
+        if self.table.all_greedy:
             return x.argmax(dim=-1)
-        scaled = x / table.temperature[row][:, None]
-        z = scaled + self.noise_at(row, depth)
-        drawn = z.argmax(dim=-1)
-        if table.filtered:
-            filtered = torch.isin(row, torch.tensor(table.filtered, device=row.device)).nonzero().squeeze(1)
-            if filtered.numel():
-                drawn[filtered] = self._draw_filtered(scaled[filtered], z[filtered], row[filtered])
+        temperature, noise_row = self.table.temperature[row], self.noise_row(row, depth)
+        drawn = self.ops.draw(x, temperature, self.noise.vectors, noise_row)
+        if self.table.filtered:
+            at = torch.isin(row, torch.tensor(self.table.filtered, device=row.device)).nonzero().squeeze(1)
+            drawn[at] = self._draw_filtered(x[at], temperature[at], noise_row[at], self._filters(row[at]))
         return drawn
 
-    def perturbed(self, x: Tensor, row: Tensor, depth: Tensor) -> Tensor:
-        """x + T * g [W, V]: its largest entries are a drafter's coupled guesses (at T = 0 the noise is left out)."""
+    def guess(self, x: Tensor, row: Tensor, depth: Tensor, k: int, tau: float) -> tuple[Tensor, Tensor]:
+        """A drafter's guesses under the request's rules, coupled to the target's draw by the same noise g.
+
+        Returns:
+            the k largest entries of z = x + T * g (of x at T = 0): ids [W, k], best first; and their confidence
+            softmax(z / tau) [W, k] float32, 0 where the filters drop them.
+        """
+        temperature, k = self.table.temperature[row], min(k, x.shape[1])
+        noise_row = self.noise_row(row, depth)
+        ids, confidence = self.ops.guess(x, temperature, self.noise.vectors, noise_row, k, tau)
+        if self.table.filtered:
+            confidence = confidence * kept(x / temperature[:, None], self._filters(row), ids)
+        return ids, confidence
+
+    def noise_row(self, row: Tensor, depth: Tensor) -> Tensor:
+        """[W] the row of the noise bank for the token drawn at each node; -1 for greedy sequences."""
         if self.table.all_greedy:
-            return x
-        return x + self.table.temperature[row][:, None] * self.noise_at(row, depth)
-
-    def keeps(self, x: Tensor, row: Tensor, candidates: Tensor) -> Tensor | None:
-        """[W, C] bool: which candidate ids [W, C] the filters keep; None if no sequence has a filter."""
-        if not self.table.filtered:
-            return None
-        return kept(x / self.table.temperature[row][:, None], self._filters(row), candidates)
-
-    def noise_at(self, row: Tensor, depth: Tensor) -> Tensor:
-        """[W, V] the noise of the token drawn at each node; 0 for greedy sequences."""
-        index = self.noise.row(self.table.first_noise[row], self.next_position[row] + depth)
-        noise = self.noise.vectors[index.clamp(min=0)]
-        return noise.masked_fill_((index < 0)[:, None], 0.0)
+            return torch.full_like(row, -1)
+        return self.noise.row(self.table.first_noise[row], self.next_position[row] + depth)
 
     def _penalise(self, x: Tensor, row: Tensor, paths: Tensor | None) -> Tensor:
         table, counts = self.table, self.counts
-        assert counts.output is not None and counts.prompt is not None and paths is not None  # penalised
+        assert paths is not None  # needs_paths() said so
+        assert counts.output is not None
+        assert counts.prompt is not None
         output = counts.output[row]  # [W, V], a copy
         on_path = paths >= 0
         output.scatter_add_(1, paths.clamp(min=0), on_path.to(output.dtype))
@@ -197,16 +203,17 @@ class Sampling:
         x = torch.where(generated | counts.prompt[row], repeated, x)
         return x - table.frequency[row] * output - table.presence[row] * generated
 
-    def _draw_filtered(self, scaled: Tensor, z: Tensor, row: Tensor) -> Tensor:
-        candidates = z.topk(min(TRIED, z.shape[1]), dim=1).indices
-        survives = kept(scaled, self._filters(row), candidates)
+    def _draw_filtered(self, x: Tensor, temperature: Tensor, noise_row: Tensor, filters: Filters) -> Tensor:
+        vectors, scaled = self.noise.vectors, x / temperature[:, None]
+        candidates = self.ops.candidates(x, temperature, vectors, noise_row, min(TRIED, x.shape[1]))
+        survives = kept(scaled, filters, candidates)
         drawn = candidates.gather(1, survives.to(torch.uint8).argmax(dim=1, keepdim=True)).squeeze(1)
         failed = (~survives.any(dim=1)).nonzero().squeeze(1)
         if failed.numel():
-            keep = kept_everywhere(scaled[failed], self._filters(row[failed]))
-            drawn[failed] = z[failed].masked_fill(~keep, -torch.inf).argmax(dim=1)
+            keep = kept_everywhere(scaled[failed], filters.at(failed))
+            z = scaled[failed] + vectors[noise_row[failed]]  # filtered sequences are never greedy
+            drawn[failed] = z.masked_fill(~keep, -torch.inf).argmax(dim=1)
         return drawn
 
     def _filters(self, row: Tensor) -> Filters:
-        whole = self.table.filters
-        return Filters(whole.top_k[row], whole.top_p[row], whole.min_p[row])
+        return self.table.filters.at(row)

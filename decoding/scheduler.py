@@ -111,5 +111,3 @@ class Scheduler:
         if not self._cache.prefixes.enabled:
             return self.waiting[0]
         return next((s for s in self.waiting if s.id[0] not in computing), None)
-
-

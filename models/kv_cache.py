@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,12 +31,8 @@ class KVCache:
     def __init__(self, spec: KVSpec, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
         self.spec = spec
         slots = num_pages * PAGE_SIZE
-        self.keys = torch.zeros(  # [L, S, Hkv, D]
-            spec.num_layers, slots, spec.num_kv_heads, spec.key_dim, dtype=dtype, device=device
-        )
-        self.values = torch.zeros(  # [L, S, Hkv, Dv]
-            spec.num_layers, slots, spec.num_kv_heads, spec.value_dim, dtype=dtype, device=device
-        )
+        self.keys = _zeros((spec.num_layers, slots, spec.num_kv_heads, spec.key_dim), dtype, device)  # [L, S, Hkv, D]
+        self.values = _zeros((spec.num_layers, slots, spec.num_kv_heads, spec.value_dim), dtype, device)
         # views made once: indexing a tensor costs a microsecond or two, every layer of every step
         self._layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
 
@@ -52,3 +50,11 @@ class KVCache:
         """Copy slots ``source`` [M] to ``target`` [M] in every layer; ranges may overlap."""
         self.keys[:, target] = self.keys[:, source]
         self.values[:, target] = self.values[:, source]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU such that memory is taken only as pages are first written (torch.zeros writes it all)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)

@@ -165,9 +165,7 @@ def merge(trees: list[Trees]) -> Trees:
     )
 
 
-def best_nodes(
-    trees: Trees, max_nodes: Tensor, max_depth: Tensor, width: int, min_probability: float = 0.0
-) -> Trees:
+def best_nodes(trees: Trees, max_nodes: Tensor, max_depth: Tensor, width: int, min_probability: float = 0.0) -> Trees:
     """The most probable ``max_nodes`` [R] nodes of each row no deeper than ``max_depth`` [R], in tree order.
 
     Nodes whose path is less probable than ``min_probability``, or impossible, are left out.
@@ -194,9 +192,7 @@ def best_nodes(
         return values.new_full(size, padding).scatter_(1, target, values)[:, :width]
 
     hung = torch.where(trees.parents == NO_PARENT, NO_PARENT, column.gather(1, trees.parents.clamp(min=0)))
-    return Trees(
-        pack(trees.tokens, -1), pack(hung, NO_PARENT), pack(trees.confidence, 0.0), pack(trees.source, 0)
-    )
+    return Trees(pack(trees.tokens, -1), pack(hung, NO_PARENT), pack(trees.confidence, 0.0), pack(trees.source, 0))
 
 
 def path_columns(masks: Tensor, longest: int) -> Tensor:

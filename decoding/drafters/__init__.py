@@ -1,7 +1,7 @@
 """The table of drafters. A drafter is one file and one line in ``DRAFTERS``.
 
-On the command line a drafter is ``NAME``, ``NAME=PATH`` or either with options, ``NAME=PATH:option=value,option=value``;
-the options are the fields of the dataclass in the drafter's own file.
+On the command line a drafter is ``NAME``, ``NAME=PATH`` or either with options,
+``NAME=PATH:option=value,option=value``; the options are the fields of the dataclass in the drafter's own file.
 """
 
 from __future__ import annotations
@@ -73,12 +73,13 @@ class DrafterChoice:
             if key not in fields or key == "path":
                 valid = [field for field in fields if field != "path"]
                 raise ConfigError(f"drafter {name!r} has no option {key!r}: {nearest(key, valid)}")
-            default = fields[key].default
+            wanted: type = type(fields[key].default)
             try:
-                values[key] = type(default)(value)
+                values[key] = wanted(value)
             except ValueError:
-                wanted = type(default).__name__
-                raise ConfigError(f"option {key} of drafter {name!r} must be {wanted}, not {value!r}") from None
+                raise ConfigError(
+                    f"option {key} of drafter {name!r} must be {wanted.__name__}, not {value!r}"
+                ) from None
         return cls(name, kind.options(**values))
 
     def build(self, context: DrafterContext) -> Drafter:

@@ -43,7 +43,7 @@ class DrafterContext:
 
 
 class Drafter(Protocol):
-    """Proposes trees. It never sees pages, other drafters or the verdict's making; whatever it does, the text is the same."""
+    """Proposes trees. It never sees other drafters or how verdicts are made; whatever it does, the text is the same."""
 
     name: str
     needs: Needs

@@ -1,4 +1,4 @@
-"""A small model of the same vocabulary drafts a tree (Leviathan et al., 2211.17192; tree by path probability: 2406.16858).
+"""A small model of the same vocabulary drafts a tree (2211.17192; the tree by path probability: 2406.16858).
 
 Each ``propose`` begins with one ragged catch-up pass over the tokens committed since the last one; nothing that was
 written while drafting is ever kept, so there is no special case for what was accepted or proposed by another drafter.
@@ -77,8 +77,8 @@ def check_vocabulary(draft: Tokenizer, target: Tokenizer, path: str | Path) -> N
     if wrong:
         token = wrong[0]
         raise ModelError(
-            f"the draft model {path} has another vocabulary than the target: {len(wrong)} of {len(ours)} tokens differ, "
-            f"for example {token!r}, id {ours[token]} in the target and {theirs.get(token, 'absent')} in the draft. "
+            f"the draft model {path} has another vocabulary than the target: {len(wrong)} of {len(ours)} tokens "
+            f"differ, for example {token!r}, id {ours[token]} in the target and {theirs.get(token, 'absent')} in the draft. "
             "Use a draft model with the target's tokenizer."
         )
 
@@ -180,18 +180,16 @@ class DraftModelDrafter:
         columns = [(roots.tokens, roots.parents, roots.confidence)]
         width, scratch = 1, 0
         for level in range(depth):
-            if level:
-                beam = self._choose(beam, tokens, chance, width - tokens.shape[1], scratch)
-                if device.type == "cpu" and float(beam.chance.max()) < self._options.min_confidence:
-                    break
-                hidden = self._forward(batch, rows, beam, level, scratch)
-                scratch += beam.tokens.shape[1]
             tokens, confidence = self._guess(hidden, row, level, beam, sampling)  # [S, B, K]
-            chance = beam.chance[:, :, None] * confidence
             parents = beam.columns[:, :, None].expand_as(tokens)
-            tokens, chance = tokens.flatten(1), chance.flatten(1)
-            columns.append((tokens, parents.flatten(1), confidence.flatten(1)))
-            width += tokens.shape[1]
+            columns.append((tokens.flatten(1), parents.flatten(1), confidence.flatten(1)))
+            chance = (beam.chance[:, :, None] * confidence).flatten(1)
+            if level + 1 == depth or (device.type == "cpu" and float(chance.max()) < self._options.min_confidence):
+                break
+            beam = self._choose(beam, tokens.flatten(1), chance, width, scratch)
+            hidden = self._forward(batch, rows, beam, level + 1, scratch)
+            width += chance.shape[1]
+            scratch += beam.tokens.shape[1]
         all_tokens, all_parents, all_confidence = (torch.cat(parts, dim=1) for parts in zip(*columns, strict=True))
         source = torch.where(all_parents == NO_PARENT, 0, self._source)
         return Trees(all_tokens, all_parents, all_confidence, source)
@@ -235,9 +233,7 @@ class DraftModelDrafter:
         )
         return self._model.forward(step, self._cache).hidden
 
-    def _guess(
-        self, hidden: Tensor, row: Tensor, level: int, beam: Beam, sampling: Sampling
-    ) -> tuple[Tensor, Tensor]:
+    def _guess(self, hidden: Tensor, row: Tensor, level: int, beam: Beam, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """(tokens, confidence) [S, B, K]: the drafter's most probable next tokens after each node of the beam."""
         size = beam.tokens.shape[1]
         node_row = row.repeat_interleave(size)
@@ -246,15 +242,8 @@ class DraftModelDrafter:
         if logits.shape[1] < sampling.vocab_size:
             logits = torch.nn.functional.pad(logits, (0, sampling.vocab_size - logits.shape[1]), value=-torch.inf)
         x = sampling.process(logits, node_row, depth, beam.paths.flatten(0, 1))
-        z = sampling.perturbed(x, node_row, depth)
-        best = z.topk(min(self._options.top_k, z.shape[1]), dim=1)
-        tau = self._options.tau
-        confidence = (best.values / tau - torch.logsumexp(z / tau, dim=1, keepdim=True)).exp().float()
-        keeps = sampling.keeps(x, node_row, best.indices)
-        if keeps is not None:
-            confidence = confidence * keeps
-        shape = (-1, size, best.indices.shape[1])
-        return best.indices.view(shape), confidence.view(shape)
+        tokens, confidence = sampling.guess(x, node_row, depth, self._options.top_k, self._options.tau)
+        return tokens.view(-1, size, tokens.shape[1]), confidence.view(-1, size, tokens.shape[1])
 
 
 def _spread(drafted: Trees, row: Tensor, plan: Plan) -> Trees:

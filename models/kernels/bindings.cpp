@@ -23,6 +23,8 @@ void gumbel_noise(const Tensor& out, const Tensor& seeds, const Tensor& position
 Tensor sample_rows(const Tensor& logits, const Tensor& temperature, const Tensor& noise, const Tensor& noise_row);
 std::tuple<Tensor, Tensor> topk_rows(const Tensor& logits, const Tensor& temperature, const Tensor& noise,
                                      const Tensor& noise_row, int64_t k, bool divide);
+std::tuple<Tensor, Tensor> guess_rows(const Tensor& logits, const Tensor& temperature, const Tensor& noise,
+                                      const Tensor& noise_row, int64_t k, double tau);
 
 TORCH_LIBRARY(saccade, m) {
   m.def(
@@ -41,6 +43,9 @@ TORCH_LIBRARY(saccade, m) {
   m.def(
       "topk_rows(Tensor logits, Tensor temperature, Tensor noise, Tensor noise_row, int k, bool divide=False) "
       "-> (Tensor values, Tensor ids)");
+  m.def(
+      "guess_rows(Tensor logits, Tensor temperature, Tensor noise, Tensor noise_row, int k, float tau) "
+      "-> (Tensor ids, Tensor confidence)");
 }
 
 TORCH_LIBRARY_IMPL(saccade, CPU, m) {
@@ -53,6 +58,7 @@ TORCH_LIBRARY_IMPL(saccade, CPU, m) {
   m.impl("gumbel_noise", &gumbel_noise);
   m.impl("sample_rows", &sample_rows);
   m.impl("topk_rows", &topk_rows);
+  m.impl("guess_rows", &guess_rows);
 }
 
 }  // namespace saccade

@@ -222,4 +222,54 @@ std::tuple<at::Tensor, at::Tensor> topk_rows(const at::Tensor& logits, const at:
   return {values, ids};
 }
 
+namespace {
+
+// Sum of exp((z - top) / tau) over a row, z = x + T * g (x alone without noise).
+template <typename T>
+double partition(const T* logits, const float* noise, T temperature, int64_t ids, T top, float tau) {
+  f32x16 total = {};
+  float scores[kLanes];
+  for (int64_t id = 0; id < ids; id += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, ids - id);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      if (i >= count) {
+        scores[i] = -std::numeric_limits<float>::infinity();
+        continue;
+      }
+      const T z = noise == nullptr ? logits[id + i] : logits[id + i] + temperature * noise[id + i];
+      scores[i] = static_cast<float>(z - top) / tau;
+    }
+    f32x16 lanes;
+    std::memcpy(&lanes, scores, sizeof(lanes));
+    total += exp(lanes);
+  }
+  return sum<float>(total);
+}
+
+}  // namespace
+
+// The k best ids of x + T * g and softmax((x + T * g) / tau) at them: a drafter's guesses and its confidence.
+std::tuple<at::Tensor, at::Tensor> guess_rows(const at::Tensor& logits, const at::Tensor& temperature,
+                                              const at::Tensor& noise, const at::Tensor& noise_row, int64_t k, double tau) {
+  const auto [values, ids] = topk_rows(logits, temperature, noise, noise_row, k, false);
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  at::Tensor confidence = empty({rows, k}, at::kFloat);
+  float* to = confidence.mutable_data_ptr<float>();
+  const float* warmth = temperature.const_data_ptr<float>();
+  const int64_t* source = noise_row.const_data_ptr<int64_t>();
+  const float* table = noise.const_data_ptr<float>();
+  for_logits(logits, "guess_rows", [&](auto type) {
+    using T = decltype(type);
+    const T *from = logits.const_data_ptr<T>(), *best = values.template const_data_ptr<T>();
+    parallel_tasks(rows, rows * vocab / 4, [&](int64_t row) {
+      const float* drawn = source[row] < 0 ? nullptr : table + source[row] * noise.stride(0);
+      const T top = best[row * k];
+      const double all = partition<T>(from + row * logits.stride(0), drawn, warmth[row], vocab, top, tau);
+      for (int64_t i = 0; i < k; ++i)
+        to[row * k + i] = static_cast<float>(std::exp(static_cast<double>(best[row * k + i] - top) / tau) / all);
+    });
+  });
+  return {ids, confidence};
+}
+
 }  // namespace saccade

@@ -178,9 +178,7 @@ def test_oracle_yields_depth_plus_one_tokens_every_step(temperature: float, dept
     request = GenerateRequest("r", (3, 1, 4, 1, 5), params)
     truth = run(plain_engine(), [request])["r", 0].tokens
     texts = {("r", 0): [*request.prompt_ids, *truth]}
-    engine = make_engine(
-        target(), {"oracle": lambda c: OracleDrafter(c, texts)}, max_nodes=2 * depth, max_depth=depth
-    )
+    engine = make_engine(target(), {"oracle": lambda c: OracleDrafter(c, texts)}, max_nodes=2 * depth, max_depth=depth)
     outcome = run(engine, [request])["r", 0]
     assert outcome.tokens == truth
     assert [len(event.token_ids) for event in outcome.events[:-1]] == [depth + 1] * (len(outcome.events) - 1)

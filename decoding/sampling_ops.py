@@ -1,0 +1,106 @@
+"""The vocabulary-wide operations of sampling, behind one protocol so that a device can fuse them.
+
+``noise`` is a bank of vectors [M, V] float32; ``noise_row`` [W] names the vector of each row of logits, -1 for none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from decoding.noise import gumbel
+from models import kernels
+
+
+class SamplingOps(Protocol):
+    """Logits x are [W, V] float32 or float64; temperature T is [W] float32."""
+
+    def fill_noise(self, out: Tensor, seeds: Tensor, positions: Tensor, choices: Tensor) -> None:
+        """A NoiseKernel, see decoding/noise.py."""
+        ...
+
+    def draw(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor) -> Tensor:
+        """argmax(x / T + g) [W] int64, of x alone without noise; the lowest id wins a tie."""
+        ...
+
+    def candidates(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, k: int) -> Tensor:
+        """The k best ids of x / T + g [W, k], best first."""
+        ...
+
+    def guess(
+        self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, k: int, tau: float
+    ) -> tuple[Tensor, Tensor]:
+        """The k best ids of z = x + T * g [W, k], best first, and softmax(z / tau) at them [W, k] float32."""
+        ...
+
+
+class TorchSamplingOps:
+    """In plain PyTorch, on any device."""
+
+    def fill_noise(self, out: Tensor, seeds: Tensor, positions: Tensor, choices: Tensor) -> None:
+        gumbel(out, seeds, positions, choices)
+
+    def draw(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor) -> Tensor:
+        return self._noisy(x / temperature[:, None], x, noise, noise_row).argmax(dim=1)
+
+    def candidates(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, k: int) -> Tensor:
+        return self._noisy(x / temperature[:, None], x, noise, noise_row).topk(k, dim=1).indices
+
+    def guess(
+        self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, k: int, tau: float
+    ) -> tuple[Tensor, Tensor]:
+        z = x
+        if len(noise):
+            z = torch.where(noise_row[:, None] < 0, x, x + temperature[:, None] * noise[noise_row.clamp(min=0)])
+        best = z.topk(k, dim=1)
+        confidence = (best.values / tau - torch.logsumexp(z / tau, dim=1, keepdim=True)).exp()
+        return best.indices, confidence.float()
+
+    @staticmethod
+    def _noisy(scaled: Tensor, x: Tensor, noise: Tensor, noise_row: Tensor) -> Tensor:
+        if not len(noise):
+            return x
+        return torch.where(noise_row[:, None] < 0, x, scaled + noise[noise_row.clamp(min=0)])
+
+
+class CpuSamplingOps:
+    """Fused, see models/kernels/sampling.cpp.
+
+    Raises:
+        RuntimeError: the kernels are not available; the log says why.
+    """
+
+    def __init__(self) -> None:
+        if not kernels.load():
+            raise RuntimeError("the CPU kernels are not available")
+        ops = torch.ops.saccade
+        self.fill_noise = ops.gumbel_noise.default
+        self.draw = ops.sample_rows.default
+        self.guess = ops.guess_rows.default
+        self._topk = ops.topk_rows.default
+
+    def candidates(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, k: int) -> Tensor:
+        ids: Tensor = self._topk(x, temperature, noise, noise_row, k, True)[1]
+        return ids
+
+
+SAMPLING_OPS: dict[str, Callable[[], SamplingOps]] = {
+    "torch": TorchSamplingOps,
+    "cpu": CpuSamplingOps,
+}
+
+
+def load_sampling_ops(device: torch.device, name: str = "auto") -> SamplingOps:
+    """The operations called ``name``; "auto" takes the fused ones where they work.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name == "auto":
+        name = "cpu" if kernels.serves(device, torch.float32) else "torch"
+    if name not in SAMPLING_OPS:
+        raise ValueError(f"unknown sampling operations {name!r}; there are: {', '.join(SAMPLING_OPS)}, auto")
+    return SAMPLING_OPS[name]()
