@@ -3,7 +3,8 @@
 ``load_transformers_model`` loads a checkpoint with transformers' own classes and puts our attention in the place of
 theirs through the library's attention interface: each layer hands over query, key and value, the hook stores key and
 value in the page cache and asks an attention backend. Whether that is enough for a family to compute what it should is
-not looked up in a list but checked when the model is loaded (models/transformers_probe.py); what fails is refused.
+not looked up in a list but checked when the model is loaded: models/transformers_inspection.py observes what it asks of
+attention, models/transformers_comparison.py compares its logits. What fails is refused.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ from models.checkpoint import CheckpointError
 from models.kv_cache import KVCache, KVSpec
 from models.target import ForwardOutput
 from models.transformers_checkpoint import context_length, freeze_rope, load_checkpoint
-from models.transformers_probe import (
-    MODEL_FAILURES,
-    Inspection,
-    compare_with,
-    decoder_of,
-    inspect_attention_layers,
-    reference_logits,
-    set_attention,
-)
+from models.transformers_comparison import compare_with, reference_logits
+from models.transformers_inspection import Inspection, decoder_of, inspect_attention_layers, set_attention
 
 PAGED_ATTENTION = "saccade_paged"  # our name in transformers' table of attention functions
+MODEL_FAILURES = (  # what foreign model code raises when it is run in a way that it does not support
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    LookupError,
+    NotImplementedError,
+)
 
 
 @dataclass(frozen=True)
@@ -178,17 +180,19 @@ def load_transformers_model(
         CheckpointError: naming the model type and why it cannot be served: unknown or not a causal LM, weights that
             are missing, left over or misshapen, attention that does not go through the interface in every layer, or
             logits that differ from those of transformers.
+        ValueError: for an unknown attention backend.
     """
     model = load_checkpoint(path, dtype).to(device).eval().requires_grad_(False)
     kind = model.config.model_type
     length = context_length(model.config, max_model_len)
+    backend = load_backend(attention, device, model.dtype)
     AttentionInterface.register(PAGED_ATTENTION, paged_attention)
     try:
         freeze_rope(model, length)
         inspection = inspect_attention_layers(model, length)
         reference = reference_logits(model)
         set_attention(model, PAGED_ATTENTION)
-        target = TransformersModel(model, inspection, length, load_backend(attention, device, model.dtype))
+        target = TransformersModel(model, inspection, length, backend)
         compare_with(target, reference)
     except MODEL_FAILURES as error:
         raise CheckpointError(f"{path}: model type {kind!r} cannot be served: {error}") from error

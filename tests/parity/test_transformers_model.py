@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from torch import Tensor
 from transformers import (
     AutoModelForSeq2SeqLM,
     BertConfig,
+    BlenderbotSmallConfig,
     BloomConfig,
+    DeepseekV4Config,
     DiffLlamaConfig,
     FalconH1Config,
     Llama4TextConfig,
@@ -25,9 +28,12 @@ from transformers import (
     RobertaConfig,
     StableLmConfig,
     T5Config,
+    ZayaConfig,
 )
 
 from models.loader import CheckpointError, load_model
+from models.transformers_checkpoint import load_checkpoint
+from models.transformers_comparison import compare_with, reference_logits
 from models.transformers_model import TransformersModel, load_transformers_model
 from tests.paged import PagedRun, greedy_rows
 from tests.parity import zoo
@@ -218,12 +224,41 @@ SMALL = {
 }
 
 REFUSED: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
-    "mamba": (lambda: MambaConfig(vocab_size=zoo.VOCAB, hidden_size=32, num_hidden_layers=2), "no layer of it calls"),
+    "mamba": (
+        lambda: MambaConfig(vocab_size=zoo.VOCAB, hidden_size=32, num_hidden_layers=2),
+        "layers of type linear_attention",
+    ),
     "bloom": (lambda: BloomConfig(vocab_size=zoo.VOCAB, hidden_size=32, n_head=4, n_layer=2), "attention interface"),
     "stablelm": (lambda: StableLmConfig(**SMALL), "do not pass keyword arguments on"),
     "diffllama": (lambda: DiffLlamaConfig(**SMALL), "not every layer calls the attention interface once"),
     "bert": (lambda: BertConfig(**SMALL), "neither causal nor a sliding window"),
-    "roberta": (lambda: RobertaConfig(**SMALL, is_decoder=True, pad_token_id=1), "differ from transformers'"),
+    "roberta": (lambda: RobertaConfig(**SMALL, is_decoder=True, pad_token_id=1), "does not number positions from 0"),
+    "blenderbot-small": (
+        lambda: BlenderbotSmallConfig(
+            vocab_size=zoo.VOCAB,
+            d_model=32,
+            decoder_layers=2,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=48,
+            init_std=0.3,
+            is_decoder=True,
+            is_encoder_decoder=False,
+        ),
+        "more than the token and its position",
+    ),
+    "deepseek_v4": (
+        lambda: DeepseekV4Config(
+            **SMALL,
+            num_key_value_heads=1,
+            head_dim=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            q_lora_rank=16,
+            o_lora_rank=16,
+        ),
+        "layers of type .*compressed",
+    ),
     "llama4_text": (
         lambda: Llama4TextConfig(
             **SMALL, intermediate_size_mlp=48, num_key_value_heads=2, num_local_experts=2, attention_chunk_size=100
@@ -234,16 +269,31 @@ REFUSED: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
         lambda: FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=2, mamba_d_head=16, mamba_d_state=8),
         "cannot be served",
     ),
+    "zaya": (lambda: ZayaConfig(**SMALL), "layers of type hybrid"),
 }
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_refused_families(model_type: str, tmp_path: Path) -> None:
+def test_refused_families(model_type: str, dtype: str, tmp_path: Path) -> None:
     configure, reason = REFUSED[model_type]
     folder = zoo.save(zoo.random_model(configure()), tmp_path)
     with pytest.raises(CheckpointError, match=reason) as caught:
-        load(folder, max_model_len=128)
+        load(folder, dtype, max_model_len=128)
     assert repr(model_type) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wrong", [{"scale": 0.1}, {"window": 4}, {"soft_cap": 0.2}], ids=str)
+def test_attention_that_computes_something_else_is_noticed(dtype: str, wrong: dict[str, float], tmp_path: Path) -> None:
+    folder = zoo.save(zoo.make("olmo2"), tmp_path)
+    theirs = load_checkpoint(folder, dtype)
+    reference = reference_logits(theirs)
+    ours = load(folder, dtype)
+    compare_with(ours, reference)
+    ours.specs = tuple(replace(spec, **wrong) for spec in ours.specs)
+    with pytest.raises(ValueError, match="differ from transformers'"):
+        compare_with(ours, reference)
 
 
 def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
