@@ -55,8 +55,8 @@ class Ratio:
     weigh little in it, because they are soon done. The geometric mean over prompts is the more flattering number.
     """
 
-    total: float  # of each prompt the run of median time
-    low: float  # the same in the worst round,
+    total: float  # within a round, the median over rounds
+    low: float  # in the worst round,
     high: float  # and in the best
     geomean: float  # over the prompts, each of them compared within a round, the median over rounds
     worst_prompt: float
@@ -118,7 +118,7 @@ def ratio(runs: Sequence[Run], reference: Sequence[Run]) -> Ratio | None:
     ]
     by_prompt = _by_prompt(runs, reference)
     return Ratio(
-        total=_total(typical(runs), typical(reference)),
+        total=statistics.median(by_round),
         low=min(by_round),
         high=max(by_round),
         geomean=statistics.geometric_mean(by_prompt),

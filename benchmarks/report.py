@@ -24,8 +24,8 @@ COLUMNS = (
     "same text",
 )
 LEGEND = """\
-x plain     time of plain decoding / time, over all prompts (of each prompt the round of median time)
-rounds      the same in the worst and the best round: how noisy the machine was
+x plain     time of plain decoding / time, over all prompts of a round: the median over rounds,
+rounds      and the worst and the best round, which tell how noisy the machine was
 denominator tokens per step / x plain = what a step costs, in steps of plain decoding; prompts included
 step ms     of which the target's forward pass, the drafters, and the rest: planning, sampling, verifying, Python
 same text   prompts whose tokens are those of plain decoding; for transformers, at temperature 0, up to rounding"""
@@ -88,11 +88,8 @@ def render(provenance: dict[str, Any], summaries: Sequence[Summary], findings: S
     for temperature in sorted({summary.temperature for summary in summaries}):
         rows = [summary_row(summary) for summary in summaries if summary.temperature == temperature]
         parts.append(f"temperature {temperature:g}\n" + table([COLUMNS, *rows]))
-        parts.extend(
-            shares(summary)
-            for summary in summaries
-            if summary.temperature == temperature and len(summary.by_drafter) > 1
-        )
+        mixed = [s for s in summaries if s.temperature == temperature and len(s.by_drafter) > 1]
+        parts.extend(["\n".join(shares(summary) for summary in mixed)] if mixed else [])
     parts.append(LEGEND)
     heads = ("requirement", "target", "measured", "rounds", "geomean", "worst prompt", "")
     parts.append(table([heads, *(finding_row(finding) for finding in findings)]))

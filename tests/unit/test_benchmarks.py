@@ -47,7 +47,7 @@ def test_a_slow_round_cancels_and_a_stall_shows_in_the_spread() -> None:
     fast = [run("both", pace, round=number) for number, pace in enumerate((1.0, 5.0, 4.0))]
     found = ratio(fast, plain)
     assert found is not None
-    assert found.geomean == pytest.approx(2.0)
+    assert found.total == found.geomean == pytest.approx(2.0)
     assert (found.low, found.high) == (pytest.approx(0.5), pytest.approx(2.0))
 
 
