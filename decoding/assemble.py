@@ -14,7 +14,7 @@ from decoding.config import EngineConfig
 from decoding.drafters import DrafterChoice
 from decoding.drafters.base import Drafter, DrafterContext
 from decoding.drafters.team import DrafterTeam
-from decoding.errors import ConfigError, ModelError
+from decoding.errors import ConfigError, ModelError, nearest
 from decoding.memory import pool_size
 from decoding.noise import NoiseBank
 from decoding.planner import StaticPlanner
@@ -26,6 +26,7 @@ from decoding.sequence import Sequence
 from decoding.step import Stepper
 from decoding.text import Tokenizer
 from decoding.verify import RULES
+from models.attention import BACKENDS
 from models.kv_cache import KVCache
 from models.loader import CheckpointError, generation_config, load_model, read_config, resolve
 from models.target import CausalModel
@@ -51,7 +52,10 @@ def load_target(config: EngineConfig) -> LoadedModel:
 
     Raises:
         ModelError: a checkpoint that cannot be loaded; the message names cause and fix.
+        ConfigError: an unknown device or attention backend, or one that does not work here.
     """
+    if config.attention not in (*BACKENDS, "auto"):
+        raise ConfigError(f"unknown --attention {config.attention!r}: {nearest(config.attention, (*BACKENDS, 'auto'))}")
     try:
         folder = resolve(config.model)
         target = load_model(
@@ -65,6 +69,8 @@ def load_target(config: EngineConfig) -> LoadedModel:
         tokenizer = Tokenizer.load(resolve(config.tokenizer) if config.tokenizer else folder)
     except CheckpointError as error:
         raise ModelError(str(error)) from error
+    except RuntimeError as error:  # a named backend without its kernels, a device out of memory
+        raise ConfigError(f"{config.model} cannot be loaded on {config.device}: {error}") from error
     defaults = {}
     if config.generation_config != "vllm":
         source = generation if config.generation_config == "auto" else generation_config(Path(config.generation_config))

@@ -99,10 +99,8 @@ class Committer:
             counter.drafted += len(source) - 1
             counter.accepted += len(path)
             for bit, name in enumerate(names):
-                drafted = sum(1 for bits in source if bits >> bit & 1)
-                if drafted:
-                    counter.drafted_by[name] += drafted
-                    counter.accepted_by[name] += sum(1 for column in path if source[column] >> bit & 1)
+                counter.drafted_by[name] += sum(1 for bits in source if bits >> bit & 1)
+                counter.accepted_by[name] += sum(1 for column in path if source[column] >> bit & 1)
         self.totals.generated_tokens += kept
 
     def _event(

@@ -78,8 +78,8 @@ def check_vocabulary(draft: Tokenizer, target: Tokenizer, path: str | Path) -> N
         token = wrong[0]
         raise ModelError(
             f"the draft model {path} has another vocabulary than the target: {len(wrong)} of {len(ours)} tokens "
-            f"differ, for example {token!r}, id {ours[token]} in the target and {theirs.get(token, 'absent')} in the draft. "
-            "Use a draft model with the target's tokenizer."
+            f"differ, for example {token!r} (id {ours[token]} in the target, {theirs.get(token, 'absent')} in the "
+            "draft). Use a draft model with the target's tokenizer."
         )
 
 
