@@ -35,7 +35,7 @@ def kept(scaled: Tensor, filters: Filters, candidates: Tensor) -> Tensor:
     Returns:
         [W, C] bool.
     """
-    probs, mass = _probabilities(scaled, filters)
+    probs, limit = _probabilities(scaled, filters)
     best = probs.amax(dim=1)
     ids = torch.arange(scaled.shape[1], device=scaled.device)
     verdicts = []
@@ -46,31 +46,32 @@ def kept(scaled: Tensor, filters: Filters, candidates: Tensor) -> Tensor:
         rank = better.sum(dim=1)
         above = (probs * better).sum(dim=1)
         likely = probs.gather(1, candidate).squeeze(1) >= filters.min_p * best
-        verdicts.append((rank == 0) | ((rank < filters.top_k) & (above < filters.top_p * mass) & likely))
+        verdicts.append((rank == 0) | ((rank < filters.top_k) & (above < limit) & likely))
     return torch.stack(verdicts, dim=1)
 
 
 def kept_everywhere(scaled: Tensor, filters: Filters) -> Tensor:
     """The same for every id, [W, V] bool, by a sort: the way out when all the likely candidates were dropped."""
-    probs, mass = _probabilities(scaled, filters)
+    probs, limit = _probabilities(scaled, filters)
     order = scaled.argsort(dim=1, descending=True, stable=True)
     ranked = probs.gather(1, order)
     above = ranked.cumsum(dim=1) - ranked
     rank = torch.arange(scaled.shape[1], device=scaled.device)
-    keep = (rank < filters.top_k[:, None]) & (above < (filters.top_p * mass)[:, None])
+    keep = (rank < filters.top_k[:, None]) & (above < limit[:, None])
     keep &= ranked >= (filters.min_p * ranked[:, 0])[:, None]
     keep[:, 0] = True
     return torch.empty_like(keep).scatter_(1, order, keep)
 
 
 def _probabilities(scaled: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
-    """(softmax [W, V] float64, probability of what top-k leaves [W])."""
+    """(softmax [W, V] float64, the mass that a token's betters must stay below for top-p to keep it [W])."""
     probs = scaled.softmax(dim=1, dtype=torch.float64)
     vocab = scaled.shape[1]
+    mass = probs.sum(dim=1)
     widest = int(filters.top_k.where(filters.top_k < vocab, 0).max())
-    if widest == 0:
-        return probs, probs.sum(dim=1)
-    ranked = probs.topk(widest, dim=1).values
-    inside = torch.arange(widest, device=scaled.device) < filters.top_k[:, None]
-    mass = (ranked * inside).sum(dim=1)
-    return probs, torch.where(filters.top_k < vocab, mass, probs.sum(dim=1))
+    if widest:
+        ranked = probs.topk(widest, dim=1).values
+        inside = torch.arange(widest, device=scaled.device) < filters.top_k[:, None]
+        mass = torch.where(filters.top_k < vocab, (ranked * inside).sum(dim=1), mass)
+    # off is off: in a long tail the sum of the better tokens rounds to the whole mass
+    return probs, torch.where(filters.top_p < 1, filters.top_p * mass, torch.inf)
