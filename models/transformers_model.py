@@ -67,8 +67,9 @@ def paged_attention(
     dtype = step.cache.keys.dtype
     step.cache.write(layer, step.batch.slots, key[0].transpose(0, 1).to(dtype), value[0].transpose(0, 1).to(dtype))
     keys, values = step.cache.layer(layer)
-    packed = query[0].transpose(0, 1).contiguous()  # [T, Hq, D]
-    return step.attend(packed, keys, values, step.batch, step.specs[layer], s_aux)[None], None
+    packed = query[0].transpose(0, 1).to(dtype).contiguous()  # [T, Hq, D]
+    out = step.attend(packed, keys, values, step.batch, step.specs[layer], s_aux)  # [T, Hq, Dv]
+    return out[None].to(value.dtype), None
 
 
 class _Replay(nn.Module):
