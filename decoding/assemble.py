@@ -30,6 +30,7 @@ from models.attention import BACKENDS
 from models.kv_cache import KVCache
 from models.loader import CheckpointError, generation_config, load_model, read_config, resolve
 from models.target import CausalModel
+from models.tree_ops import load_tree_ops
 
 logger = logging.getLogger("saccade.engine")
 
@@ -163,9 +164,11 @@ def build_stepper(config: EngineConfig, loaded: LoadedModel, drafters: list[Draf
     ops = load_sampling_ops(device)
     noise = NoiseBank(loaded.vocab_size, config.max_depth + 2, device, ops.fill_noise)
     sampler = Sampler(noise, ops, loaded.vocab_size, loaded.eos_ids, device)
+    tree_ops = load_tree_ops(device)
     planner = StaticPlanner(
         cache,
         drafters,
+        tree_ops,
         max_nodes=config.max_nodes,
         max_depth=config.max_depth,
         max_step_tokens=config.max_num_batched_tokens,
@@ -179,7 +182,7 @@ def build_stepper(config: EngineConfig, loaded: LoadedModel, drafters: list[Draf
         num_pages * 16,
         longest,
     )
-    return Stepper(target, cache, scheduler, planner, sampler, team, RULES["exact"](), committer)
+    return Stepper(target, cache, scheduler, planner, sampler, team, RULES["exact"](tree_ops), committer)
 
 
 def check_limits(config: EngineConfig) -> None:

@@ -62,15 +62,17 @@ class SequenceCache:
 
     def commit(self, batch: RaggedBatch, nodes: Nodes, verdict: Verdict) -> None:
         """Move the accepted path's K/V behind the chain, in order; the other nodes' slots are simply free again."""
-        if verdict.path.shape[1] == 0:
+        deepest = verdict.path.shape[1]
+        if deepest == 0:
             return
-        slots = nodes.unpack(batch.slots[batch.wanted])  # [S, N]
-        accepted = verdict.path >= 0
-        source = slots.gather(1, verdict.path.clamp(min=0))[accepted]
-        target = slots[:, 1 : 1 + verdict.path.shape[1]][accepted]
-        moved = source != target
-        if bool(moved.any()):
-            self.kv.move(source[moved], target[moved])
+        in_order = torch.arange(1, deepest + 1, device=verdict.path.device)
+        moved = verdict.path > in_order  # columns rise along a path, so none is below; padding is -1
+        row, level = moved.nonzero(as_tuple=True)
+        if len(row) == 0:
+            return
+        slots = batch.slots[batch.wanted]  # [W]
+        first = nodes.first[row]
+        self.kv.move(slots[first + verdict.path[moved]], slots[first + level + 1])
 
     def register(self, sequence: Sequence) -> None:
         """Offer the sequence's full pages to others, and note how far the drafters' K/V reaches in them."""

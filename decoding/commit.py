@@ -13,12 +13,12 @@ from decoding.drafters.team import DrafterTeam
 from decoding.logprobs import node_logprobs, prompt_logprobs
 from decoding.messages import FinishReason, TokenEvent, TokenLogprobs
 from decoding.plan import Plan, PlannedRow
-from decoding.planner import ChosenTrees
 from decoding.sampler import Sampler
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence, SpeculationCounter
 from decoding.verify import Verdict
 from models.target import CausalModel, ForwardOutput
+from models.tree_ops import ChosenTrees
 
 
 @dataclass

@@ -6,24 +6,14 @@ to what the client, the token budget and the page pool allow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from decoding.cache import SequenceCache
 from decoding.drafters.base import Drafter
 from decoding.plan import Plan, PlannedRow, Quota, RowQuota
 from decoding.sequence import Sequence
-from models.tree import Trees, best_nodes, is_node, merge, roots_only
-
-
-@dataclass(frozen=True)
-class ChosenTrees:
-    """What is verified: trees with their padding on the right, and their sizes on the host."""
-
-    trees: Trees  # [S, N]
-    counts: list[int]  # nodes per row, root included
-    deepest: int  # no node is deeper (host)
+from models.tree import Trees
+from models.tree_ops import ChosenTrees, TreeOps
 
 
 class StaticPlanner:
@@ -37,6 +27,7 @@ class StaticPlanner:
         self,
         cache: SequenceCache,
         drafters: list[Drafter],
+        tree_ops: TreeOps,
         *,
         max_nodes: int,
         max_depth: int,
@@ -45,6 +36,7 @@ class StaticPlanner:
     ) -> None:
         self._cache = cache
         self._drafters = drafters
+        self._tree_ops = tree_ops
         self._max_nodes = max_nodes
         self._max_depth = max_depth
         self._max_step_tokens = max_step_tokens
@@ -61,13 +53,9 @@ class StaticPlanner:
         """Merge the drafters' trees and keep the most probable nodes within the quota."""
         if not proposals or not plan.deciding:
             last = [int(row.sequence.tokens[-1]) for row in plan.deciding]
-            roots = torch.tensor(last, dtype=torch.int64, device=device)
-            return ChosenTrees(roots_only(roots), [1] * len(plan.deciding), 0)
-        nodes = torch.tensor([row.nodes for row in quota.rows], device=device)
-        depth = torch.tensor([row.depth for row in quota.rows], device=device)
-        trees = best_nodes(merge(proposals), nodes, depth, 1 + quota.nodes, self._min_probability)
-        counts = (1 + is_node(trees).sum(dim=1)).tolist()
-        return ChosenTrees(trees.narrow(max(counts)), counts, min(quota.depth, max(counts) - 1))
+            return ChosenTrees.roots(torch.tensor(last, dtype=torch.int64, device=device))
+        nodes, depth = [row.nodes for row in quota.rows], [row.depth for row in quota.rows]
+        return self._tree_ops.choose(proposals, nodes, depth, self._min_probability)
 
     def _row_quota(self, row: PlannedRow, share: int) -> RowQuota:
         wish, sequence = row.sequence.speculation, row.sequence

@@ -21,7 +21,6 @@ from decoding.sampler import Sampler
 from decoding.scheduler import Scheduler
 from decoding.verify import Rule, verify
 from models.target import CausalModel
-from models.tree import ancestor_masks
 
 
 class Stepper:
@@ -61,7 +60,7 @@ class Stepper:
         proposals = self.drafters.propose(plan, quota, sampling)  # a tree per drafter, with confidences
         chosen = self.planner.choose(plan, proposals, quota, self.target.device)  # merged, the best nodes
         chains = [Chain(r.sequence.tokens[r.start : r.end], r.start, r.sequence.pages) for r in plan.rows]
-        batch, nodes = build(chains, chosen.trees, ancestor_masks(chosen.trees.parents), chosen.counts)
+        batch, nodes = build(chains, chosen.trees, chosen.masks, chosen.counts)
 
         forward = time.perf_counter()
         out = self.target.forward(batch, self.cache.kv, self.drafters.taps)

@@ -205,6 +205,34 @@ def path_columns(masks: Tensor, longest: int) -> Tensor:
     return columns.scatter_(-1, target, bits.expand(on_path.shape))[..., :longest]
 
 
+def walk(trees: Trees, masks: Tensor, drawn: Tensor, deepest: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Descend from the root while a child carries the token drawn at its parent. Siblings must differ in their tokens.
+
+    Args:
+        masks: [R, N] ancestor masks of the trees.
+        drawn: [R, N] token drawn at each node (anything at padding).
+        deepest: D, at least the depth of the deepest node (host).
+
+    Returns:
+        accepted [R], the number of nodes walked below the root; path [R, D], their columns, padded with -1;
+        bonus [R], the token drawn at the last one; tokens [R, D + 1], theirs and the bonus, padded with -1.
+    """
+    columns = torch.arange(trees.width, device=drawn.device)
+    follows = trees.tokens == drawn.gather(1, trees.parents.clamp(min=0))  # the parent's draw is this node
+    follows = (follows & is_node(trees)) | (columns == 0)
+    stopped = ((~follows).long() << columns).sum(dim=1, keepdim=True)  # bit i: column i is not followed to
+    reached = follows & (masks & stopped == 0)
+    # siblings differ in their tokens, so the reached nodes are one path, and its end stands in the last such column
+    last = (reached.long() * columns).argmax(dim=1, keepdim=True)
+    path = path_columns(masks.gather(1, last).squeeze(1), deepest + 1)[:, 1:]  # [R, D]
+    bonus = drawn.gather(1, last).squeeze(1)
+    accepted = (path >= 0).sum(dim=1)
+    tokens = torch.full((drawn.shape[0], deepest + 1), -1, dtype=torch.int64, device=drawn.device)
+    tokens[:, :deepest] = torch.where(path >= 0, trees.tokens.gather(1, path.clamp(min=0)), -1)
+    tokens.scatter_(1, accepted[:, None], bonus[:, None])
+    return accepted, path, bonus, tokens
+
+
 def _shift(parents: Tensor, offset: int) -> Tensor:
     return torch.where(parents > 0, parents + offset, parents)
 

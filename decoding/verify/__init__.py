@@ -10,6 +10,7 @@ from torch import Tensor
 from decoding.batcher import Nodes
 from decoding.sampling import Sampling
 from models.tree import Trees, path_columns
+from models.tree_ops import TreeOps
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,17 @@ class Verdict:
     tokens: Tensor  # [S, D + 1] int64, the accepted tokens and the bonus, padded with -1
 
 
-Rule = Callable[[Trees, Tensor, Tensor, int], Verdict]
-"""(trees [S, N], ancestor masks [S, N], token drawn at each node [S, N], deepest depth D) -> verdict."""
+Rule = Callable[[Trees, Nodes, Tensor, int], Verdict]
+"""(trees [S, N], their nodes, token drawn at each node [W], D: no node is deeper) -> verdict."""
 
 
-def _exact() -> Rule:
-    from decoding.verify.exact import walk
+def _exact(ops: TreeOps) -> Rule:
+    from decoding.verify.exact import ExactRule
 
-    return walk
+    return ExactRule(ops)
 
 
-RULES: dict[str, Callable[[], Rule]] = {
+RULES: dict[str, Callable[[TreeOps], Rule]] = {
     "exact": _exact,
 }
 
@@ -47,7 +48,7 @@ def verify(rule: Rule, trees: Trees, nodes: Nodes, logits: Tensor, sampling: Sam
     paths = node_paths(trees, nodes, deepest) if sampling.needs_paths() else None
     processed = sampling.process(logits, nodes.row, nodes.depth, paths)
     drawn = sampling.draw(processed, nodes.row, nodes.depth)
-    return rule(trees, nodes.masks, nodes.unpack(drawn), deepest)
+    return rule(trees, nodes, drawn, deepest)
 
 
 def node_paths(trees: Trees, nodes: Nodes, deepest: int) -> Tensor:

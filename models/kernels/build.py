@@ -28,8 +28,10 @@ FOLDER = Path(__file__).parent
 SOURCES: dict[str, list[str]] = {  # file: flags of its own
     "bindings.cpp": [],
     "attention.cpp": [],
+    "batch.cpp": [],
     "layer_ops.cpp": [],
     "sampling.cpp": ["-ffp-contract=off"],  # it says why
+    "tree.cpp": [],
 }
 # no -ffast-math: it would reorder sums, and results must not depend on how work is split
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-w"]

@@ -1,0 +1,256 @@
+// The bookkeeping of token trees on the host (models/tree_ops.py). The functions of models/tree.py define what comes
+// out, bit for bit: sums run in column order, products along paths double their reach, as there.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "tensors.h"
+
+namespace saccade {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kNoParent = -1;
+constexpr int64_t kMaxTree = 64;
+constexpr float kCertain = 1.0f - 1.0f / 65536;  // models/tree.py says why
+constexpr double kImpossible = 1e-30;
+
+int64_t bit(int64_t column) { return static_cast<int64_t>(uint64_t(1) << column); }
+
+// Trees [R, N] of one drafter.
+struct Proposal {
+  Tensor tokens, parents, confidence, source;
+
+  int64_t width() const { return tokens.size(1); }
+};
+
+struct Node {
+  int64_t token, parent, source;
+  float confidence;
+  int64_t first_child = -1, next_sibling = -1;  // chains of the nodes met so far
+};
+
+// One row's result, padding excluded.
+struct Chosen {
+  int64_t count = 1, deepest = 0;
+  int64_t tokens[kMaxTree], parents[kMaxTree], source[kMaxTree], masks[kMaxTree];
+  float confidence[kMaxTree];
+};
+
+Proposal checked(const Tensor& tokens, const Tensor& parents, const Tensor& confidence, const Tensor& source) {
+  TORCH_CHECK_VALUE(tokens.dim() == 2 && tokens.size(1) >= 1, "trees must be [R, N] with a root");
+  for (const Tensor* other : {&parents, &confidence, &source})
+    TORCH_CHECK_VALUE(other->sizes() == tokens.sizes(), "the arrays of trees must have one shape");
+  return {tokens.contiguous(), parents.contiguous(), confidence.contiguous(), source.contiguous()};
+}
+
+// The row's nodes, those of the same parent and token as one, in the order in which each was met first.
+std::vector<Node> merged(const std::vector<Proposal>& proposals, int64_t row) {
+  const Proposal& any = proposals.front();
+  const int64_t root = row * any.width();
+  std::vector<Node> nodes{{any.tokens.const_data_ptr<int64_t>()[root], kNoParent,
+                           any.source.const_data_ptr<int64_t>()[root], any.confidence.const_data_ptr<float>()[root]}};
+  std::vector<int64_t> place;  // of a proposal's columns among the nodes
+  for (const Proposal& proposal : proposals) {
+    const int64_t width = proposal.width(), first = row * width;
+    const int64_t* tokens = proposal.tokens.const_data_ptr<int64_t>() + first;
+    const int64_t* parents = proposal.parents.const_data_ptr<int64_t>() + first;
+    const int64_t* source = proposal.source.const_data_ptr<int64_t>() + first;
+    const float* confidence = proposal.confidence.const_data_ptr<float>() + first;
+    place.assign(width, -1);
+    place[0] = 0;
+    for (int64_t column = 1; column < width; ++column) {
+      if (parents[column] == kNoParent) continue;
+      TORCH_CHECK_VALUE(parents[column] >= 0 && parents[column] < column, "a parent must stand before its children");
+      const int64_t parent = place[parents[column]];
+      if (parent < 0) continue;  // hangs on padding: out of reach
+      int64_t same = nodes[parent].first_child;
+      while (same >= 0 && nodes[same].token != tokens[column]) same = nodes[same].next_sibling;
+      if (same >= 0) {
+        nodes[same].confidence = std::max(nodes[same].confidence, confidence[column]);
+        nodes[same].source |= source[column];
+      } else {
+        same = nodes.size();
+        nodes.push_back({tokens[column], parent, source[column], confidence[column], -1, nodes[parent].first_child});
+        nodes[parent].first_child = same;
+      }
+      place[column] = same;
+    }
+  }
+  return nodes;
+}
+
+// Probability of each node's path (path_confidence of models/tree.py).
+std::vector<float> path_probabilities(const std::vector<Node>& nodes) {
+  const int64_t count = nodes.size();
+  std::vector<float> sums(count, 0.0f), probability(count);
+  std::vector<int64_t> pointer(count, 0);
+  for (int64_t i = 1; i < count; ++i) sums[nodes[i].parent] += nodes[i].confidence;
+  probability[0] = nodes[0].confidence;
+  for (int64_t i = 1; i < count; ++i) {
+    pointer[i] = nodes[i].parent;
+    probability[i] = std::min(nodes[i].confidence / std::max(sums[pointer[i]], 1.0f), kCertain);
+  }
+  for (bool reached = false; !reached;) {
+    reached = true;
+    for (int64_t i = count - 1; i > 0; --i) {  // downwards: what stands before i is still of the last round
+      probability[i] *= probability[pointer[i]];
+      pointer[i] = pointer[pointer[i]];
+      reached &= pointer[i] == 0;
+    }
+  }
+  return probability;
+}
+
+Chosen choose_row(const std::vector<Proposal>& proposals, int64_t row, int64_t max_nodes, int64_t max_depth,
+                  float lowest) {
+  const std::vector<Node> nodes = merged(proposals, row);
+  const std::vector<float> probability = path_probabilities(nodes);
+  std::vector<int64_t> depth(nodes.size(), 0), kept, column(nodes.size(), 0);
+  for (size_t i = 1; i < nodes.size(); ++i) {
+    depth[i] = depth[nodes[i].parent] + 1;
+    if (depth[i] <= max_depth && probability[i] >= lowest) kept.push_back(i);
+  }
+  if (static_cast<int64_t>(kept.size()) > max_nodes) {
+    std::nth_element(kept.begin(), kept.begin() + max_nodes, kept.end(), [&](int64_t a, int64_t b) {
+      return probability[a] != probability[b] ? probability[a] > probability[b] : a < b;
+    });
+    kept.resize(max_nodes);
+    std::sort(kept.begin(), kept.end());
+  }
+  Chosen chosen;
+  chosen.tokens[0] = nodes[0].token;
+  chosen.parents[0] = kNoParent;
+  chosen.confidence[0] = nodes[0].confidence;
+  chosen.source[0] = nodes[0].source;
+  chosen.masks[0] = 1;
+  for (const int64_t i : kept) {  // a parent is more probable than its child, so it is kept and stands before it
+    const int64_t at = chosen.count++, parent = column[nodes[i].parent];
+    column[i] = at;
+    chosen.tokens[at] = nodes[i].token;
+    chosen.parents[at] = parent;
+    chosen.confidence[at] = nodes[i].confidence;
+    chosen.source[at] = nodes[i].source;
+    chosen.masks[at] = chosen.masks[parent] | bit(at);
+    chosen.deepest = std::max(chosen.deepest, depth[i]);
+  }
+  return chosen;
+}
+
+template <typename T>
+void fill(const Tensor& out, int64_t row, const T* values, int64_t count, T padding) {
+  T* to = out.mutable_data_ptr<T>() + row * out.size(1);
+  std::copy_n(values, count, to);
+  std::fill(to + count, to + out.size(1), padding);
+}
+
+using Packed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<int64_t>, int64_t>;
+
+// (tokens, parents, confidence, source, masks) [R, N] with padding on the right; counts; deepest.
+Packed packed(const std::vector<Chosen>& chosen) {
+  const int64_t rows = chosen.size();
+  std::vector<int64_t> counts;
+  int64_t width = 1, deepest = 0;
+  for (const Chosen& row : chosen) {
+    counts.push_back(row.count);
+    width = std::max(width, row.count);
+    deepest = std::max(deepest, row.deepest);
+  }
+  const Tensor tokens = empty({rows, width}, at::kLong), parents = empty({rows, width}, at::kLong);
+  const Tensor confidence = empty({rows, width}, at::kFloat), source = empty({rows, width}, at::kLong);
+  const Tensor masks = empty({rows, width}, at::kLong);
+  for (int64_t row = 0; row < rows; ++row) {
+    const Chosen& kept = chosen[row];
+    fill(tokens, row, kept.tokens, kept.count, int64_t(-1));
+    fill(parents, row, kept.parents, kept.count, kNoParent);
+    fill(confidence, row, kept.confidence, kept.count, 0.0f);
+    fill(source, row, kept.source, kept.count, int64_t(0));
+    fill(masks, row, kept.masks, kept.count, int64_t(1));
+    // ancestor_masks lets padding hang on the root
+    for (int64_t i = kept.count; i < width; ++i) masks.mutable_data_ptr<int64_t>()[row * width + i] |= bit(i);
+  }
+  return {tokens, parents, confidence, source, masks, std::move(counts), deepest};
+}
+
+}  // namespace
+
+Packed choose_nodes(at::TensorList tokens, at::TensorList parents, at::TensorList confidence, at::TensorList source,
+                    at::IntArrayRef max_nodes, at::IntArrayRef max_depth, double min_probability) {
+  TORCH_CHECK_VALUE(!tokens.empty(), "there must be a proposal");
+  const int64_t rows = tokens[0].size(0);
+  std::vector<Proposal> proposals;
+  int64_t columns = 0;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    proposals.push_back(checked(tokens[i], parents[i], confidence[i], source[i]));
+    TORCH_CHECK_VALUE(tokens[i].size(0) == rows, "proposals must have the same rows");
+    columns += tokens[i].size(1);
+  }
+  TORCH_CHECK_VALUE(int64_t(max_nodes.size()) == rows && int64_t(max_depth.size()) == rows, "a limit for each row");
+  for (const int64_t limit : max_nodes)
+    TORCH_CHECK_VALUE(limit >= 0 && limit < kMaxTree, "a tree has at most ", kMaxTree, " nodes, root included, not ", limit + 1);
+  const float lowest = std::max(min_probability, kImpossible);
+  std::vector<Chosen> chosen(rows);
+  parallel_tasks(rows, rows * columns * 20, [&](int64_t row) {
+    chosen[row] = choose_row(proposals, row, max_nodes[row], max_depth[row], lowest);
+  });
+  return packed(chosen);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> walk_trees(const Tensor& tokens, const Tensor& parents, const Tensor& drawn,
+                                                      const Tensor& first, int64_t deepest) {
+  TORCH_CHECK_VALUE(tokens.dim() == 2 && parents.sizes() == tokens.sizes() && first.dim() == 1 &&
+                        first.size(0) == tokens.size(0) && drawn.dim() == 1 && deepest >= 0,
+                    "expected trees [S, N], drawn [W], first [S]");
+  const int64_t rows = tokens.size(0), width = tokens.size(1), nodes = drawn.size(0);
+  const Tensor dense_tokens = tokens.contiguous(), dense_parents = parents.contiguous();
+  const Tensor accepted = empty({rows}, at::kLong), path = empty({rows, deepest}, at::kLong);
+  const Tensor bonus = empty({rows}, at::kLong), text = empty({rows, deepest + 1}, at::kLong);
+  const int64_t* draws = index_data<int64_t>(drawn, "drawn");
+  const int64_t* starts = index_data<int64_t>(first, "first");
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t* token = dense_tokens.const_data_ptr<int64_t>() + row * width;
+    const int64_t* parent = dense_parents.const_data_ptr<int64_t>() + row * width;
+    int64_t* on_path = path.mutable_data_ptr<int64_t>() + row * deepest;
+    int64_t* said = text.mutable_data_ptr<int64_t>() + row * (deepest + 1);
+    int64_t node = 0, depth = 0;
+    const auto draw = [&] {
+      TORCH_CHECK_INDEX(starts[row] >= 0 && starts[row] + node < nodes, "node ", starts[row] + node, " of ", nodes);
+      return draws[starts[row] + node];
+    };
+    int64_t next = draw();
+    for (int64_t column = 1; column < width; ++column) {  // children stand behind their parent: one pass finds all
+      if (parent[column] != node || token[column] != next) continue;
+      TORCH_CHECK_VALUE(depth < deepest, "a node is deeper than ", deepest);
+      on_path[depth] = column;
+      said[depth++] = next;
+      node = column;
+      next = draw();
+    }
+    said[depth] = next;
+    std::fill(on_path + depth, on_path + deepest, -1);
+    std::fill(said + depth + 1, said + deepest + 1, -1);
+    accepted.mutable_data_ptr<int64_t>()[row] = depth;
+    bonus.mutable_data_ptr<int64_t>()[row] = next;
+  }
+  return {accepted, path, bonus, text};
+}
+
+TORCH_LIBRARY_FRAGMENT(saccade, m) {
+  m.def(
+      "choose_nodes(Tensor[] tokens, Tensor[] parents, Tensor[] confidence, Tensor[] source, int[] max_nodes, "
+      "int[] max_depth, float min_probability) -> (Tensor, Tensor, Tensor, Tensor, Tensor, int[], int)");
+  m.def(
+      "walk_trees(Tensor tokens, Tensor parents, Tensor drawn, Tensor first, int deepest) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(saccade, CPU, m) {
+  m.impl("choose_nodes", &choose_nodes);
+  m.impl("walk_trees", &walk_trees);
+}
+
+}  // namespace saccade

@@ -1,0 +1,143 @@
+"""What a step does to its trees, behind one protocol so that a device can fuse it.
+
+``TorchTreeOps`` composes the functions of models/tree.py, runs anywhere and defines what is correct. It is some 150
+tiny operations, about a millisecond on a CPU; ``CpuTreeOps`` takes microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from models import kernels
+from models.tree import Trees, ancestor_masks, best_nodes, is_node, mask_depths, merge, roots_only, walk
+
+
+@dataclass(frozen=True)
+class ChosenTrees:
+    """What is verified: trees with their padding on the right, and their sizes on the host."""
+
+    trees: Trees  # [R, N], N the largest count
+    masks: Tensor  # [R, N] int64, ancestor masks
+    counts: list[int]  # nodes per row, root included
+    deepest: int  # depth of the deepest node (host)
+
+    @staticmethod
+    def roots(tokens: Tensor) -> ChosenTrees:
+        """Nothing but the roots, from their tokens [R]."""
+        trees = roots_only(tokens)
+        return ChosenTrees(trees, torch.ones_like(trees.tokens), [1] * len(tokens), 0)
+
+
+class TreeOps(Protocol):
+    """Siblings within one proposal, and in ``walk``, differ in their tokens."""
+
+    def choose(
+        self, proposals: list[Trees], max_nodes: list[int], max_depth: list[int], min_probability: float
+    ) -> ChosenTrees:
+        """Merge R >= 1 rows of proposals and keep each row's best nodes: ``merge`` and ``best_nodes``.
+
+        Args:
+            proposals: at least one, all with the same roots.
+            max_nodes: [R] most nodes of each row, root excluded, at most 63.
+            max_depth: [R].
+
+        Raises:
+            ValueError: more than 63 nodes are asked for.
+        """
+        ...
+
+    def walk(
+        self, trees: Trees, masks: Tensor, drawn: Tensor, first: Tensor, deepest: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``walk`` by tokens drawn at packed nodes: (accepted [S], path [S, D], bonus [S], tokens [S, D + 1]).
+
+        Args:
+            trees: [S, N], padding on the right.
+            masks: [S, N] ancestor masks.
+            drawn: [W] token drawn at each node, row after row, without padding.
+            first: [S] index of each root in ``drawn``.
+            deepest: D, at least the depth of the deepest node.
+        """
+        ...
+
+
+class TorchTreeOps:
+    """In plain PyTorch, on any device. ``choose`` synchronises once."""
+
+    def choose(
+        self, proposals: list[Trees], max_nodes: list[int], max_depth: list[int], min_probability: float
+    ) -> ChosenTrees:
+        device = proposals[0].tokens.device
+        limits = torch.tensor([max_nodes, max_depth], device=device)
+        trees = best_nodes(merge(proposals), limits[0], limits[1], 1 + max(max_nodes), min_probability)
+        masks = ancestor_masks(trees.parents)
+        nodes = is_node(trees)
+        deepest = (mask_depths(masks) * nodes).amax()
+        *counts, depth = torch.cat([1 + nodes.sum(dim=1), deepest[None]]).tolist()
+        width = max(counts)
+        return ChosenTrees(trees.narrow(width), masks[:, :width], counts, depth)
+
+    def walk(
+        self, trees: Trees, masks: Tensor, drawn: Tensor, first: Tensor, deepest: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        columns = torch.arange(trees.width, device=drawn.device)
+        unpacked = drawn[(first[:, None] + columns).clamp_(max=drawn.shape[0] - 1)]  # other nodes' tokens at padding
+        return walk(trees, masks, unpacked, deepest)
+
+
+class CpuTreeOps:
+    """Plain loops on the host, see models/kernels/tree.cpp.
+
+    Raises:
+        RuntimeError: the kernels are not available; the log says why.
+    """
+
+    def __init__(self) -> None:
+        if not kernels.load():
+            raise RuntimeError("the CPU kernels are not available")
+        self._choose = torch.ops.saccade.choose_nodes.default
+        self._walk = torch.ops.saccade.walk_trees.default
+
+    def choose(
+        self, proposals: list[Trees], max_nodes: list[int], max_depth: list[int], min_probability: float
+    ) -> ChosenTrees:
+        *arrays, masks, counts, deepest = self._choose(
+            [trees.tokens for trees in proposals],
+            [trees.parents for trees in proposals],
+            [trees.confidence for trees in proposals],
+            [trees.source for trees in proposals],
+            max_nodes,
+            max_depth,
+            min_probability,
+        )
+        return ChosenTrees(Trees(*arrays), masks, counts, deepest)
+
+    def walk(
+        self, trees: Trees, masks: Tensor, drawn: Tensor, first: Tensor, deepest: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self._walk(trees.tokens, trees.parents, drawn, first, deepest)  # type: ignore[no-any-return]
+
+
+TREE_OPS: dict[str, Callable[[], TreeOps]] = {
+    "torch": TorchTreeOps,
+    "cpu": CpuTreeOps,
+}
+
+
+def load_tree_ops(device: torch.device, name: str = "auto") -> TreeOps:
+    """The operations called ``name``; "auto" takes the best that work on this device.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: the operations were named and do not work here.
+    """
+    if name == "auto":
+        name = "cpu" if kernels.serves(device, torch.float32) else "torch"
+    if name not in TREE_OPS:
+        raise ValueError(f"unknown tree operations {name!r}; there are: {', '.join(TREE_OPS)}, auto")
+    return TREE_OPS[name]()
