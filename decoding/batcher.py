@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models import kernels
 from models.batch import PAGE_SIZE, RaggedBatch
 from models.tree import Trees, mask_depths
 
@@ -54,6 +55,24 @@ def build(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -
         masks: [S, N] their ancestor masks.
         counts: nodes of each tree, root included (host).
     """
+    if kernels.serves(trees.tokens.device, torch.float32):
+        return _build_fused(chains, trees, masks, counts)
+    return build_anywhere(chains, trees, masks, counts)
+
+
+def _build_fused(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -> tuple[RaggedBatch, Nodes]:
+    """``build_anywhere`` in one call: see models/kernels/batch.cpp."""
+    table = torch.from_numpy(page_table([c.pages for c in chains]))
+    tokens = chains[0].tokens if len(chains) == 1 else np.concatenate([c.tokens for c in chains])
+    starts, lengths = [c.start for c in chains], [len(c.tokens) for c in chains]
+    made = torch.ops.saccade.build_batch(torch.from_numpy(tokens), starts, lengths, counts, table, trees.tokens, masks)
+    wanted, row, column, depth, first, max_query, max_keys = made[8:]
+    batch = RaggedBatch(*(*made[:8], table.int(), wanted, max_query, max_keys))
+    return batch, Nodes(row, column, depth, first, masks, trees.width)
+
+
+def build_anywhere(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -> tuple[RaggedBatch, Nodes]:
+    """``build`` in NumPy and PyTorch, on any device: what it means."""
     device = trees.tokens.device
     lengths = np.array([len(c.tokens) for c in chains])
     starts = np.array([c.start for c in chains])

@@ -9,7 +9,8 @@ Query token q of a row sees logical key k if
     k < visible[q]     or     k >= tree_base  and bit (k - tree_base) of tree_mask[q] is set
 
 with ``tree_base`` the logical index of the tree's root (= of the chain's last token). Bit 0 of a mask is the root
-itself, so the mask of a node is its set of ancestors-or-self and the number of set bits below bit i is the depth of node i.
+itself, so the mask of a node is its set of ancestors-or-self, and an ancestor's depth is the number of set bits below
+its own.
 """
 
 from __future__ import annotations

@@ -225,25 +225,23 @@ std::tuple<at::Tensor, at::Tensor> topk_rows(const at::Tensor& logits, const at:
 namespace {
 
 // Sum of exp((z - top) / tau) over a row, z = x + T * g (x alone without noise).
-template <typename T>
+template <typename T, bool Noisy>
 double partition(const T* logits, const float* noise, T temperature, int64_t ids, T top, float tau) {
   f32x16 total = {};
-  float scores[kLanes];
-  for (int64_t id = 0; id < ids; id += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, ids - id);
-    for (int64_t i = 0; i < kLanes; ++i) {
-      if (i >= count) {
-        scores[i] = -std::numeric_limits<float>::infinity();
-        continue;
-      }
-      const T z = noise == nullptr ? logits[id + i] : logits[id + i] + temperature * noise[id + i];
-      scores[i] = static_cast<float>(z - top) / tau;
-    }
+  const float scale = 1.0f / tau;
+  int64_t id = 0;
+  for (; id + kLanes <= ids; id += kLanes) {
+    float scores[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i)
+      scores[i] = static_cast<float>((Noisy ? logits[id + i] + temperature * noise[id + i] : logits[id + i]) - top) * scale;
     f32x16 lanes;
     std::memcpy(&lanes, scores, sizeof(lanes));
     total += exp(lanes);
   }
-  return sum<float>(total);
+  double all = sum<float>(total);
+  for (; id < ids; ++id)
+    all += std::exp(static_cast<float>((Noisy ? logits[id] + temperature * noise[id] : logits[id]) - top) * scale);
+  return all;
 }
 
 }  // namespace
@@ -264,7 +262,9 @@ std::tuple<at::Tensor, at::Tensor> guess_rows(const at::Tensor& logits, const at
     parallel_tasks(rows, rows * vocab / 4, [&](int64_t row) {
       const float* drawn = source[row] < 0 ? nullptr : table + source[row] * noise.stride(0);
       const T top = best[row * k];
-      const double all = partition<T>(from + row * logits.stride(0), drawn, warmth[row], vocab, top, tau);
+      const T* x = from + row * logits.stride(0);
+      const double all = drawn ? partition<T, true>(x, drawn, warmth[row], vocab, top, tau)
+                               : partition<T, false>(x, drawn, warmth[row], vocab, top, tau);
       for (int64_t i = 0; i < k; ++i)
         to[row * k + i] = static_cast<float>(std::exp(static_cast<double>(best[row * k + i] - top) / tau) / all);
     });

@@ -1,0 +1,87 @@
+// A ragged batch from chains and trees: decoding/batcher.py's arithmetic in one pass, where each array op would cost
+// more than the whole loop.
+#include <torch/library.h>
+
+#include <bit>
+#include <tuple>
+
+#include "tensors.h"
+
+namespace saccade {
+namespace {
+
+constexpr int64_t kPage = 16;  // PAGE_SIZE of models/batch.py
+
+using Batch = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                         at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, int64_t, int64_t>;
+
+// chain_tokens: the chains' tokens, row after row. starts, lengths [R]: cached tokens before each chain, its length.
+// counts [S]: nodes of the trees that hang on the first S chains, root included. page_table [R, P].
+// tokens, masks [S, N]: the trees, padding on the right; column 0 is the chain's last token.
+// Returns the fields of RaggedBatch and Nodes in the order that batcher.py unpacks.
+Batch build_batch(const at::Tensor& chain_tokens, at::IntArrayRef starts, at::IntArrayRef lengths, at::IntArrayRef counts,
+                  const at::Tensor& page_table, const at::Tensor& tokens, const at::Tensor& masks) {
+  const int64_t rows = static_cast<int64_t>(starts.size()), trees = static_cast<int64_t>(counts.size());
+  TORCH_CHECK(static_cast<int64_t>(lengths.size()) == rows && trees <= rows && page_table.size(0) == rows,
+              "build_batch: starts, lengths and page_table must have one entry a row");
+  int64_t total = 0, nodes = 0;
+  for (int64_t r = 0; r < rows; ++r) total += lengths[r] + (r < trees ? counts[r] - 1 : 0);
+  for (int64_t r = 0; r < trees; ++r) nodes += counts[r];
+  at::Tensor token_ids = empty({total}, at::kLong), positions = empty({total}, at::kLong), slots = empty({total}, at::kLong);
+  at::Tensor visible = empty({total}, at::kInt), tree_mask = empty({total}, at::kLong), row_of = empty({total}, at::kInt);
+  at::Tensor row_starts = empty({rows + 1}, at::kInt), tree_base = empty({rows}, at::kInt);
+  at::Tensor wanted = empty({nodes}, at::kLong), node_row = empty({nodes}, at::kLong), column = empty({nodes}, at::kLong);
+  at::Tensor depth = empty({nodes}, at::kLong), first = empty({trees}, at::kLong);
+
+  const int64_t pages = page_table.size(1);
+  const int64_t *table = index_data<int64_t>(page_table, "page_table"), *chain = index_data<int64_t>(chain_tokens, "tokens");
+  const int64_t *tree_tokens = tokens.const_data_ptr<int64_t>(), *tree_masks = masks.const_data_ptr<int64_t>();
+  int64_t *token = token_ids.mutable_data_ptr<int64_t>(), *position = positions.mutable_data_ptr<int64_t>();
+  int64_t *slot = slots.mutable_data_ptr<int64_t>(), *mask = tree_mask.mutable_data_ptr<int64_t>();
+  int64_t *want = wanted.mutable_data_ptr<int64_t>(), *of = node_row.mutable_data_ptr<int64_t>();
+  int64_t *at_column = column.mutable_data_ptr<int64_t>(), *deep = depth.mutable_data_ptr<int64_t>();
+  int32_t *seen = visible.mutable_data_ptr<int32_t>(), *row = row_of.mutable_data_ptr<int32_t>();
+  int32_t *begin = row_starts.mutable_data_ptr<int32_t>(), *base = tree_base.mutable_data_ptr<int32_t>();
+  int64_t q = 0, w = 0, longest = 0, keys = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t end = starts[r] + lengths[r], count = r < trees ? counts[r] : 1, query = lengths[r] + count - 1;
+    TORCH_CHECK(lengths[r] > 0 && count > 0 && end + count - 1 <= pages * kPage, "build_batch: row ", r, " has no room");
+    begin[r] = static_cast<int32_t>(q);
+    base[r] = static_cast<int32_t>(end - 1);
+    longest = std::max(longest, query);
+    keys = std::max(keys, end + count - 1);
+    if (r < trees) first.mutable_data_ptr<int64_t>()[r] = w;
+    for (int64_t i = 0; i < query; ++i, ++q) {
+      const int64_t index = starts[r] + i, node = i - lengths[r] + 1;  // node: column in the tree, 0 at the root
+      row[q] = static_cast<int32_t>(r);
+      slot[q] = table[r * pages + index / kPage] * kPage + index % kPage;
+      seen[q] = static_cast<int32_t>(std::min(index + 1, end));
+      token[q] = node <= 0 ? *chain++ : tree_tokens[r * tokens.stride(0) + node * tokens.stride(1)];
+      position[q] = index;
+      mask[q] = 0;
+      if (node < 0 || r >= trees) continue;
+      mask[q] = tree_masks[r * masks.stride(0) + node * masks.stride(1)];
+      deep[w] = std::popcount(static_cast<uint64_t>(mask[q])) - 1;
+      position[q] = end - 1 + deep[w];
+      want[w] = q;
+      of[w] = r;
+      at_column[w++] = node;
+    }
+  }
+  begin[rows] = static_cast<int32_t>(q);
+  return {token_ids, positions, slots,  visible,  tree_mask, row_of, row_starts, tree_base,
+          wanted,    node_row,  column, depth,    first,     longest, keys};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(saccade, m) {
+  m.def(
+      "build_batch(Tensor chain_tokens, int[] starts, int[] lengths, int[] counts, Tensor page_table, Tensor tokens, "
+      "Tensor masks) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, int, int)");
+}
+
+TORCH_LIBRARY_IMPL(saccade, CPU, m) { m.impl("build_batch", &build_batch); }
+
+}  // namespace saccade
