@@ -51,7 +51,8 @@ def rows(draw: st.DrawFn, longest: int = MAX_TREE) -> Row:
     """A random tree; siblings differ in their tokens, as the trees of drafters do."""
     row: Row = [None]
     taken: set[tuple[int, int]] = set()
-    for place, token, confidence, source, luck in draw(st.lists(columns, max_size=longest - 1)):
+    least = draw(st.sampled_from([0, 0, 10, longest // 2]))
+    for place, token, confidence, source, luck in draw(st.lists(columns, min_size=least, max_size=longest - 1)):
         there = [0, *(i for i, node in enumerate(row) if node is not None)]
         # near the end as often as anywhere: deep trees are rare among uniformly random ones
         parent = there[-1 - place % 2] if luck > 5 and len(there) > 1 else there[place % len(there)]
