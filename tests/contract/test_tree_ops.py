@@ -84,7 +84,7 @@ def test_choose(ops: TreeOps, trees: list[Trees], data: st.DataObject) -> None:
     rows = trees[0].num_rows
     max_nodes = data.draw(st.lists(st.sampled_from([0, 1, 3, 8, 24, 63]), min_size=rows, max_size=rows))
     max_depth = data.draw(st.lists(st.sampled_from([0, 1, 2, 5, 63]), min_size=rows, max_size=rows))
-    floor = data.draw(st.sampled_from([0.0, 0.01, 0.3]))
+    floor = data.draw(st.sampled_from([0.0, 0.01, 0.3, 1.0]))
     chosen = ops.choose(trees, max_nodes, max_depth, floor)
     assert_same(chosen, DEFINITION.choose(trees, max_nodes, max_depth, floor))
     chosen.trees.validate()
