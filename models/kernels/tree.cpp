@@ -191,7 +191,8 @@ Packed choose_nodes(at::TensorList tokens, at::TensorList parents, at::TensorLis
   }
   TORCH_CHECK_VALUE(int64_t(max_nodes.size()) == rows && int64_t(max_depth.size()) == rows, "a limit for each row");
   for (const int64_t limit : max_nodes)
-    TORCH_CHECK_VALUE(limit >= 0 && limit < kMaxTree, "a tree has at most ", kMaxTree, " nodes, root included, not ", limit + 1);
+    TORCH_CHECK_VALUE(limit >= 0 && limit < kMaxTree, "a tree has at most ", kMaxTree, " nodes, root included, not ",
+                      limit + 1);
   const float lowest = std::max(min_probability, kImpossible);
   std::vector<Chosen> chosen(rows);
   parallel_tasks(rows, rows * columns * 20, [&](int64_t row) {
