@@ -57,7 +57,7 @@ class PrefixCache:
         if not self.enabled:
             return hit
         key = self.root_key(salt)
-        for start in range(0, (len(token_ids) - 1) // PAGE_SIZE * PAGE_SIZE, PAGE_SIZE):
+        for start in range(0, shareable_tokens(len(token_ids)), PAGE_SIZE):
             key = self.child_key(key, token_ids[start : start + PAGE_SIZE])
             page = self._page_of.get(key)
             if page is None:
@@ -94,3 +94,8 @@ class PrefixCache:
         key = self._key_of.pop(page)
         del self._page_of[key]
         del self._valid[page]
+
+
+def shareable_tokens(length: int) -> int:
+    """How much of a text of this length can be found in a prefix cache: full pages, short of its last token."""
+    return (length - 1) // PAGE_SIZE * PAGE_SIZE

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from decoding.cache import SequenceCache, pages_for
 from decoding.plan import Plan, PlannedRow
+from decoding.prefix_cache import shareable_tokens
 from decoding.sequence import Sequence
 
 WATERMARK = 0.01  # share of the pool kept free at admission, so that the newcomer is not preempted at once
@@ -105,9 +106,10 @@ class Scheduler:
     def _next_waiting(self) -> Sequence | None:
         """The first in the queue that need not wait for a sibling.
 
-        Choices of one request share their prompt: the others follow once the first has it in the prefix cache.
+        Choices of one request share their prompt: the others follow once the first has its full pages in the prefix
+        cache.
         """
-        computing: set[str] = {s.id[0] for s in self.running if s.cached < s.prompt_len - 1 and not s.started}
         if not self._cache.prefixes.enabled:
             return self.waiting[0]
+        computing = {s.id[0] for s in self.running if s.cached < shareable_tokens(s.prompt_len) and not s.started}
         return next((s for s in self.waiting if s.id[0] not in computing), None)
