@@ -6,7 +6,7 @@ PORT ?= 8000
 MODEL ?= demo/target
 SPECULATE ?= --speculate draft=demo/draft --speculate ngram
 ARGS ?=
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +29,7 @@ setup: $(VENV)/.kernels
 # Each stamp is newer than what it was made from; a step that failed leaves none and runs again.
 $(VENV)/.venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	    echo "Saccade needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo 'not there')."; \
+	    echo "Saccade needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo 'not there')."; \
 	    echo "Name another one: make PYTHON=/path/to/python3.12 $(or $(MAKECMDGOALS),setup)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo "'$(PYTHON)' has no venv module; on Debian and Ubuntu it is the package python3-venv."; exit 1; }
