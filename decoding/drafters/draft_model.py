@@ -27,7 +27,7 @@ from models.batch import MAX_TREE, PAGE_SIZE, RaggedBatch
 from models.kv_cache import KVCache
 from models.loader import CheckpointError, load_model, resolve
 from models.target import CausalModel, ForwardOutput
-from models.tree import NO_PARENT, Trees, ancestor_masks, roots_only
+from models.tree import NO_PARENT, Trees, roots_only
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ def load_draft_model(options: DraftModelOptions, context: DrafterContext) -> Dra
     except CheckpointError as error:
         raise ModelError(f"draft model: {error}") from error
     check_vocabulary(Tokenizer.load(folder), context.tokenizer, options.path)
+    needed = min(context.tokenizer.vocab_size, context.target.vocab_size)
+    if model.vocab_size < needed:
+        raise ModelError(
+            f"the draft model {options.path} has embeddings of {model.vocab_size} tokens, and the target's text may "
+            f"have token ids up to {needed - 1}. Use a draft model with the target's vocabulary."
+        )
     return DraftModelDrafter(options, context, model)
 
 
@@ -134,7 +140,7 @@ class DraftModelDrafter:
         last = [int(plan.deciding[i].sequence.tokens[-1]) for i in drafting]
         roots = torch.tensor(last, dtype=torch.int64, device=self._model.device)
         trees = roots_only(roots)
-        batch, _ = build(chains, trees, ancestor_masks(trees.parents), [1] * len(drafting))
+        batch, _ = build(chains, trees, torch.ones_like(trees.parents), [1] * len(drafting))
         hidden = self._model.forward(batch, self._cache).hidden
         if not drafting:
             return None
@@ -239,8 +245,6 @@ class DraftModelDrafter:
         node_row = row.repeat_interleave(size)
         depth = torch.full_like(node_row, level)
         logits = self._model.logits(hidden)
-        if logits.shape[1] < sampling.vocab_size:
-            logits = torch.nn.functional.pad(logits, (0, sampling.vocab_size - logits.shape[1]), value=-torch.inf)
         x = sampling.process(logits, node_row, depth, beam.paths.flatten(0, 1))
         tokens, confidence = sampling.guess(x, node_row, depth, self._options.top_k, self._options.tau)
         return tokens.view(-1, size, tokens.shape[1]), confidence.view(-1, size, tokens.shape[1])
