@@ -174,7 +174,7 @@ def build_stepper(config: EngineConfig, loaded: LoadedModel, drafters: list[Draf
         max_step_tokens=config.max_num_batched_tokens,
         min_probability=config.min_probability,
     )
-    committer = Committer(target, cache, scheduler, sampler, team, loaded.eos_ids)
+    committer = Committer(target, cache, scheduler, sampler, team, loaded.vocab_size, loaded.eos_ids)
     longest = pages_for(target.max_model_len)
     logger.info(
         "K/V pool: %d pages of 16 tokens (%d tokens; the longest request needs %d pages)",

@@ -34,7 +34,11 @@ class Totals:
 
 
 class Committer:
-    """Turns verdicts into events. The only place where sequences grow and end."""
+    """Turns verdicts into events. The only place where sequences grow and end.
+
+    Args:
+        vocab_size: ids of the tokenizer; the logits of ids beyond do not count.
+    """
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class Committer:
         scheduler: Scheduler,
         sampler: Sampler,
         drafters: DrafterTeam,
+        vocab_size: int,
         eos_ids: tuple[int, ...],
     ) -> None:
         self._target = target
@@ -50,6 +55,7 @@ class Committer:
         self._scheduler = scheduler
         self._sampler = sampler
         self._drafters = drafters
+        self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
         self.totals = Totals()
 
@@ -61,7 +67,7 @@ class Committer:
         self._prompt_logprobs(plan, chosen, out)
         accepted, tokens, path = verdict.accepted.tolist(), verdict.tokens.tolist(), verdict.path.tolist()
         source = chosen.trees.source.tolist()
-        logprobs = node_logprobs(plan, nodes, verdict, logits)
+        logprobs = node_logprobs(plan, nodes, verdict, logits[:, : self._vocab_size])
         events = []
         for index, row in enumerate(plan.deciding):
             sequence, count = row.sequence, accepted[index]
@@ -154,5 +160,6 @@ class Committer:
         if after:
             targets = torch.from_numpy(sequence.tokens[after.start : after.stop]).to(hidden.device)
             rows = hidden[after.start - 1 - row.start : after.stop - 1 - row.start]
-            known.extend(prompt_logprobs(self._target, rows, targets, sequence.params.prompt_logprobs or 0))
+            top = sequence.params.prompt_logprobs or 0
+            known.extend(prompt_logprobs(self._target, rows, targets, top, self._vocab_size))
         sequence.prompt_logprobs = known

@@ -18,7 +18,7 @@ def node_logprobs(plan: Plan, nodes: Nodes, verdict: Verdict, logits: Tensor) ->
     """For each deciding row that asked: one entry per committed token, the bonus included.
 
     Args:
-        logits: [W, V'] raw logits of the nodes.
+        logits: [W, V] raw logits of the nodes, padding of the vocabulary left out.
     """
     wishes = {
         i: row.sequence.params.logprobs
@@ -40,12 +40,14 @@ def node_logprobs(plan: Plan, nodes: Nodes, verdict: Verdict, logits: Tensor) ->
     return result
 
 
-def prompt_logprobs(target: CausalModel, hidden: Tensor, tokens: Tensor, top: int) -> list[TokenLogprobs]:
+def prompt_logprobs(
+    target: CausalModel, hidden: Tensor, tokens: Tensor, top: int, vocab_size: int
+) -> list[TokenLogprobs]:
     """Logprobs of prompt tokens [M] from the hidden states [M, H] before each of them."""
     entries: list[TokenLogprobs] = []
     for first in range(0, len(tokens), CHUNK):
         rows, chunk = hidden[first : first + CHUNK], tokens[first : first + CHUNK]
-        entries.extend(_entries(target.logits(rows), chunk, top))
+        entries.extend(_entries(target.logits(rows)[:, :vocab_size], chunk, top))
     return entries
 
 

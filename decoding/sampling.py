@@ -173,15 +173,16 @@ class Sampling:
         """A drafter's guesses under the request's rules, coupled to the target's draw by the same noise g.
 
         Returns:
-            the k largest entries of z = x + T * g (of x at T = 0): ids [W, k], best first; and their confidence
-            softmax(z / tau) [W, k] float32, 0 where the filters drop them.
+            the k largest entries of z = x + T * g (of x at T = 0) that the filters keep: ids [W, k], best first; and
+            their confidence softmax(z / tau) [W, k] float32, 0 for ids that fill up.
         """
         temperature, k = self.table.temperature[row], min(k, x.shape[1])
         noise_row = self.noise_row(row, depth)
-        ids, confidence = self.ops.guess(x, temperature, self.noise.vectors, noise_row, k, tau)
+        tried = min(max(k, TRIED), x.shape[1]) if self.table.filtered else k
+        ids, confidence = self.ops.guess(x, temperature, self.noise.vectors, noise_row, tried, tau)
         if self.table.filtered:
-            confidence = confidence * kept(x / temperature[:, None], self._filters(row), ids)
-        return ids, confidence
+            ids, confidence = self._keep_guesses(x / temperature[:, None], row, ids, confidence)
+        return ids[:, :k], confidence[:, :k]
 
     def noise_row(self, row: Tensor, depth: Tensor) -> Tensor:
         """[W] the row of the noise bank for the token drawn at each node; -1 for greedy sequences."""
@@ -202,6 +203,15 @@ class Sampling:
         repeated = torch.where(x > 0, x / factor, x * factor)
         x = torch.where(generated | counts.prompt[row], repeated, x)
         return x - table.frequency[row] * output - table.presence[row] * generated
+
+    def _keep_guesses(self, scaled: Tensor, row: Tensor, ids: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor]:
+        """Guesses that the filters keep to the front, the others' probability shared out."""
+        keep = kept(scaled, self._filters(row), ids)
+        order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
+        possible = confidence * keep
+        lost = (confidence - possible).sum(dim=1, keepdim=True)
+        possible = (possible / (1 - lost).clamp(min=1e-6)).clamp(max=1)
+        return ids.gather(1, order), possible.gather(1, order)
 
     def _draw_filtered(self, x: Tensor, temperature: Tensor, noise_row: Tensor, filters: Filters) -> Tensor:
         vectors, scaled = self.noise.vectors, x / temperature[:, None]

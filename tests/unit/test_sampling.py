@@ -191,9 +191,23 @@ def test_guesses_that_the_filters_drop_have_no_chance(ops: str) -> None:
     sampling = sampling_of([a_sequence(filtered), a_sequence(greedy)], ops=ops)
     ids, confidence = sampling.guess(logits, torch.tensor([0, 1]), depth, 3, 1.0)
     assert torch.equal(confidence[0] > 0, ids[0] < 2)
+    assert confidence[0].sum() == pytest.approx(1, abs=1e-3), "what is dropped cannot be drawn"
     assert (confidence[1] > 0).all(), "the argmax heeds no filter"
     _, confidence = sampling_of([a_sequence(unfiltered)], ops=ops).guess(logits[:1], depth[:1], depth[:1], 3, 1.0)
     assert (confidence > 0).all()
+
+
+def test_the_best_guess_is_the_filtered_draw(ops: str) -> None:
+    """Among the first 8 of the noisy logits, at least; the logits are flat, so the filters drop many."""
+    count = 400
+    params = SamplingParams(seed=4, top_k=5, top_p=0.9)
+    sampling = sampling_of([a_sequence(params)], count, ops=ops)
+    logits, row, depth = logits_like(VOCAB).expand(count, VOCAB) / 4, torch.zeros(count).long(), torch.arange(count)
+    drawn = sampling.draw(logits, row, depth)
+    ids, confidence = sampling.guess(logits, row, depth, 2, 1.0)
+    guessed = confidence[:, 0] > 0
+    assert guessed.sum() > 0.9 * count
+    assert torch.equal(ids[guessed, 0], drawn[guessed])
 
 
 def test_a_draft_vocabulary_s_missing_ids_are_guessed_last(ops: str) -> None:
