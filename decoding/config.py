@@ -22,7 +22,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048  # query tokens of one step, tree nodes included
     max_nodes: int = 24  # drafted nodes of one row in a step, at most 63
     max_depth: int = 8  # depth of a tree
-    min_probability: float = 0.02  # drafted nodes whose path is less probable are not verified
+    min_probability: float = 0.08  # drafted nodes whose path is less probable are not verified
     kv_cache_memory: int | None = None  # bytes; default: see memory_fraction on CUDA, 2 GiB on CPU
     gpu_memory_utilization: float = 0.9  # of the device's memory, weights included
     num_pages: int | None = None  # overrides the byte budgets; for tests
@@ -30,4 +30,4 @@ class EngineConfig:
     seed: int | None = None  # seed of requests that bring none (default: a random one each)
     generation_config: str = "auto"  # "auto": the model's generation_config.json; "vllm": neutral defaults
     attention: str = "auto"  # a backend of models/attention
-    threads: int | None = None  # CPU threads of the engine process
+    threads: int | None = None  # CPU threads of the engine process; default: all cores but one

@@ -27,7 +27,18 @@ def engine_environment(config: EngineConfig, environment: Mapping[str, str]) -> 
         env["GOMP_SPINCOUNT"] = str(GOMP_SPINCOUNT)
     if config.threads is not None:
         env["OMP_NUM_THREADS"] = str(config.threads)
+    elif "OMP_NUM_THREADS" not in env:
+        env["OMP_NUM_THREADS"] = str(default_threads(len(os.sched_getaffinity(0))))
     return env
+
+
+def default_threads(cores: int) -> int:
+    """Threads of the engine on a machine with that many cores: one core is left to the HTTP process.
+
+    Two processes on one core are worse than a thread less: while one waits for its turn, all threads of the engine
+    wait at their next barrier, some milliseconds instead of microseconds.
+    """
+    return max(1, cores - 1)
 
 
 class EngineProcess:

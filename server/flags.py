@@ -82,7 +82,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="do not keep pages for later requests with the same beginning",
     )
     add("--attention", metavar="BACKEND", help="attention backend (default: auto)")
-    add("--threads", type=positive, metavar="N", help="CPU threads of the engine")
+    add("--threads", type=positive, metavar="N", help="CPU threads of the engine process (default: all cores but one)")
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

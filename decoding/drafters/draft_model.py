@@ -37,7 +37,7 @@ class DraftModelOptions:
     top_k: int = 4  # children of an expanded node
     beam: int = 2  # nodes expanded per depth
     tau: float = 1.0  # confidence = softmax(z / tau)
-    min_confidence: float = 0.05  # drafting ends where no path is more probable
+    min_confidence: float = 0.3  # drafting ends where no path is more probable
 
 
 def load_draft_model(options: DraftModelOptions, context: DrafterContext) -> DraftModelDrafter:
