@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,20 +68,29 @@ def load_target(config: EngineConfig) -> LoadedModel:
             max_model_len=config.max_model_len,
         )
         generation = generation_config(folder)
+        defaults = _sampling_defaults(config.generation_config, generation)
         tokenizer = Tokenizer.load(resolve(config.tokenizer) if config.tokenizer else folder)
     except CheckpointError as error:
         raise ModelError(str(error)) from error
     except RuntimeError as error:  # a named backend without its kernels, a device out of memory
         raise ConfigError(f"{config.model} cannot be loaded on {config.device}: {error}") from error
-    defaults = {}
-    if config.generation_config != "vllm":
-        source = generation if config.generation_config == "auto" else generation_config(Path(config.generation_config))
-        defaults = {k: float(source[k]) for k in SAMPLING_DEFAULTS if source.get(k) is not None}
     eos = generation.get("eos_token_id", read_config(folder).get("eos_token_id"))
     if eos is None:
         eos = tokenizer.eos_token_id
-    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
-    return LoadedModel(target, tokenizer, min(tokenizer.vocab_size, target.vocab_size), eos_ids, defaults)
+    listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    vocab_size = min(tokenizer.vocab_size, target.vocab_size)
+    eos_ids = tuple(int(token) for token in listed if 0 <= token < vocab_size)  # others cannot be drawn
+    return LoadedModel(target, tokenizer, vocab_size, eos_ids, defaults)
+
+
+def _sampling_defaults(chosen: str, models_own: dict[str, Any]) -> dict[str, float]:
+    """The defaults that ``--generation-config`` asks for: of the model, of another folder, or none."""
+    if chosen == "vllm":
+        return {}
+    if chosen != "auto" and not (Path(chosen) / "generation_config.json").is_file():
+        raise ConfigError(f"--generation-config {chosen} has no generation_config.json; give its folder, auto or vllm")
+    source = models_own if chosen == "auto" else generation_config(Path(chosen))
+    return {name: float(source[name]) for name in SAMPLING_DEFAULTS if source.get(name) is not None}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -197,6 +207,8 @@ def check_limits(config: EngineConfig) -> None:
         )
     if not 0 <= config.max_depth <= 63:
         raise ConfigError(f"--max-depth must be in 0 .. 63, not {config.max_depth}")
+    if not 0 <= config.min_probability <= 1:
+        raise ConfigError(f"min_probability must be in 0 .. 1, not {config.min_probability}")
     if config.max_num_seqs < 1:
         raise ConfigError(f"--max-num-seqs must be at least 1, not {config.max_num_seqs}")
     if config.max_num_batched_tokens < 1:

@@ -63,7 +63,8 @@ def demo_tokenizer() -> Tokenizer:
 
 def make_engine(target: Decoder, drafters: dict[str, BuildDrafter] | None = None, **settings: object) -> Engine:
     """An engine around a model object; drafters by name, in the order of their bits."""
-    config = EngineConfig("tiny", **settings)  # type: ignore[arg-type]
+    # (a pool of the default size would have a page for every 16 KiB of 2 GiB, and checking it takes a while)
+    config = EngineConfig("tiny", **{"num_pages": 512, **settings})  # type: ignore[arg-type]
     loaded = LoadedModel(target, demo_tokenizer(), min(VOCAB, target.vocab_size), (EOS,), {})
     built = [
         build(
