@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from decoding.prefix_cache import PrefixCache
 from models.batch import PAGE_SIZE
 
-PAGES = 9
+PAGES = 6
 SALTS = ("", "tenant")
 Words = tuple[int, ...]  # a page's content is named by a number: all its tokens are that number
 
@@ -88,9 +88,13 @@ class PrefixMachine(RuleBasedStateMachine):
         holder.pages += taken
 
     @precondition(lambda self: any(len(h.keys) < len(h.pages) for h in self.holders))
-    @rule(data=st.data(), valid=st.integers(0, 3))
-    def register(self, data: st.DataObject, valid: int) -> None:
+    @rule(data=st.data(), valid=st.integers(0, 3), count=st.integers(1, 4))
+    def register(self, data: st.DataObject, valid: int, count: int) -> None:
         holder = data.draw(st.sampled_from([h for h in self.holders if len(h.keys) < len(h.pages)]))
+        for _ in range(min(count, len(holder.pages) - len(holder.keys))):
+            self.register_next(holder, valid)
+
+    def register_next(self, holder: Holder, valid: int) -> None:
         number = len(holder.keys)
         parent = holder.keys[-1] if number else self.cache.root_key(holder.salt)
         key = self.cache.child_key(parent, tokens_of(holder.words[number : number + 1], 0))
@@ -154,6 +158,12 @@ def test_the_last_token_is_always_left_to_compute() -> None:
     for tail, pages in ((0, 1), (1, 2), (5, 2)):
         assert len(registered((3, 4)).match(tokens_of((3, 4), tail), "").pages) == pages
     assert registered((3,)).match(tokens_of((3,), 0), "").pages == []
+
+
+def test_the_end_of_a_text_is_evicted_before_its_beginning() -> None:
+    cache = registered((3, 4, 5))
+    cache.pool.take(2)  # a free page, and one of the text's
+    assert len(cache.match(tokens_of((3, 4, 5)), "").pages) == 2
 
 
 def test_one_different_token_ends_the_match() -> None:

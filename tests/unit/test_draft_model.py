@@ -20,7 +20,7 @@ from decoding.errors import ModelError
 from decoding.plan import Plan, Quota
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
 from decoding.sampling import Sampling
-from decoding.sequence import SequenceId
+from decoding.sequence import Sequence, SequenceId
 from models.decoder import Decoder
 from models.tree import Trees
 from tests.doubles import AlternatingDrafter
@@ -139,6 +139,42 @@ def test_after_the_drafter_paused() -> None:
     outcome = run(engine, [wanted])["wanted", 0]
     assert outcome.events[0].cached_tokens == 48
     assert [len(event.token_ids) for event in outcome.events[:-1]] == [4] * (29 // 4)
+
+
+class Admissions(DraftModelDrafter):
+    """Keeps how many tokens' K/V it was told to find in the pages of each newcomer."""
+
+    found: dict[str, int]
+
+    def admit(self, sequence: Sequence, cached_tokens: int) -> None:
+        self.found[sequence.id[0]] = cached_tokens
+        super().admit(sequence, cached_tokens)
+
+
+def test_its_k_v_in_found_pages_counts_as_far_as_it_was_written() -> None:
+    found: dict[str, int] = {}
+
+    def build(context: DrafterContext) -> Admissions:
+        drafter = Admissions(DraftModelOptions("", depth=3, top_k=1, beam=1, min_confidence=0.0), context, model())
+        drafter.found = found
+        return drafter
+
+    engine = engine_with(3, {"draft": build})
+
+    def ask(name: str, prompt: tuple[int, ...], drafting: bool = True) -> list[int]:
+        params = SamplingParams(20, 0.0, ignore_eos=True)
+        asked = GenerateRequest(name, prompt, params, SpeculationParams(enabled=drafting))
+        return run(engine, [asked])[name, 0].tokens
+
+    first = request(0, 40).prompt_ids
+    text = ask("first", first)
+    ask("again", first)
+    ask("longer", (*first, *text, 1))
+    other = request(1, 40).prompt_ids
+    ask("without", other, drafting=False)
+    ask("with", other)
+    ask("now", other)
+    assert found == {"first": 0, "again": 32, "longer": 48, "without": 0, "with": 0, "now": 32}
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])

@@ -147,8 +147,8 @@ def test_the_youngest_gives_way_and_is_the_next_to_return() -> None:
     assert bench.scheduler.preemptions == len(bench.preempted)
 
 
-def test_a_preempted_row_is_not_in_the_plan() -> None:
-    """Chunks come last in a step, but an old one may need the pages of a young row that is planned already."""
+def test_preemption_in_the_middle_of_a_prompt() -> None:
+    """The pages of a young row that has not begun, or is half way, go to the old one."""
     bench = Bench(pages=3, budget=4)
     bench.add("old", PAGE_SIZE, max_tokens=PAGE_SIZE + 1)
     bench.add("young", 1, max_tokens=20)
