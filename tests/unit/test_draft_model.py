@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from decoding.assemble import LoadedModel, build_stepper, load_target
 from decoding.config import EngineConfig
@@ -17,6 +18,7 @@ from decoding.drafters.base import DrafterContext
 from decoding.drafters.draft_model import DraftModelDrafter, DraftModelOptions, load_draft_model
 from decoding.engine import Engine
 from decoding.errors import ModelError
+from decoding.noise import gumbel
 from decoding.plan import Plan, Quota
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
 from decoding.sampling import Sampling
@@ -213,10 +215,11 @@ class Recorder(DraftModelDrafter):
         return None
 
 
-def test_how_often_the_demo_pair_agrees() -> None:
-    """Text sampled at temperature 1: the target's token is the draft's coupled best guess half the time.
+def test_the_demo_pair_guesses_as_its_weights_say() -> None:
+    """Text sampled at temperature 1: guesses are transformers' logits plus the request's noise, at every position.
 
-    demo/CARD.md measured .509 for the best guess and .786 for the best four.
+    The target's token is the best guess half the time (demo/CARD.md: .509 of it, .786 of the best four; on these
+    prompts it is .48 and .76).
     """
     config = EngineConfig(f"{ROOT}/demo/target", dtype="float32", max_nodes=4, max_depth=1, min_probability=0.0)
     loaded = load_target(config)
@@ -231,16 +234,24 @@ def test_how_often_the_demo_pair_agrees() -> None:
             for i, prompt in enumerate(prompts)
         ],
     )
-    best = four = count = 0
-    for (sequence, length), guesses in drafter.proposed.items():
-        place = length - len(prompts[int(sequence[0][1:])])
-        token = outcomes[sequence].tokens[place]
-        best += token == guesses[0]
-        four += token in guesses
-        count += 1
-    assert count > 1400
-    assert best / count >= 0.47
-    assert four / count >= 0.74
+    reference = LlamaForCausalLM.from_pretrained(ROOT / "demo/draft", dtype=torch.float32)
+    best = four = same = count = 0
+    for i, prompt in enumerate(prompts):
+        text = torch.tensor([*prompt, *outcomes[f"r{i}", 0].tokens])
+        places = torch.arange(len(prompt), len(text) - 1)  # the last token is drawn without speculation
+        noise = torch.empty(len(places), loaded.vocab_size)
+        gumbel(noise, torch.full_like(places, i), places, torch.zeros_like(places))
+        with torch.inference_mode():
+            expected = (reference(text[None]).logits[0, places - 1] + noise).topk(4).indices
+        for place, guesses in zip(places.tolist(), expected.tolist(), strict=True):
+            proposed = drafter.proposed[(f"r{i}", 0), place]
+            same += proposed == guesses
+            best += int(text[place]) == proposed[0]
+            four += int(text[place]) in proposed
+            count += 1
+    assert same / count > 0.995  # rounding may swap two of nearly the same value
+    assert best / count >= 0.44
+    assert four / count >= 0.72
 
 
 def _recorder(loaded: LoadedModel) -> Recorder:
