@@ -46,6 +46,9 @@ class SamplingParams:
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _within("top_k", self.top_k, -1, 2**31)
         _within("max_tokens", self.max_tokens, 1, 2**31)
+        if self.min_tokens > self.max_tokens:
+            message = f"min_tokens must be at most max_tokens ({self.max_tokens}), not {self.min_tokens}."
+            raise RequestError(message, param="min_tokens")
         _within("min_tokens", self.min_tokens, 0, self.max_tokens)
         _within("n", self.n, 1, 128)
         if self.seed is not None:
@@ -125,7 +128,8 @@ def _within(name: str, value: float, low: float, high: float, *, open_low: bool 
     inside = (low < value if open_low else low <= value) and value <= high
     if not math.isfinite(value) or not inside:
         bracket = "(" if open_low else "["
-        raise RequestError(f"{name} must be in {bracket}{low:g}, {high:g}], not {value}.", param=name)
+        low_shown, high_shown = (f"{limit:g}" if isinstance(limit, float) else str(limit) for limit in (low, high))
+        raise RequestError(f"{name} must be in {bracket}{low_shown}, {high_shown}], not {value}.", param=name)
 
 
 def _token_id(name: str, token: int, vocab_size: int) -> None:

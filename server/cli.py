@@ -6,9 +6,10 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from decoding.errors import SaccadeError, nearest
-from server.flags import Parser, add_engine_flags, engine_config, positive
+from server.flags import Parser, add_engine_flags, engine_config, nonempty, positive
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -49,6 +50,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"saccade {version('saccade')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     parsers = {"serve": _serve_parser(commands), "generate": _generate_parser(commands)}
     first = next((word for word in argv if not word.startswith("-")), None)
@@ -63,7 +65,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def _serve_parser(commands: argparse._SubParsersAction[Parser]) -> Parser:
     parser = commands.add_parser("serve", help="serve a model over HTTP, with OpenAI's API")
     add_engine_flags(parser)
-    parser.add_argument("--served-model-name", nargs="+", metavar="NAME", help="what clients call it (default: MODEL)")
+    names = "what clients call it (default: MODEL)"
+    parser.add_argument("--served-model-name", nargs="+", type=nonempty, metavar="NAME", help=names)
     parser.add_argument("--host", default=DEFAULT_HOST, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help="(default: %(default)s; 0: a free one)")
     return parser

@@ -158,7 +158,7 @@ class RoutedEngineClient(ABC):
                 self._stats = message.stats
         elif isinstance(message, Rejected):
             self._router.reject(message)
-        else:
+        elif self._state == "loading":  # an engine can be dead by the time that its Ready is read
             self._info = message.info
             self._state = "ready"
             self._loaded.set()

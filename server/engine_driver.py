@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol, cast
 
 from decoding.config import EngineConfig
-from decoding.errors import RequestError
+from decoding.errors import ConfigError, RequestError
 from decoding.messages import (
     Cancel,
     EngineInfo,
@@ -46,6 +47,19 @@ class SteppedEngine(Protocol):
     def close(self) -> None: ...
 
 
+@contextmanager
+def memory_named() -> Iterator[None]:
+    """Running out of memory while an engine loads is a setting that cannot work.
+
+    Raises:
+        ConfigError: in place of MemoryError.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise ConfigError(f"there is not enough memory ({error}); lower --kv-cache-memory or --num-pages") from error
+
+
 def load_engine(target: str, config: EngineConfig) -> SteppedEngine:
     """Load the engine class named ``module:class``; imported here, so that the HTTP process never imports torch.
 
@@ -54,7 +68,8 @@ def load_engine(target: str, config: EngineConfig) -> SteppedEngine:
     """
     module, _, name = target.partition(":")
     engine_class = getattr(importlib.import_module(module), name)
-    return cast(SteppedEngine, engine_class.load(config))
+    with memory_named():
+        return cast(SteppedEngine, engine_class.load(config))
 
 
 class EngineDriver:

@@ -17,6 +17,7 @@ from decoding.config import EngineConfig
 # OMP_WAIT_POLICY=passive they sleep at once, and every small operation pays about 50 us to wake them. This many turns
 # is a few tens of microseconds: enough to bridge the gaps between the operations of one step.
 GOMP_SPINCOUNT = 20000
+POLL_SECONDS = 0.05
 EXIT_SECONDS = 0.5  # how long an engine may take to end by itself; it has nothing to lose when it is killed
 
 
@@ -61,9 +62,9 @@ class EngineProcess:
         return self._process.pid
 
     async def wait(self) -> int:
-        """Its exit status, once it has ended."""
+        """Its exit status, as soon as it has ended."""
         while (status := self._process.poll()) is None:
-            await asyncio.sleep(0.05)
+            await _ended(self._process.pid)
         return status
 
     async def stop(self) -> None:
@@ -78,6 +79,22 @@ class EngineProcess:
         """End it at once."""
         if self._process.poll() is None:
             self._process.kill()
+
+
+async def _ended(pid: int) -> None:
+    """Wait for the end of a child that was not reaped; where there are no pidfds, for a moment."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except (AttributeError, OSError):  # not Linux, or a sandbox
+        await asyncio.sleep(POLL_SECONDS)
+        return
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(descriptor, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
 
 
 def describe_exit(status: int) -> str:

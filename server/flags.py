@@ -5,6 +5,7 @@ elsewhere.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -23,9 +24,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **kwargs)
 
+    def error(self, message: str) -> NoReturn:
+        """End with the message alone: all flags above it would hide it."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
     def refuse(self, extra: Sequence[str]) -> NoReturn:
         """End with an error about arguments that no flag has taken."""
-        wrong = next((word for word in extra if word.startswith("-")), extra[0])
+        wrong = next((word for word in extra if word.startswith("-")), None)
+        if wrong is None:
+            self.error(f"unexpected argument {extra[0]!r}: there can be one MODEL, and every other word needs its flag")
         flags = sorted(flag for flag in self._option_string_actions if flag.startswith("--"))
         self.error(f"unknown argument {wrong}: {nearest(wrong.partition('=')[0], flags)}")
 
@@ -47,7 +54,32 @@ def positive(text: str) -> int:
 
 def whole(text: str) -> int:
     """A whole number of at least 0."""
-    return 0 if text == "0" else positive(text)
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    with contextlib.suppress(ValueError):
+        if 0.0 <= float(text) <= 1.0:  # false for nan
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+
+
+def seed(text: str) -> int:
+    """A whole number of 64 bits, with or without a sign."""
+    with contextlib.suppress(ValueError):
+        if -(2**63) <= int(text) < 2**64:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 64 bits")
+
+
+def nonempty(text: str) -> str:
+    """A name that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a name cannot be empty")
+    return text
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -65,14 +97,24 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--generation-config", metavar="WHICH", help="auto: the model's defaults of sampling; vllm: neutral ones")
     add("--dtype", choices=get_args(Dtype), help="type of the weights (default: the checkpoint's)")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 or auto (default)")
-    add("--seed", type=int, metavar="SEED", help="seed of requests that bring none (default: a random one each)")
+    add("--seed", type=seed, metavar="SEED", help="seed of requests that bring none (default: a random one each)")
     add("--max-model-len", type=positive, metavar="TOKENS", help="longest context (default: the model's)")
-    add("--max-num-seqs", type=positive, metavar="N", help="choices in one batch")
-    add("--max-num-batched-tokens", type=positive, metavar="TOKENS", help="tokens of one step, tree nodes included")
-    add("--max-nodes", type=whole, metavar="NODES", help="drafted nodes of one row in a step, at most 63")
-    add("--max-depth", type=whole, metavar="DEPTH", help="depth of a tree")
-    add("--kv-cache-memory", type=size, metavar="SIZE", help="memory of the K/V pool, such as 2GiB or 512M")
-    add("--gpu-memory-utilization", type=float, metavar="SHARE", help="of the GPU's memory, weights included")
+    add("--max-num-seqs", type=positive, metavar="N", help=f"choices in one batch {_default('max_num_seqs')}")
+    add(
+        "--max-num-batched-tokens",
+        type=positive,
+        metavar="TOKENS",
+        help=f"tokens of one step, tree nodes included {_default('max_num_batched_tokens')}",
+    )
+    nodes = f"drafted nodes of one row in a step, at most 63; 0 is plain decoding {_default('max_nodes')}"
+    add("--max-nodes", type=whole, metavar="NODES", help=nodes)
+    add("--max-depth", type=whole, metavar="DEPTH", help=f"depth of a tree {_default('max_depth')}")
+    likely = f"drafted nodes less likely than this are not verified {_default('min_probability')}"
+    add("--min-probability", type=share, metavar="SHARE", help=likely)
+    size_help = "memory of the K/V pool, such as 2GiB or 512M (default: 2GiB on a CPU)"
+    add("--kv-cache-memory", type=size, metavar="SIZE", help=size_help)
+    gpu = f"of the GPU's memory, weights included {_default('gpu_memory_utilization')}"
+    add("--gpu-memory-utilization", type=share, metavar="SHARE", help=gpu)
     add("--num-pages", type=positive, metavar="PAGES", help="pages of the K/V pool, in place of a size")
     add(
         "--no-prefix-caching",
@@ -83,6 +125,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--attention", metavar="BACKEND", help="attention backend (default: auto)")
     add("--threads", type=positive, metavar="N", help="CPU threads of the engine process (default: all cores but one)")
+
+
+def _default(field: str) -> str:
+    (default,) = (each.default for each in dataclasses.fields(EngineConfig) if each.name == field)
+    return f"(default: {default})"
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

@@ -22,11 +22,16 @@ def tokenizer_folder(config: EngineConfig) -> Path:
     """A local folder as it is; of a hub id, the files without the weights, from the local cache or downloaded.
 
     Raises:
-        ModelError: there is neither.
+        ModelError: there is neither, or the folder is not a model's.
     """
     name = config.tokenizer or config.model
+    if not name.strip():
+        raise ModelError("the model has no name; give the folder of a model or a hub id such as org/name")
     folder = Path(name).expanduser()
     if folder.is_dir():
+        # said here, since a folder without a model has no tokenizer either, and that would be a riddle
+        if config.tokenizer is None and not (folder / "config.json").is_file():
+            raise ModelError(f"{name} has no config.json; give the folder of a model, with its weights and tokenizer")
         return folder
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or folder.exists():
         raise ModelError(f"there is no folder {name!r}; give the folder of a model or a hub id such as org/name")

@@ -10,6 +10,7 @@ from decoding.config import EngineConfig
 from decoding.engine import Engine
 from decoding.generation import Generation
 from decoding.request import SamplingParams
+from server.engine_driver import memory_named
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ def generate(config: EngineConfig, prompt: str, sampling: Sampling) -> str:
         ConfigError: the model cannot be loaded.
         RequestError: the prompt or the sampling parameters cannot be served.
     """
-    engine = Engine.load(config)
+    with memory_named():
+        engine = Engine.load(config)
     started = time.monotonic()
     for piece in engine.stream(prompt, sampling.params(engine.info.default_sampling)):
         if isinstance(piece, Generation):

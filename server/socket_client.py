@@ -103,5 +103,8 @@ class SocketEngineClient(RoutedEngineClient):
 
     async def _watch(self, process: EngineProcess) -> None:
         status = await process.wait()
+        if self._state == "ready":
+            log.error("the engine process ended: %s", describe_exit(status))
+        self._state = "dead"  # at once, for /health; requests first get what was still on its way
         await asyncio.sleep(_DRAIN_SECONDS)
         self._die(f"The engine ended ({describe_exit(status)}); the request was not finished and can be sent again.")

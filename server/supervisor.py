@@ -123,7 +123,7 @@ class Supervisor:
                 short_lives += 1
                 if short_lives > self._policy.max_short_lives:
                     self._state = "dead"
-                    log.error("gave up on the engine after %d failed starts in a row", short_lives)
+                    log.error("gave up on the engine after %d short lives in a row; restart the server", short_lives)
                     return
 
     async def _restart(self, short_lives: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from decoding.errors import RequestError
 from decoding.request import MAX_LOGPROBS
@@ -19,6 +20,8 @@ class TextPart(Fields):
 
 
 def _as_parts(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("content_form", "it must be a string or an array of text parts")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
@@ -64,6 +67,11 @@ class ChatFields(SamplingFields):
     def scored(self) -> int | None:
         """How many alternatives are to be scored at each token; None: nothing is."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def limit_field(self) -> str:
+        """The name that the client used for max_tokens."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def token_limit(self, room: int) -> int:
         """max_tokens, by its new or its old name; by default what the context still holds."""

@@ -9,6 +9,7 @@ import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictBool, Tag
+from pydantic_core import PydanticCustomError
 
 from decoding.errors import RequestError
 from decoding.request import SamplingParams, SpeculationParams
@@ -24,6 +25,8 @@ Name = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 
 
 def _as_list(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("stop_form", "it must be a string or an array of strings")
     return [value] if isinstance(value, str) else value
 
 
@@ -52,13 +55,20 @@ class SpeculationFields(Fields):
     max_depth: Integer | None = None
 
 
-def _speculation_form(value: Any) -> Literal["switch", "limits"]:
-    return "switch" if isinstance(value, bool) else "limits"
+def _speculation_form(value: Any) -> Literal["switch", "limits"] | None:
+    if isinstance(value, bool):
+        return "switch"
+    return "limits" if isinstance(value, dict | SpeculationFields) else None
 
 
 # `"speculation": false | true | {"drafters": [...], "max_nodes": n, "max_depth": d}`
 Speculation = Annotated[
-    Annotated[StrictBool, Tag("switch")] | Annotated[SpeculationFields, Tag("limits")], Discriminator(_speculation_form)
+    Annotated[StrictBool, Tag("switch")] | Annotated[SpeculationFields, Tag("limits")],
+    Discriminator(
+        _speculation_form,
+        custom_error_type="speculation_form",
+        custom_error_message='it must be true, false, or an object such as {{"drafters": ["ngram"], "max_nodes": 8}}',
+    ),
 ]
 
 

@@ -17,7 +17,8 @@ _DISCARD_FACTOR = 4
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     """The request's JSON object.
 
-    NaN, Infinity, lone surrogates, invalid UTF-8 and nesting deeper than 200 are errors.
+    Lone surrogates, invalid UTF-8 and nesting deeper than 200 are errors. NaN and Infinity pass, as in Python: the
+    fields refuse them, with an error that names the field.
 
     Raises:
         RequestError: its code is content_too_large, unsupported_media_type or invalid_json.
@@ -27,6 +28,11 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     if media_type != "application/json":
         raise RequestError(
             "Send the request with the header Content-Type: application/json.", code="unsupported_media_type"
+        )
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise RequestError(
+            "Send the body as it is: this server does not decompress, so leave the header Content-Encoding out.",
+            code="unsupported_media_type",
         )
     return _parse(await _read(request, max_bytes))
 
@@ -53,7 +59,7 @@ def _parse(body: bytes) -> dict[str, Any]:
     if not body.strip():
         raise RequestError("The request body is empty; send a JSON object.", code="invalid_json")
     try:
-        value = pydantic_core.from_json(body, allow_inf_nan=False)
+        value = pydantic_core.from_json(body)
     except ValueError as error:
         # the parser's message has the place and what was expected, and none of the input
         raise RequestError(f"The request body is not valid JSON: {error}.", code="invalid_json") from error

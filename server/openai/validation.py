@@ -56,6 +56,26 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
+# pydantic's error types in the words of people who write JSON; the other types keep pydantic's own
+_WORDS = {
+    "bool_type": "it must be true or false",
+    "dict_type": "it must be an object",
+    "finite_number": "it must be a finite number",
+    "float_type": "it must be a number",
+    "int_type": "it must be a whole number, not in quotes and without a decimal point",
+    "less_than_equal": "it must be at most {le}",
+    "greater_than_equal": "it must be at least {ge}",
+    "list_type": "it must be an array",
+    "literal_error": "it must be {expected}",
+    "model_type": "it must be an object",
+    "none_required": "it must be null or left out",
+    "string_too_long": "it can have at most {max_length} characters",
+    "string_too_short": "it must not be empty",
+    "string_type": "it must be a string",
+    "too_long": "it can have at most {max_length} items",
+    "too_short": "it must not be empty",
+}
+
 _NESTED: dict[str, type[BaseModel]] = {"stream_options": StreamOptions, "speculation": SpeculationFields}
 _UNION_TAGS = frozenset({"switch", "limits"})
 _MAX_NAME_CHARS = 60
@@ -112,7 +132,12 @@ def _request_error(details: ErrorDetails) -> RequestError:
     if kind == "literal_error" and place[-1] == "type":
         message = f"{param}: this model reads text only, so the content's type must be 'text'."
         return RequestError(message, param=param, code="unsupported_value")
-    return RequestError(f"{param}: {details['msg']}.", param=param)
+    return RequestError(f"{param}: {_words(details)}.", param=param)
+
+
+def _words(details: ErrorDetails) -> str:
+    known = _WORDS.get(details["type"])
+    return details["msg"] if known is None else known.format_map(details.get("ctx", {}))
 
 
 def _unknown_nested(place: list[str]) -> RequestError:

@@ -41,14 +41,15 @@ def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> PromptRequ
     """Render, tokenize and check the messages; runs in a worker thread.
 
     Raises:
-        RequestError: naming the field at fault; what is wrong with the prompt is wrong with the messages.
+        RequestError: naming the field at fault by the name that the client used; what is wrong with the prompt is wrong
+            with the messages.
     """
     try:
         return PromptRequest(_request(api, fields, head))
     except RequestError as error:
-        if error.param != "prompt":
-            raise
-        raise RequestError(error.message, param="messages", code=error.code) from None
+        renamed = {"prompt": "messages", "max_tokens": fields.limit_field}
+        message = error.message.replace("max_tokens", fields.limit_field)
+        raise RequestError(message, param=renamed.get(error.param or "", error.param), code=error.code) from None
 
 
 def _request(api: Api, fields: ChatFields, head: Head) -> GenerateRequest:

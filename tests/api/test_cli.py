@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.metadata import version
 
 import pytest
 
@@ -21,6 +22,7 @@ def test_every_flag_arrives() -> None:
     flags = (
         "serve m --speculate ngram --speculate draft=d --tokenizer t --dtype float32 --device cpu --seed 3 "
         "--max-model-len 100 --max-num-seqs 4 --max-num-batched-tokens 64 --max-nodes 5 --max-depth 0 "
+        "--min-probability 0.25 "
         "--kv-cache-memory 512M --gpu-memory-utilization 0.5 --num-pages 9 --no-prefix-caching --attention reference "
         "--threads 2 --generation-config vllm --served-model-name a b --host 0.0.0.0 --port 0"
     )
@@ -36,6 +38,7 @@ def test_every_flag_arrives() -> None:
         max_num_batched_tokens=64,
         max_nodes=5,
         max_depth=0,
+        min_probability=0.25,
         kv_cache_memory=512 * 2**20,
         gpu_memory_utilization=0.5,
         num_pages=9,
@@ -70,7 +73,13 @@ def test_sizes_that_are_none(text: str) -> None:
         ("serve demo --speculat ngram", "did you mean '--speculate'"),
         ("serve demo --max-model 5", "did you mean '--max-model-len'"),
         ("generate demo --prompt x --port 5", "unknown argument --port"),
-        ("serve demo extra", "unknown argument extra"),
+        ("serve demo extra", "unexpected argument 'extra'"),
+        ("serve demo --max-nodes -1", "'-1' is not a whole number of at least 0"),
+        ("serve demo --seed 18446744073709551616", "64 bits"),
+        ("serve demo --seed x", "64 bits"),
+        ("serve demo --gpu-memory-utilization nan", "from 0 to 1"),
+        ("serve demo --gpu-memory-utilization 1.5", "from 0 to 1"),
+        ("serve demo --min-probability -0.1", "from 0 to 1"),
         ("serve demo --port 70000", "no port"),
         ("serve demo --max-num-seqs 0", "at least 1"),
         ("serve demo --kv-cache-memory lots", "2GiB"),
@@ -84,7 +93,32 @@ def test_wrong_command_lines(line: str, part: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as ended:
         parse(line.split())
     assert ended.value.code == 2
-    assert part in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert part in said
+    assert len(said.splitlines()) == 1
+    assert "--help" in said
+
+
+def test_an_empty_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["serve", "demo", "--served-model-name", "a", ""])
+    assert "cannot be empty" in capsys.readouterr().err
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"saccade {version('saccade')}\n"
+
+
+def test_help_names_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["serve", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    config = EngineConfig("demo")
+    assert f"choices in one batch (default: {config.max_num_seqs})" in said
+    assert f"depth of a tree (default: {config.max_depth})" in said
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from typing import Any
 
 import pytest
@@ -161,9 +162,6 @@ def test_bad_chats(body: dict[str, Any], param: str, code: str) -> None:
         b"null",
         b'{"prompt": "x"',
         b'{"prompt": "x"} trailing',
-        b'{"prompt": "x", "temperature": NaN}',
-        b'{"prompt": "x", "temperature": Infinity}',
-        b'{"prompt": "x", "temperature": -Infinity}',
         b'{"prompt": "\\ud800"}',
         b'{"prompt": "\xff\xfe"}',
         b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
@@ -177,11 +175,79 @@ def test_bodies_that_are_no_json_object(body: bytes) -> None:
             check_error(response, 400, "invalid_json", None)
 
 
-def test_numbers_too_large_for_a_float_are_not_finite() -> None:
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "-1e400"])
+def test_numbers_that_are_not_finite_are_refused_by_name(number: str) -> None:
     with api() as client:
-        body = b'{"prompt": "x", "temperature": 1e400}'
-        response = client.post(COMPLETIONS, content=body, headers={"content-type": "application/json"})
-    check_error(response, 400, "invalid_value", "temperature")
+        for body, param in (
+            ('{"prompt": "x", "temperature": %s}', "temperature"),
+            ('{"prompt": "x", "logit_bias": {"5": %s}}', "logit_bias.5"),
+            ('{"prompt": "x", "max_tokens": %s}', "max_tokens"),
+        ):
+            headers = {"content-type": "application/json"}
+            response = client.post(COMPLETIONS, content=body % number, headers=headers)
+            check_error(response, 400, "invalid_value", param)
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "message"),
+    [
+        (COMPLETIONS, {"temperature": "hot"}, "temperature: it must be a number."),
+        (COMPLETIONS, {"stream": "yes"}, "stream: it must be true or false."),
+        (COMPLETIONS, {"seed": 2**80}, "seed: it must be at most 18446744073709551615."),
+        (COMPLETIONS, {"seed": -(2**80)}, "seed: it must be at least -9223372036854775808."),
+        (COMPLETIONS, {"model": 3}, "model: it must be a string."),
+        (COMPLETIONS, {"model": "x" * 300}, "model: it can have at most 256 characters."),
+        (COMPLETIONS, {"logit_bias": [5]}, "logit_bias: it must be an object."),
+        (COMPLETIONS, {"stop": 5}, "stop: it must be a string or an array of strings."),
+        (COMPLETIONS, {"stop": ["a", ""]}, "stop.1: it must not be empty."),
+        (COMPLETIONS, {"stop": ["a"] * 100}, "stop: it can have at most 16 items."),
+        (COMPLETIONS, {"stream_options": True, "stream": True}, "stream_options: it must be an object."),
+        (COMPLETIONS, {"speculation": {"drafters": "ngram"}}, "speculation.drafters: it must be an array."),
+        (COMPLETIONS, {"max_tokens": 2**40}, "max_tokens must be in [1, 2147483648], not 1099511627776."),
+        (COMPLETIONS, {"max_tokens": 2, "min_tokens": 5}, "min_tokens must be at most max_tokens (2), not 5."),
+        (CHAT, {"messages": []}, "messages: it must not be empty."),
+        (CHAT, {"messages": [None]}, "messages.0: it must be an object."),
+        (
+            CHAT,
+            {"messages": [{"role": "robot", "content": "x"}]},
+            "messages.0.role: it must be 'system', 'developer', 'user' or 'assistant'.",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages.0.content: it must be a string or an array of text parts.",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
+            "messages.0.tool_calls: it can have at most 0 items.",
+        ),
+        (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens must be in [1, 2147483648], not 0."),
+    ],
+)
+def test_messages_are_in_the_words_of_json(url: str, body: dict[str, Any], message: str) -> None:
+    whole = {"prompt": "x", **body} if url == COMPLETIONS else {"messages": [{"role": "user", "content": "x"}], **body}
+    with api() as client:
+        response = client.post(url, json=whole)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == message
+    assert message.startswith(response.json()["error"]["param"])
+
+
+@pytest.mark.parametrize("value", ["off", 1, [], 0.5])
+def test_speculation_of_another_form_is_shown_the_right_one(value: Any) -> None:
+    with api() as client:
+        response = client.post(COMPLETIONS, json={"prompt": "x", "speculation": value})
+    check_error(response, 400, "invalid_value", "speculation")
+    assert '"drafters": ["ngram"]' in response.json()["error"]["message"]
+
+
+def test_a_compressed_body_is_refused_by_name() -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    with api() as client:
+        response = client.post(COMPLETIONS, content=gzip.compress(b'{"prompt": "x"}'), headers=headers)
+    check_error(response, 415, "unsupported_media_type", None)
+    assert "Content-Encoding" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])

@@ -154,6 +154,7 @@ def test_a_killed_engine_fails_what_runs_once_and_comes_back(server: Served) -> 
     assert eventually(lambda: server.metrics()["saccade_running"] > 0)
     engine = server.engine_pid()
     os.kill(engine, signal.SIGKILL)
+    assert eventually(lambda: httpx.get(f"{server.url}/health").status_code == 503, 1.0)
     streams.join(20)
     if answers[0].status_code == 200:
         errors = [event["error"] for event in events(answers[0]) if "error" in event]
@@ -164,6 +165,9 @@ def test_a_killed_engine_fails_what_runs_once_and_comes_back(server: Served) -> 
     assert eventually(lambda: httpx.get(f"{server.url}/health").status_code == 200, 60)
     assert server.engine_pid() != engine
     assert complete(server, max_tokens=3, seed=1)["choices"][0]["text"]
+    log = "".join(server.log)
+    assert "the engine process ended: it was killed by signal 9" in log
+    assert "the engine runs again" in log
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -229,6 +233,9 @@ def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
         (("demo/target", "--speculate", "draft=no/such"), ["'no/such'"]),
         (("demo/target", "--chat-template", "nowhere.jinja"), ["--chat-template", "nowhere.jinja"]),
         (("demo/target", "--max-nodes", "64"), ["--max-nodes"]),
+        (("demo/target", "--kv-cache-memory", "100TiB"), ["not enough memory", "--kv-cache-memory"]),
+        (("docs",), ["docs has no config.json", "folder of a model"]),
+        (("",), ["no name", "folder of a model"]),
     ],
 )
 def test_what_cannot_be_served_is_one_line_that_says_why(args: tuple[str, ...], parts: list[str]) -> None:
