@@ -28,10 +28,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Nodes:
-    """The W tree nodes of a batch, roots included, row after row: the order of RaggedBatch.wanted.
-
-    A rectangle [S, N] of the trees and the packed nodes [W] are two views of the same: ``pack`` and ``unpack``.
-    """
+    """The W tree nodes of a batch, roots included, row after row: the order of RaggedBatch.wanted."""
 
     row: Tensor  # [W] int64
     column: Tensor  # [W] int64
@@ -39,11 +36,6 @@ class Nodes:
     first: Tensor  # [S] int64, packed index of each root
     masks: Tensor  # [S, N] int64, ancestor masks
     width: int  # N
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """[W] -> [S, N]; padding holds some other node's value."""
-        columns = torch.arange(self.width, device=packed.device)
-        return packed[(self.first[:, None] + columns).clamp_(max=packed.shape[0] - 1)]
 
 
 def build(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -> tuple[RaggedBatch, Nodes]:

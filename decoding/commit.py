@@ -62,7 +62,7 @@ class Committer:
     def commit(
         self, plan: Plan, chosen: ChosenTrees, nodes: Nodes, verdict: Verdict, logits: Tensor, out: ForwardOutput
     ) -> list[TokenEvent]:
-        """Apply a step's verdict: the one place where the host waits for the device."""
+        """Apply a step's verdict: here the tokens reach the host."""
         self.totals.steps += 1
         self._prompt_logprobs(plan, chosen, out)
         accepted, tokens, path = verdict.accepted.tolist(), verdict.tokens.tolist(), verdict.path.tolist()

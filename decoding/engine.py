@@ -74,6 +74,10 @@ class Engine:
         Raises:
             RequestError: a request that cannot be served; nothing is queued.
         """
+        self._check_request(request)
+        self._queue(request)
+
+    def _check_request(self, request: GenerateRequest) -> None:
         request.validate(self.info.vocab_size, self.info.max_model_len, self.info.drafters)
         if request.request_id in self._open_requests():
             raise RequestError(f"there is already a request {request.request_id!r}.", param="request_id")
@@ -86,6 +90,8 @@ class Engine:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
+
+    def _queue(self, request: GenerateRequest) -> None:
         seed = request.params.seed
         if seed is None:
             seed = self.config.seed if self.config.seed is not None else secrets.randbits(SEED_BITS)
@@ -95,11 +101,15 @@ class Engine:
             self._stepper.scheduler.add(sequence)
 
     def cancel(self, request_id: str, choice: int | None = None) -> list[TokenEvent]:
-        """End a request, or one choice of it; the terminal events. Nothing happens for one that has ended."""
+        """End a request, or one choice of it: its last events. Nothing happens for one that has ended."""
         wanted = [s for s in self._sequences.values() if s.id[0] == request_id and choice in (None, s.choice)]
+        ended = {sequence.id for sequence in wanted}
+        # what generate or stream stepped for them and nobody has fetched yet goes out before their end
+        waiting = [e for e in self._undelivered if (e.request_id, e.choice) in ended]
+        self._undelivered = [e for e in self._undelivered if (e.request_id, e.choice) not in ended]
         events = [self._stepper.committer.end(sequence, "cancelled") for sequence in wanted]
         self._deliver(events)
-        return events
+        return waiting + events
 
     @property
     def has_work(self) -> bool:
@@ -120,6 +130,8 @@ class Engine:
                 self._local[event.request_id].add(event, self.cancel)
             else:
                 submitted.append(event)
+        if not self._sequences:
+            self._stepper.cache.prefixes.pool.check_idle()
         return submitted
 
     # in-process use --------------------------------------------------------------------------------------------------
@@ -176,9 +188,9 @@ class Engine:
         request = GenerateRequest(
             f"local-{next(self._numbers)}", tuple(ids), params or SamplingParams(), speculation or SpeculationParams()
         )
-        builder = GenerationBuilder(request, self.tokenizer, tuple(stop))
-        self.submit(request)
-        self._local[request.request_id] = builder
+        self._check_request(request)  # before the builder, which trusts it
+        builder = self._local[request.request_id] = GenerationBuilder(request, self.tokenizer, tuple(stop))
+        self._queue(request)
         return builder
 
     def _leave(self, builder: GenerationBuilder) -> None:

@@ -28,7 +28,7 @@ def node_logprobs(plan: Plan, nodes: Nodes, verdict: Verdict, logits: Tensor) ->
     if not wishes:
         return {}
     asked = torch.tensor(list(wishes), device=logits.device)
-    roots = torch.zeros_like(verdict.path[asked, :0]).new_zeros(len(wishes), 1)
+    roots = verdict.path.new_zeros(len(wishes), 1)
     columns = torch.cat([roots, verdict.path[asked]], dim=1)  # [A, D + 1] the nodes where the tokens were drawn
     on_path = columns >= 0
     at = (nodes.first[asked, None] + columns)[on_path]
@@ -54,7 +54,7 @@ def prompt_logprobs(
 def _entries(logits: Tensor, tokens: Tensor, top: int) -> list[TokenLogprobs]:
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
-    best = logprobs.topk(top, dim=1)
+    best = logprobs.topk(min(top, logprobs.shape[1]), dim=1)
     return [
         TokenLogprobs(token, logprob, tuple(zip(ids, values, strict=True)))
         for token, logprob, ids, values in zip(

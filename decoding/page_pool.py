@@ -87,6 +87,15 @@ class PagePool:
             del self._cached[page]
             self._free.append(page)
 
+    def check_idle(self) -> None:
+        """``check`` for when nobody holds a page, in no time.
+
+        Raises:
+            PoolError: pages are held or lost.
+        """
+        if self.num_available != self.num_pages:
+            raise PoolError(f"{self.num_pages - self.num_available} pages are held or lost, and nobody is there")
+
     def check(self, holders: Iterable[Iterable[int]]) -> None:
         """Compare the books with the page lists of everyone who holds pages.
 

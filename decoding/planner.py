@@ -65,14 +65,13 @@ class StaticPlanner:
         # a path of depth m commits m + 1 tokens
         depth = min(_limit(self._max_depth, wish.max_depth), sequence.limit - sequence.length - 1)
         nodes = min(_limit(self._max_nodes, wish.max_nodes), share)
-        if not names or depth < 1 or nodes < 1 or not self._reserve(sequence, row.end, names, nodes, depth):
+        if not names or depth < 1 or nodes < 1 or not self._reserve(sequence, row.end, names, nodes):
             return RowQuota()
         return RowQuota(nodes, depth, names)
 
-    def _reserve(self, sequence: Sequence, end: int, names: frozenset[str], nodes: int, depth: int) -> bool:
-        # drafters run as deep as the deepest row of the batch, hence the planner's own depth
-        depth = max(depth, self._max_depth)
-        scratch = max(d.scratch_slots(depth) for d in self._drafters if d.name in names)
+    def _reserve(self, sequence: Sequence, end: int, names: frozenset[str], nodes: int) -> bool:
+        # drafters run as deep as the deepest row of the batch, hence not the row's own depth
+        scratch = max(d.scratch_slots(self._max_depth) for d in self._drafters if d.name in names)
         return self._cache.reserve(sequence, end + max(nodes, scratch))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from decoding.cache import SequenceCache, pages_for
 from decoding.plan import Plan, PlannedRow
@@ -17,6 +17,7 @@ class Scheduler:
     """A queue and a batch. Owns the order of sequences, not their tokens and not their pages.
 
     Args:
+        max_num_seqs: rows of a step; there are never more than ``max_step_tokens``.
         on_admit: told of a sequence that joins the batch and the drafter flags of its cached pages.
         on_preempt: told of a sequence that lost its pages.
     """
@@ -32,7 +33,7 @@ class Scheduler:
         on_preempt: Callable[[Sequence], None],
     ) -> None:
         self._cache = cache
-        self._max_num_seqs = max_num_seqs
+        self._max_num_seqs = min(max_num_seqs, max_step_tokens)  # a row that draws needs a query token of every step
         self._max_step_tokens = max_step_tokens
         self._watermark = max(1, int(WATERMARK * num_pages))
         self._on_admit = on_admit
@@ -40,10 +41,6 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
-
-    def __iter__(self) -> Iterator[Sequence]:
-        yield from self.running
-        yield from self.waiting
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)

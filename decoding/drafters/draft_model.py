@@ -174,7 +174,8 @@ class DraftModelDrafter:
 
     def _serves(self, sequence: Sequence) -> bool:
         wish = sequence.speculation
-        return wish.enabled and wish.max_nodes != 0 and (wish.drafters is None or self.name in wish.drafters)
+        allowed = wish.enabled and wish.max_nodes != 0 and wish.max_depth != 0
+        return allowed and (wish.drafters is None or self.name in wish.drafters)
 
     def _expand(
         self, roots: Trees, batch: RaggedBatch, hidden: Tensor, row: Tensor, depth: int, sampling: Sampling
