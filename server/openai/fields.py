@@ -67,7 +67,7 @@ Speculation = Annotated[
     Discriminator(
         _speculation_form,
         custom_error_type="speculation_form",
-        custom_error_message='it must be true, false, or an object such as {{"drafters": ["ngram"], "max_nodes": 8}}',
+        custom_error_message='it must be true, false, or an object such as {"drafters": ["ngram"], "max_nodes": 8}',
     ),
 ]
 

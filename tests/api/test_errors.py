@@ -239,7 +239,8 @@ def test_speculation_of_another_form_is_shown_the_right_one(value: Any) -> None:
     with api() as client:
         response = client.post(COMPLETIONS, json={"prompt": "x", "speculation": value})
     check_error(response, 400, "invalid_value", "speculation")
-    assert '"drafters": ["ngram"]' in response.json()["error"]["message"]
+    shown = 'such as {"drafters": ["ngram"], "max_nodes": 8}.'
+    assert response.json()["error"]["message"].endswith(shown)
 
 
 def test_a_compressed_body_is_refused_by_name() -> None:
