@@ -51,6 +51,7 @@ class SocketEngineClient(RoutedEngineClient):
         if self._state != "ready":
             await self.close()
             raise ConfigError(self._load_failure or "The engine process ended while it loaded; its log is above.")
+        self._remove_directory()  # both ends are connected: nobody needs the path, and a killed server leaves none
 
     async def close(self) -> None:
         if self._socket.closed:
@@ -67,8 +68,12 @@ class SocketEngineClient(RoutedEngineClient):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._context.destroy(linger=0)
+        self._remove_directory()
+
+    def _remove_directory(self) -> None:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
 
     def _bind(self) -> str:
         self._directory = tempfile.mkdtemp(prefix="saccade-")  # mode 0700

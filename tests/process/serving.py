@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -60,10 +61,17 @@ def run(*args: str, seconds: float = START_SECONDS) -> subprocess.CompletedProce
 
 
 @contextlib.contextmanager
-def serving(*args: str) -> Iterator[Served]:
+def serving(*args: str, **environment: str) -> Iterator[Served]:
     """A server on a free port, ready for requests; ended at the latest when the context is left."""
     command = [*COMMAND, "serve", *args, "--port", "0"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
     served, ready = Served(process), threading.Event()
 
     def read() -> None:

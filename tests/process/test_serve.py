@@ -19,7 +19,7 @@ import openai
 import pytest
 
 from tests.api.harness import events, eventually
-from tests.process.serving import DEMO, EXIT_SECONDS, ROOT, Served, run, serving
+from tests.process.serving import COMMAND, DEMO, EXIT_SECONDS, ROOT, Served, run, serving
 
 pytestmark = pytest.mark.process
 
@@ -256,6 +256,26 @@ def test_generate_prints_the_text_and_how_it_went() -> None:
     assert "24 tokens in" in once.stderr
     assert "tokens/step" in once.stderr
     assert once.stderr.rstrip().endswith("seed 7")
+
+
+def test_a_reader_that_has_enough_ends_generate_quietly() -> None:
+    command = [*COMMAND, "generate", "demo/target", "--prompt", PROMPT, "--max-tokens", "900", "--temperature", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(30) == 141
+    assert said == ""
+
+
+def test_a_killed_server_leaves_no_files(tmp_path: Path) -> None:
+    with serving(*DEMO, TMPDIR=str(tmp_path)) as server:
+        assert complete(server, max_tokens=1)["usage"]["completion_tokens"] == 1
+        server.process.kill()
+        server.process.wait()
+    assert not list(tmp_path.iterdir())
 
 
 def test_starting_loads_no_torch() -> None:
