@@ -65,7 +65,8 @@ class Scheduler:
                 continue
             rows.append(PlannedRow(sequence, sequence.cached, length))
             budget -= length
-        rows = [row for row in rows if row.sequence in self.running]  # a later row may have preempted an earlier one
+        # (admission reserves all that a prompt needs, so only younger rows give way today, and those come later)
+        rows = [row for row in rows if row.sequence in self.running]
         deciding = tuple(row for row in rows if row.decides)
         return Plan(deciding + tuple(row for row in rows if not row.decides), deciding)
 

@@ -1,9 +1,14 @@
-"""What a review looked for: K/V that is not what its key says, rows that get no turn, ends that come out of order."""
+"""Corners: K/V that is not what its key says, rows that get no turn, ends out of order, paths that few runs take."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import random
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +23,16 @@ from decoding.errors import RequestError
 from decoding.messages import TokenEvent
 from decoding.page_pool import PagePool, PoolError
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
+from models.attention import load_backend
 from models.batch import PAGE_SIZE
 from models.decoder import Decoder
 from models.kv_cache import KVCache
-from tests.doubles import GarbageDrafter
-from tests.engines import VOCAB, BuildDrafter, make_engine, run, tiny_decoder
+from models.layers.ops import load_ops
+from models.transformers_model import load_transformers_model
+from tests.doubles import GarbageDrafter, OracleDrafter
+from tests.engines import ROOT, VOCAB, BuildDrafter, make_engine, run, tiny_decoder
 from tests.paged import PagedRun
+from tests.parity.zoo import make, save
 
 DRAFT_BIT = 0
 
@@ -261,3 +270,62 @@ def test_a_draft_of_shorter_context_and_other_shape() -> None:
     drafted = [outcomes[request.request_id, 0].last.speculation.drafted for request in requests]  # type: ignore[union-attr]
     assert all(drafted[:5])
     assert drafted[5:] == [0, 0]
+
+
+def test_the_promise_holds_without_the_fused_kernels(tmp_path: Path) -> None:
+    """Where nothing can be compiled, and on CUDA, all is plain PyTorch: the same property of the same engine."""
+    program = (
+        "import sys, pytest; from models import kernels; assert not kernels.load(); "
+        "sys.exit(pytest.main(['-x', '-p', 'no:cacheprovider', 'tests/property/test_invariance.py']))"
+    )
+    env = {**os.environ, "CXX": "/bin/false", "SACCADE_CACHE": str(tmp_path), "SACCADE_INVARIANCE_CASES": "20"}
+    ended = subprocess.run([sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral"])
+def test_drafts_do_not_change_the_text_of_a_transformers_model(family: str, tmp_path: Path) -> None:
+    """Position tables, windows shorter than the text, experts: as targets under trees, and as a draft of themselves."""
+    folder = save(make(family), tmp_path)
+    model = load_transformers_model(
+        folder, dtype="float64", device=torch.device("cpu"), attention="auto", max_model_len=None
+    )
+    options = DraftModelOptions("", depth=4, top_k=3, beam=3)
+    drafters: dict[str, BuildDrafter] = {
+        "draft": lambda context: DraftModelDrafter(options, context, model),
+        "garbage": GarbageDrafter,
+    }
+    engine = make_engine(model, drafters, max_nodes=30, num_pages=12, max_num_batched_tokens=50)
+    plain = make_engine(model, prefix_caching=False)
+    for number, temperature in enumerate((0.0, 0.8)):
+        prompt = tuple((5 * i + number) % VOCAB for i in range(40))
+        params = SamplingParams(max_tokens=30, temperature=temperature, seed=number, n=2, ignore_eos=True)
+        request = GenerateRequest("a", prompt, params)
+        ours, theirs = run(engine, [request]), run(plain, [request])
+        assert [ours["a", i].tokens for i in (0, 1)] == [theirs["a", i].tokens for i in (0, 1)]
+    by_drafter = engine.stats().by_drafter
+    assert by_drafter["draft"].accepted > by_drafter["draft"].drafted / 2
+
+
+def test_trees_under_a_sliding_window() -> None:
+    """Keys of a tree have the positions of their depths: a window cuts among them as it does in a chain."""
+    config = dataclasses.replace(target().config, windows=(7, None))
+    cpu = torch.device("cpu")
+    ops, attention = load_ops(cpu, torch.float64), load_backend("auto", cpu, torch.float64)
+    model = Decoder(config, ops, attention, cpu, torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    for weight in model.weights().values():
+        drawn = torch.randn(weight.shape, generator=generator)
+        weight.copy_(1 + 0.2 * drawn if weight.dim() == 1 else 0.35 * drawn)
+    model.pack()
+    params = SamplingParams(max_tokens=60, temperature=0.8, seed=2, ignore_eos=True)
+    request = GenerateRequest("a", (3, 1, 4, 1, 5), params)
+    text = run(make_engine(model), [request])["a", 0].tokens
+    known = {("a", 0): [*request.prompt_ids, *text]}
+    drafters: dict[str, BuildDrafter] = {
+        "garbage": GarbageDrafter,
+        "oracle": lambda context: OracleDrafter(context, known),
+    }
+    engine = make_engine(model, drafters, max_nodes=40, max_depth=12)
+    assert run(engine, [request])["a", 0].tokens == text
+    assert engine.stats().by_drafter["oracle"].accepted > 40
