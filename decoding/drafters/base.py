@@ -69,7 +69,7 @@ class Drafter(Protocol):
         ...
 
     def observe(self, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
-        """The step's outcome, before it is committed."""
+        """The step's outcome: the accepted K/V is in place, the tokens are not yet appended."""
         ...
 
     def valid_length(self, sequence: Sequence) -> int:
