@@ -35,8 +35,8 @@ def pool_size(config: EngineConfig, target: CausalModel, specs: list[KVSpec]) ->
     pages = budget // page
     if pages < longest:
         raise ConfigError(
-            f"{budget / 2**20:.0f} MiB hold {pages * 16} tokens of K/V, less than the context length "
-            f"{target.max_model_len}; raise --kv-cache-memory to at least {longest * page / 2**20:.0f} MiB (on CUDA "
+            f"{budget / 2**20:.3g} MiB hold {pages * 16} tokens of K/V, less than the context length "
+            f"{target.max_model_len}; raise --kv-cache-memory to at least {-(-longest * page // 2**20)}MiB (on CUDA "
             "also --gpu-memory-utilization), or lower --max-model-len"
         )
     return int(pages)

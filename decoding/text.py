@@ -252,8 +252,9 @@ def _converted(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         return tokenizer.backend_tokenizer
     except (ImportError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{folder} has no tokenizer.json, and its tokenizer cannot be converted: {error} "
+            f"{folder} has no tokenizer.json, and its tokenizer cannot be converted: {reason} "
             "Save a tokenizer.json there, or name another tokenizer with --tokenizer."
         ) from error
 

@@ -85,7 +85,7 @@ def _weight_files(folder: Path) -> list[Path]:
             return _shards(index)
     raise CheckpointError(
         f"{folder} holds no weights: there is no model.safetensors, no model.safetensors.index.json and no "
-        "pytorch_model.bin in it"
+        "pytorch_model.bin in it; give the folder of a complete model"
     )
 
 

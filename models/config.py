@@ -32,5 +32,23 @@ class ModelConfig:
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for sizes that no model has."""
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "mlp_size",
+            "max_len",
+        )
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} K/V heads evenly")
+
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None

@@ -162,7 +162,7 @@ def _limited(config: ModelConfig, max_model_len: int | None) -> ModelConfig:
         return config
     if not 1 <= max_model_len <= config.max_len:
         raise CheckpointError(
-            f"max_model_len {max_model_len} is not possible: this model's config allows 1 to {config.max_len} tokens"
+            f"--max-model-len {max_model_len} is not possible: this model's config allows 1 to {config.max_len} tokens"
         )
     return replace(config, max_len=max_model_len)
 

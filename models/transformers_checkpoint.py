@@ -39,7 +39,9 @@ def load_checkpoint(path: Path, dtype: str) -> PreTrainedModel:
             **({"experts_implementation": "eager"} if dtype == "float64" else {}),  # the fused one has no float64
         )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise CheckpointError(f"{path}: transformers cannot load this {config.model_type!r} model: {error}") from error
+        raise CheckpointError(
+            f"{path}: transformers cannot load this {config.model_type!r} model: {_told(error)}"
+        ) from error
     problems = [
         *(f"missing weight {name}" for name in sorted(report["missing_keys"])),
         *(f"unknown weight {name}" for name in sorted(report["unexpected_keys"])),
@@ -65,7 +67,7 @@ def _load_config(path: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = "it brings its own code, which is never run" if "auto_map" in raw else str(error)
+        remedy = "it brings its own code, which is never run" if "auto_map" in raw else _told(error)
         raise CheckpointError(f"{path}: transformers does not know model type {kind!r}: {remedy}") from error
     if config.is_encoder_decoder:
         raise CheckpointError(f"{path}: model type {kind!r} is an encoder-decoder; only causal LMs can be served")
@@ -95,8 +97,17 @@ def context_length(config: PretrainedConfig, asked: int | None) -> int:
         )
         limit = supported_len(scaling)
     if asked is not None and not 1 <= asked <= limit:
-        raise CheckpointError(f"max_model_len {asked} is not possible: this model's config allows 1 to {limit} tokens")
+        raise CheckpointError(
+            f"--max-model-len {asked} is not possible: this model's config allows 1 to {limit} tokens"
+        )
     return limit if asked is None else asked
+
+
+def _told(error: Exception) -> str:
+    """What an error says in its first paragraph; the name alone, as KeyErrors have it, is a value that is not known."""
+    if isinstance(error, KeyError):
+        return f"its config.json has a value that this version of transformers does not know: {error}"
+    return str(error).strip().split("\n\n")[0]
 
 
 def freeze_rope(model: nn.Module, max_model_len: int) -> None:

@@ -347,7 +347,7 @@ def test_weights_that_do_not_fit(change: Callable[[dict[str, Tensor]], None], me
 
 def test_more_positions_than_the_model_has(tmp_path: Path) -> None:
     folder = zoo.save(zoo.make("gpt2"), tmp_path)
-    with pytest.raises(CheckpointError, match=f"max_model_len 769 is not possible.* 1 to {zoo.LONG}"):
+    with pytest.raises(CheckpointError, match=f"--max-model-len 769 is not possible.* 1 to {zoo.LONG}"):
         load(folder, max_model_len=zoo.LONG + 1)
 
 

@@ -129,7 +129,7 @@ def test_max_model_len(llama: Path) -> None:
     assert load_model(llama).max_model_len == 1024
     assert load_model(llama, max_model_len=100).max_model_len == 100
     for length in (0, 1025):
-        with pytest.raises(CheckpointError, match=rf"max_model_len {length} .* 1 to 1024 tokens"):
+        with pytest.raises(CheckpointError, match=rf"--max-model-len {length} .* 1 to 1024 tokens"):
             load_model(llama, max_model_len=length)
 
 
