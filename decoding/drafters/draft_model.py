@@ -97,7 +97,7 @@ class Beam:
     tokens: Tensor  # [S, B] int64
     masks: Tensor  # [S, B] int64, ancestors-or-self among the scratch nodes
     chance: Tensor  # [S, B] float32, path probability
-    paths: Tensor  # [S, B, d] int64, tokens from depth 1 on
+    paths: Tensor | None  # [S, B, d] int64, tokens from depth 1 on; None unless penalties ask for them
 
 
 class DraftModelDrafter:
@@ -183,7 +183,8 @@ class DraftModelDrafter:
         """Grow the tree of candidates from the roots' hidden states [S, H]."""
         rows, device = len(row), row.device
         zeros = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        beam = Beam(zeros, roots.tokens, zeros + 1, roots.confidence, zeros[:, :, None][:, :, :0])
+        paths = zeros.new_zeros(rows, 1, 0) if sampling.needs_paths() else None
+        beam = Beam(zeros, roots.tokens, zeros + 1, roots.confidence, paths)
         columns = [(roots.tokens, roots.parents, roots.confidence)]
         width, scratch = 1, 0
         for level in range(depth):
@@ -209,14 +210,11 @@ class DraftModelDrafter:
         picked = tokens.gather(1, pick)
         # the root is scratch node 0 and lies in the chain; node i lies i - 1 slots behind it
         bits = torch.ones_like(pick) << (1 + scratch + torch.arange(size, device=pick.device))
-        paths = beam.paths.gather(1, parent[:, :, None].expand(-1, -1, beam.paths.shape[2]))
-        return Beam(
-            first + pick,
-            picked,
-            beam.masks.gather(1, parent) | bits,
-            best.values,
-            torch.cat([paths, picked[:, :, None]], dim=2),
-        )
+        paths = None
+        if beam.paths is not None:
+            before = beam.paths.gather(1, parent[:, :, None].expand(-1, -1, beam.paths.shape[2]))
+            paths = torch.cat([before, picked[:, :, None]], dim=2)
+        return Beam(first + pick, picked, beam.masks.gather(1, parent) | bits, best.values, paths)
 
     def _forward(self, batch: RaggedBatch, rows: int, beam: Beam, level: int, scratch: int) -> Tensor:
         """Hidden states [S * B, H] of the beam's nodes, whose K/V goes to scratch slots behind the chains."""
@@ -246,7 +244,8 @@ class DraftModelDrafter:
         node_row = row.repeat_interleave(size)
         depth = torch.full_like(node_row, level)
         logits = self._model.logits(hidden)
-        x = sampling.process(logits, node_row, depth, beam.paths.flatten(0, 1))
+        paths = beam.paths.flatten(0, 1) if beam.paths is not None else None
+        x = sampling.process(logits, node_row, depth, paths)
         tokens, confidence = sampling.guess(x, node_row, depth, self._options.top_k, self._options.tau)
         return tokens.view(-1, size, tokens.shape[1]), confidence.view(-1, size, tokens.shape[1])
 
