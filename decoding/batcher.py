@@ -35,7 +35,6 @@ class Nodes:
     depth: Tensor  # [W] int64
     first: Tensor  # [S] int64, packed index of each root
     masks: Tensor  # [S, N] int64, ancestor masks
-    width: int  # N
 
 
 def build(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -> tuple[RaggedBatch, Nodes]:
@@ -60,7 +59,7 @@ def _build_fused(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[
     made = torch.ops.saccade.build_batch(torch.from_numpy(tokens), starts, lengths, counts, table, trees.tokens, masks)
     wanted, row, column, depth, first, max_query, max_keys = made[8:]
     batch = RaggedBatch(*(*made[:8], table.int(), wanted, max_query, max_keys))
-    return batch, Nodes(row, column, depth, first, masks, trees.width)
+    return batch, Nodes(row, column, depth, first, masks)
 
 
 def build_anywhere(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -> tuple[RaggedBatch, Nodes]:
@@ -114,7 +113,7 @@ def build_anywhere(chains: list[Chain], trees: Trees, masks: Tensor, counts: lis
         max_keys=int((ends + extra).max()),
     )
     first = np.cumsum([0, *counts[:-1]]) if counts else np.zeros(0, dtype=np.int64)
-    return batch, Nodes(node_row, node_column, depth, upload(first), masks, trees.width)
+    return batch, Nodes(node_row, node_column, depth, upload(first), masks)
 
 
 def page_table(pages: list[list[int]]) -> np.ndarray:

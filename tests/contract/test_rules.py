@@ -53,7 +53,7 @@ def judge(name: str, ops: str, batch: list[tuple[Tree, list[int]]], spare: int =
     row = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts))
     depth = depths(parents)
     first = torch.tensor([0, *counts[:-1]]).cumsum(0)
-    nodes = Nodes(row, columns, depth[row, columns], first, ancestor_masks(parents), size[1])
+    nodes = Nodes(row, columns, depth[row, columns], first, ancestor_masks(parents))
     drawn = torch.tensor([token for _, drawn in batch for token in drawn])
     rule = RULES[name](load_tree_ops(CPU, ops))
     return trees, nodes, rule(trees, nodes, drawn, int(depth.max()) + spare)
