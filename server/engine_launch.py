@@ -15,7 +15,7 @@ from decoding.config import EngineConfig
 
 # OpenMP's idle threads. Left alone they spin for milliseconds and starve the HTTP process on a small machine; with
 # OMP_WAIT_POLICY=passive they sleep at once, and every small operation pays about 50 us to wake them. This many turns
-# is a few tens of microseconds: enough to bridge the gaps between the operations of one step.
+# bridge the gaps between the operations of one step, and end soon after the last one.
 GOMP_SPINCOUNT = 20000
 POLL_SECONDS = 0.05
 EXIT_SECONDS = 0.5  # how long an engine may take to end by itself; it has nothing to lose when it is killed
