@@ -117,3 +117,10 @@ def run(engine: Engine, requests: list[GenerateRequest], max_steps: int = 5000) 
     assert all(outcome.last.finish_reason is not None for outcome in outcomes.values())
     assert len(outcomes) == sum(request.params.n for request in requests)
     return outcomes
+
+
+def whole(engine: Engine) -> bool:
+    """Every page is free or cached, and nothing is left to do."""
+    engine.check()
+    stats = engine.stats()
+    return stats.pages_free + stats.pages_cached == stats.pages_total and not engine.has_work

@@ -14,7 +14,7 @@ from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
 from decoding.sequence import SequenceId
 from models.decoder import Decoder
 from tests.doubles import OracleDrafter
-from tests.engines import EOS, ROOT, VOCAB, Outcome, make_engine, run, tiny_decoder
+from tests.engines import EOS, ROOT, VOCAB, Outcome, make_engine, run, tiny_decoder, whole
 
 PROMPT = (3, 1, 4, 1, 9, 2, 6)
 
@@ -48,13 +48,6 @@ def known(request: GenerateRequest) -> dict[SequenceId, list[int]]:
 def ask(request_id: str = "r", prompt: tuple[int, ...] = PROMPT, **params: object) -> GenerateRequest:
     params = {"max_tokens": 30, "temperature": 0.9, "seed": 17, "ignore_eos": True, **params}
     return GenerateRequest(request_id, prompt, SamplingParams(**params))  # type: ignore[arg-type]
-
-
-def whole(engine: Engine) -> bool:
-    """Every page is free or cached, and nothing is left to do."""
-    engine.check()
-    stats = engine.stats()
-    return stats.pages_free + stats.pages_cached == stats.pages_total and not engine.has_work
 
 
 # refusals ------------------------------------------------------------------------------------------------------------

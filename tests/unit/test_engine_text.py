@@ -4,63 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from decoding.engine import Engine
 from decoding.errors import RequestError
 from decoding.generation import Generation
 from decoding.messages import TokenEvent
 from decoding.request import GenerateRequest, SamplingParams
-from decoding.sequence import SequenceId
 from decoding.text import TextDelta
-from models.decoder import Decoder
-from tests.doubles import OracleDrafter
-from tests.engines import ROOT, Outcome, make_engine, run, tiny_decoder
-
-PROMPT = (3, 1, 4, 1, 9, 2, 6)
-
-
-@cache
-def target() -> Decoder:
-    return tiny_decoder(torch.float64)
-
-
-def tiny(**settings: object) -> Engine:
-    return make_engine(target(), **settings)
-
-
-def oracle_engine(texts: dict[SequenceId, list[int]], depth: int = 6, **settings: object) -> Engine:
-    """An engine whose drafter proposes ``texts``, prompt included."""
-    drafters = {"oracle": lambda context: OracleDrafter(context, texts)}
-    return make_engine(target(), drafters, max_nodes=2 * depth, max_depth=depth, **settings)
-
-
-def plain(request: GenerateRequest) -> Outcome:
-    return run(tiny(prefix_caching=False), [request])[request.request_id, 0]
-
-
-def known(request: GenerateRequest) -> dict[SequenceId, list[int]]:
-    """What plain decoding would write for a request if nothing ended it early."""
-    endless = replace(request.params, max_tokens=60, ignore_eos=True, stop_token_ids=(), min_tokens=0)
-    text = plain(replace(request, params=endless)).tokens
-    return {(request.request_id, 0): [*request.prompt_ids, *text]}
-
-
-def ask(request_id: str = "r", prompt: tuple[int, ...] = PROMPT, **params: object) -> GenerateRequest:
-    params = {"max_tokens": 30, "temperature": 0.9, "seed": 17, "ignore_eos": True, **params}
-    return GenerateRequest(request_id, prompt, SamplingParams(**params))  # type: ignore[arg-type]
-
-
-def whole(engine: Engine) -> bool:
-    """Every page is free or cached, and nothing is left to do."""
-    engine.check()
-    stats = engine.stats()
-    return stats.pages_free + stats.pages_cached == stats.pages_total and not engine.has_work
+from tests.engines import ROOT, whole
 
 
 @cache
