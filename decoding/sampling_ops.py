@@ -74,9 +74,7 @@ class CpuSamplingOps:
     """
 
     def __init__(self) -> None:
-        if not kernels.load():
-            raise RuntimeError("the CPU kernels are not available")
-        ops = torch.ops.saccade
+        ops = kernels.required()
         self.fill_noise = ops.gumbel_noise.default
         self.draw = ops.sample_rows.default
         self.guess = ops.guess_rows.default
@@ -99,8 +97,4 @@ def load_sampling_ops(device: torch.device, name: str = "auto") -> SamplingOps:
     Raises:
         ValueError: for an unknown name.
     """
-    if name == "auto":
-        name = "cpu" if kernels.serves(device, torch.float32) else "torch"
-    if name not in SAMPLING_OPS:
-        raise ValueError(f"unknown sampling operations {name!r}; there are: {', '.join(SAMPLING_OPS)}, auto")
-    return SAMPLING_OPS[name]()
+    return kernels.pick("sampling operations", SAMPLING_OPS, name, "torch", kernels.serves(device, torch.float32))

@@ -98,10 +98,9 @@ class CpuTreeOps:
     """
 
     def __init__(self) -> None:
-        if not kernels.load():
-            raise RuntimeError("the CPU kernels are not available")
-        self._choose = torch.ops.saccade.choose_nodes.default
-        self._walk = torch.ops.saccade.walk_trees.default
+        ops = kernels.required()
+        self._choose = ops.choose_nodes.default
+        self._walk = ops.walk_trees.default
 
     def choose(
         self, proposals: list[Trees], max_nodes: list[int], max_depth: list[int], min_probability: float
@@ -136,8 +135,4 @@ def load_tree_ops(device: torch.device, name: str = "auto") -> TreeOps:
         ValueError: for an unknown name.
         RuntimeError: the operations were named and do not work here.
     """
-    if name == "auto":
-        name = "cpu" if kernels.serves(device, torch.float32) else "torch"
-    if name not in TREE_OPS:
-        raise ValueError(f"unknown tree operations {name!r}; there are: {', '.join(TREE_OPS)}, auto")
-    return TREE_OPS[name]()
+    return kernels.pick("tree operations", TREE_OPS, name, "torch", kernels.serves(device, torch.float32))

@@ -67,8 +67,4 @@ def load_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attenti
         ValueError: for an unknown name.
         RuntimeError: the backend was named and does not work here.
     """
-    if name == "auto":
-        name = "cpu" if kernels.serves(device, dtype) else "reference"
-    if name not in BACKENDS:
-        raise ValueError(f"unknown attention backend {name!r}; there are: {', '.join(BACKENDS)}, auto")
-    return BACKENDS[name]()
+    return kernels.pick("attention backend", BACKENDS, name, "reference", kernels.serves(device, dtype))

@@ -6,7 +6,6 @@ tree, in which pages they lie, with whom the batch is shared and on how many thr
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from models import kernels
@@ -20,9 +19,7 @@ def load() -> AttentionBackend:
     Raises:
         RuntimeError: the kernels are not available; the log says why.
     """
-    if not kernels.load():
-        raise RuntimeError("the CPU kernels are not available")
-    kernel = torch.ops.saccade.attend.default
+    kernel = kernels.required().attend.default
 
     def attend(
         query: Tensor,  # [T, Hq, D]

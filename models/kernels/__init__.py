@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 log = logging.getLogger("saccade.kernels")
 
@@ -35,3 +39,28 @@ def load() -> bool:
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels work, on this device and dtype."""
     return device.type == "cpu" and dtype in DTYPES and load()
+
+
+def required() -> Any:
+    """``torch.ops.saccade``, for what cannot do without.
+
+    Raises:
+        RuntimeError: the kernels are not available; the log says why.
+    """
+    if not load():
+        raise RuntimeError("the CPU kernels are not available")
+    return torch.ops.saccade
+
+
+def pick(what: str, table: Mapping[str, Callable[[], T]], name: str, plain: str, fused: bool) -> T:
+    """An entry of a table of implementations. "auto" is "cpu" where the kernels serve (``fused``), else ``plain``.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: the implementation was named and does not work here.
+    """
+    if name == "auto":
+        name = "cpu" if fused else plain
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}; there are: {', '.join(table)}, auto")
+    return table[name]()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from models import kernels
@@ -18,9 +17,7 @@ class CpuOps:
     """
 
     def __init__(self) -> None:
-        if not kernels.load():
-            raise RuntimeError("the CPU kernels are not available")
-        ops = torch.ops.saccade
+        ops = kernels.required()
         # looked up once; called by position, since each microsecond counts 40 times a step
         self.rms_norm = ops.rms_norm.default
         self.rotate_and_store = ops.rotate_and_store.default

@@ -115,8 +115,4 @@ def load_ops(device: torch.device, dtype: torch.dtype, name: str = "auto") -> La
         ValueError: for an unknown name.
         RuntimeError: the operations were named and do not work here.
     """
-    if name == "auto":
-        name = "cpu" if kernels.serves(device, dtype) else "torch"
-    if name not in OPS:
-        raise ValueError(f"unknown layer operations {name!r}; there are: {', '.join(OPS)}, auto")
-    return OPS[name]()
+    return kernels.pick("layer operations", OPS, name, "torch", kernels.serves(device, dtype))
