@@ -28,6 +28,7 @@ from decoding.step import Stepper
 from decoding.text import Tokenizer
 from decoding.verify import RULES
 from models.attention import BACKENDS
+from models.batch import PAGE_SIZE
 from models.kv_cache import KVCache
 from models.loader import CheckpointError, generation_config, load_model, read_config, resolve
 from models.target import CausalModel
@@ -187,9 +188,10 @@ def build_stepper(config: EngineConfig, loaded: LoadedModel, drafters: list[Draf
     committer = Committer(target, cache, scheduler, sampler, team, loaded.vocab_size, loaded.eos_ids)
     longest = pages_for(target.max_model_len)
     logger.info(
-        "K/V pool: %d pages of 16 tokens (%d tokens; the longest request needs %d pages)",
+        "K/V pool: %d pages of %d tokens (%d tokens; the longest request needs %d pages)",
         num_pages,
-        num_pages * 16,
+        PAGE_SIZE,
+        num_pages * PAGE_SIZE,
         longest,
     )
     return Stepper(target, cache, scheduler, planner, sampler, team, RULES["exact"](tree_ops), committer)

@@ -25,6 +25,7 @@ from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
 from decoding.sequence import Sequence, SequenceId
 from decoding.step import Stepper
 from decoding.text import TextDelta
+from models.batch import PAGE_SIZE
 
 SEED_BITS = 53  # of a seed that the engine draws: JSON readers keep integers of that size exactly
 
@@ -85,7 +86,7 @@ class Engine:
         total = self._stepper.cache.prefixes.pool.num_pages
         if pages > total:
             raise RequestError(
-                f"The request needs {pages * 16} tokens of K/V cache, and the server has {total * 16}. "
+                f"The request needs {pages * PAGE_SIZE} tokens of K/V cache, and the server has {total * PAGE_SIZE}. "
                 "Shorten the prompt or lower max_tokens.",
                 param="max_tokens",
                 code="context_length_exceeded",

@@ -7,6 +7,7 @@ import torch
 from decoding.cache import pages_for
 from decoding.config import EngineConfig
 from decoding.errors import ConfigError
+from models.batch import PAGE_SIZE
 from models.kv_cache import KVSpec
 from models.target import CausalModel
 
@@ -35,7 +36,7 @@ def pool_size(config: EngineConfig, target: CausalModel, specs: list[KVSpec]) ->
     pages = budget // page
     if pages < longest:
         raise ConfigError(
-            f"{budget / 2**20:.3g} MiB hold {pages * 16} tokens of K/V, less than the context length "
+            f"{budget / 2**20:.3g} MiB hold {pages * PAGE_SIZE} tokens of K/V, less than the context length "
             f"{target.max_model_len}; raise --kv-cache-memory to at least {-(-longest * page // 2**20)}MiB (on CUDA "
             "also --gpu-memory-utilization), or lower --max-model-len"
         )

@@ -38,7 +38,8 @@ class SamplingTable:
     repetition: Tensor  # [S, 1] float32
     presence: Tensor  # [S, 1]
     frequency: Tensor  # [S, 1]
-    penalised: bool  # host: any sequence has a penalty
+    penalised: tuple[int, ...]  # host: sequences with a penalty
+    prompt: Tensor | None  # [S, V] bool, ids that occur in the prompt of a penalised sequence, if there is any
 
 
 def make_table(
@@ -58,6 +59,7 @@ def make_table(
     ]
     filtered = tuple(i for i, (k, top_p, min_p) in enumerate(filters) if k < vocab_size or top_p < 1 or min_p > 0)
     penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
+    penalised = tuple(i for i, each in enumerate(penalties) if each != (1.0, 0.0, 0.0))
     repetition, presence, frequency = column(penalties).view(-1, 3, 1).unbind(1)  # type: ignore[arg-type]
     return SamplingTable(
         temperature=column([1.0 if g else p.temperature for p, g in zip(params, greedy, strict=True)]),
@@ -75,7 +77,8 @@ def make_table(
         repetition=repetition,
         presence=presence,
         frequency=frequency,
-        penalised=any(p != (1.0, 0.0, 0.0) for p in penalties),
+        penalised=penalised,
+        prompt=_prompt(sequences, penalised, vocab_size, device),
     )
 
 
@@ -98,13 +101,23 @@ def _stops(sequences: list[Sequence], vocab_size: int, eos: tuple[int, ...], dev
     return stops.to(device)
 
 
+def _prompt(
+    sequences: list[Sequence], penalised: tuple[int, ...], vocab_size: int, device: torch.device
+) -> Tensor | None:
+    if not penalised:
+        return None
+    prompt = torch.zeros(len(sequences), vocab_size, dtype=torch.bool)
+    for i in penalised:
+        prompt[i, torch.from_numpy(sequences[i].tokens[: sequences[i].prompt_len])] = True
+    return prompt.to(device)
+
+
 @dataclass(frozen=True)
 class Counts:
     """Token counts of S sequences at the root of this step's tree, for penalties and min_tokens."""
 
     generated: Tensor | None  # [S] int64, tokens generated so far; None if no sequence has min_tokens
-    output: Tensor | None  # [S, V] float32, how often each id was generated; None without penalties
-    prompt: Tensor | None  # [S, V] bool, ids that occur in the prompt
+    output: Tensor | None  # [S, V] float32, how often a penalised sequence has each id; None if there is none
 
 
 def count(sequences: list[Sequence], table: SamplingTable, vocab_size: int, device: torch.device) -> Counts:
@@ -113,14 +126,12 @@ def count(sequences: list[Sequence], table: SamplingTable, vocab_size: int, devi
     if table.stops is not None:
         generated = torch.tensor([s.generated for s in sequences], dtype=torch.int64, device=device)
     if not table.penalised:
-        return Counts(generated, None, None)
+        return Counts(generated, None)
     output = torch.zeros(len(sequences), vocab_size)
-    prompt = torch.zeros(len(sequences), vocab_size, dtype=torch.bool)
-    for i, sequence in enumerate(sequences):
-        tokens = torch.from_numpy(sequence.tokens)
-        prompt[i, tokens[: sequence.prompt_len]] = True
-        output[i] = torch.bincount(tokens[sequence.prompt_len :], minlength=vocab_size)
-    return Counts(generated, output.to(device), prompt.to(device))
+    for i in table.penalised:
+        written = torch.from_numpy(sequences[i].tokens[sequences[i].prompt_len :])
+        output[i] = torch.bincount(written, minlength=vocab_size)
+    return Counts(generated, output.to(device))
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,7 @@ class Sampling:
     ops: SamplingOps
 
     def needs_paths(self) -> bool:
-        return self.table.penalised
+        return bool(self.table.penalised)
 
     def process(self, logits: Tensor, row: Tensor, depth: Tensor, paths: Tensor | None) -> Tensor:
         """What the logits become: bias, bans before min_tokens, penalties, each for the node's own path.
@@ -194,14 +205,14 @@ class Sampling:
         table, counts = self.table, self.counts
         assert paths is not None  # needs_paths() said so
         assert counts.output is not None
-        assert counts.prompt is not None
+        assert table.prompt is not None
         output = counts.output[row]  # [W, V], a copy
         on_path = paths >= 0
         output.scatter_add_(1, paths.clamp(min=0), on_path.to(output.dtype))
         generated = output > 0
         factor = table.repetition[row]
         repeated = torch.where(x > 0, x / factor, x * factor)
-        x = torch.where(generated | counts.prompt[row], repeated, x)
+        x = torch.where(generated | table.prompt[row], repeated, x)
         return x - table.frequency[row] * output - table.presence[row] * generated
 
     def _keep_guesses(self, scaled: Tensor, row: Tensor, ids: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor]:

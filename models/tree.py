@@ -154,8 +154,10 @@ def merge(trees: list[Trees]) -> Trees:
     kept = used & (first == torch.arange(width, device=tokens.device))
     group = torch.where(equal, confidence[:, None], 0.0).amax(dim=2)
     union = torch.zeros_like(source)
-    for bit in range(max(1, int(source.max()).bit_length()) if source.device.type == "cpu" else MAX_TREE - 1):
-        union |= (equal & ((source[:, None] >> bit) & 1 != 0)).any(dim=2).long() << bit
+    for tree, offset in zip(trees, offsets):  # within one of the trees at most one node has a given path
+        own = slice(offset + 1, offset + tree.width)
+        if tree.width > 1:
+            union |= torch.where(equal[:, :, own], source[:, None, own], 0).amax(dim=2)
     hung = torch.where(parents == NO_PARENT, NO_PARENT, first.gather(1, parents.clamp(min=0)))
     return Trees(
         torch.where(kept, tokens, -1),

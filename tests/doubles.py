@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 import torch
 
@@ -12,7 +14,7 @@ from decoding.sequence import Sequence, SequenceId
 from models.tree import NO_PARENT, Trees
 
 
-class HostDrafter(TokenDrafter):
+class HostDrafter(TokenDrafter, ABC):
     """Base of the doubles: ``nodes`` returns (parent column, token, confidence) of each node, parents first."""
 
     def __init__(self, context: DrafterContext) -> None:
@@ -20,8 +22,8 @@ class HostDrafter(TokenDrafter):
         self._bit = context.bit
         self._vocab = context.target.vocab_size
 
-    def nodes(self, sequence: Sequence, limit: RowQuota) -> list[tuple[int, int, float]]:
-        raise NotImplementedError
+    @abstractmethod
+    def nodes(self, sequence: Sequence, limit: RowQuota) -> list[tuple[int, int, float]]: ...
 
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
         proposals = [
