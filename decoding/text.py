@@ -70,6 +70,10 @@ class Tokenizer:
         _check_unicode(text, "prompt")
         return self._ids(text, add_special_tokens)
 
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens; the texts are worked on in parallel."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no valid UTF-8 become U+FFFD."""
         return b"".join(self._spelled(ids, skip_special_tokens)).decode("utf-8", errors="replace")
