@@ -35,9 +35,18 @@ class Checkpoint:
         Raises:
             CheckpointError: no weights, a missing shard, a damaged file, or a pickle with code in it.
         """
+        return cls.of_files(_weight_files(folder))
+
+    @classmethod
+    def of_files(cls, paths: Iterable[Path]) -> Checkpoint:
+        """The same for files of any name; .safetensors by their suffix, others are PyTorch's.
+
+        Raises:
+            CheckpointError: as ``open``.
+        """
         files: dict[str, Path] = {}
         shapes: dict[str, Shape] = {}
-        for path in _weight_files(folder):
+        for path in paths:
             for name, shape in _shapes(path).items():
                 files[name], shapes[name] = path, shape
         return cls(files, shapes)
