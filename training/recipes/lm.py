@@ -1,0 +1,125 @@
+"""A small Llama from scratch, or an existing model trained on. Written as a Hugging Face folder, tokenizer included."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from training.errors import TrainError
+from training.recipe import Losses, TrainContext, Windows
+
+LOSS_TOKENS = 2048  # tokens whose logits exist at one time
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class LMOptions:
+    """The defaults are those of the demo's target."""
+
+    init: str = ""  # model folder to train on; the sizes are then its own
+    layers: int = 8
+    hidden: int = 256
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 704
+    context: int = 1024  # the longest text that the model is for
+    dtype: str = "bfloat16"  # of the written weights
+    compile: bool = False  # torch.compile; pays on long runs
+
+
+class LMRecipe:
+    """Next-token cross-entropy."""
+
+    def __init__(self, options: LMOptions, context: TrainContext, module: Any) -> None:
+        self.module: nn.Module = module
+        self._options = options
+        self._tokenizer_folder = context.tokenizer_folder
+        if context.checkpointing:
+            module.gradient_checkpointing_enable()
+        self._trunk = torch.compile(module.model) if options.compile else module.model
+        self._loss = torch.compile(_cross_entropy) if options.compile else _cross_entropy
+
+    def loss(self, windows: Windows) -> Losses:
+        hidden = self._trunk(input_ids=windows.tokens[:, :-1], use_cache=False).last_hidden_state
+        labels = windows.tokens[:, 1:].masked_fill(~windows.counts[:, 1:], -100)
+        weight = self.module.lm_head.weight
+        sums = [
+            checkpoint(self._loss, h, weight, y, use_reentrant=False)
+            for h, y in zip(
+                hidden.flatten(0, 1).split(LOSS_TOKENS), labels.flatten().split(LOSS_TOKENS), strict=True
+            )
+        ]
+        loss = torch.stack(sums).sum() / windows.counts[:, 1:].sum().clamp(min=1)
+        return Losses(loss, {})
+
+    def save(self, folder: Path) -> None:
+        save_model(self.module, folder, self._options.dtype, self._tokenizer_folder)
+
+
+def build_lm(options: LMOptions, context: TrainContext) -> LMRecipe:
+    """A new model, or the one in ``options.init``.
+
+    Raises:
+        TrainError: sizes that do not fit, a window longer than the context, an unreadable model.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(context.seed)
+    if options.init:
+        try:
+            module = AutoModelForCausalLM.from_pretrained(options.init, dtype=torch.float32, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise TrainError(f"--init {options.init} cannot be loaded: {str(error).splitlines()[0]}") from error
+        if module.config.vocab_size < context.tokenizer.vocab_size:
+            raise TrainError(
+                f"--init {options.init} has {module.config.vocab_size} tokens and the tokenizer "
+                f"{context.tokenizer.vocab_size}; use its own tokenizer"
+            )
+    else:
+        if options.hidden % options.heads or options.heads % options.kv_heads:
+            raise TrainError("--hidden must be a multiple of --heads, and --heads of --kv-heads")
+        end = context.tokenizer.eos_token_id
+        module = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=context.tokenizer.vocab_size,
+                hidden_size=options.hidden,
+                intermediate_size=options.mlp,
+                num_hidden_layers=options.layers,
+                num_attention_heads=options.heads,
+                num_key_value_heads=options.kv_heads,
+                head_dim=options.hidden // options.heads,
+                max_position_embeddings=options.context,
+                rms_norm_eps=1e-5,
+                tie_word_embeddings=True,
+                bos_token_id=end,
+                eos_token_id=end,
+            )
+        )
+    if context.window > module.config.max_position_embeddings:
+        raise TrainError(f"--window {context.window} is longer than the model's {module.config.max_position_embeddings}")
+    return LMRecipe(options, context, module)
+
+
+def save_model(module: Any, folder: Path, dtype: str, tokenizer_folder: Path) -> None:
+    """A model folder as transformers and vLLM read it."""
+    kept = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+    config = module.config
+    config.dtype = dtype
+    state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in module.state_dict().items()}
+    module.save_pretrained(folder, state_dict=state)
+    assert all(tensor.dtype == kept[name] for name, tensor in module.state_dict().items())
+    for name in TOKENIZER_FILES:
+        if (tokenizer_folder / name).is_file():
+            shutil.copyfile(tokenizer_folder / name, folder / name)
+
+
+def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Sum over tokens."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), labels, ignore_index=-100, reduction="sum")
