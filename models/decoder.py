@@ -21,10 +21,27 @@ from models.target import ForwardOutput
 
 
 class DecoderLayer:
-    """The weights of one block and its two halves. Weights are uninitialised until a loader fills them."""
+    """The weights of one block and its two halves. Weights are uninitialised until a loader fills them.
 
-    def __init__(self, config: ModelConfig, index: int, device: torch.device, dtype: torch.dtype) -> None:
+    Args:
+        inputs: width of what the queries, keys and values are made of; default: the hidden size.
+        input_norm: whether the block has a norm before its attention.
+        first_key: see ``AttentionSpec``; entries of such a layer stand one slot behind their position.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        inputs: int | None = None,
+        input_norm: bool = True,
+        first_key: int = 0,
+    ) -> None:
         heads, kv_heads, dim, hidden = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
+        window = config.window(index)
         self.num_layer_heads = heads + 2 * kv_heads
         self.splits = (heads, heads + kv_heads)  # where keys and values begin
         self.head_dim = dim
@@ -36,24 +53,27 @@ class DecoderLayer:
             key_dim=dim,
             value_dim=dim,
             scale=config.attention_scale or dim**-0.5,
-            window=config.window(index),
+            # backends take a key's slot for its position, which is too near by first_key
+            window=None if window is None else window - first_key,
             soft_cap=config.attention_soft_cap,
+            first_key=first_key,
         )
 
         def norm(size: int) -> Tensor:
             return torch.empty(size, device=device, dtype=dtype)
 
-        self.input_norm, self.mlp_norm = norm(hidden), norm(hidden)
+        self.input_norm = norm(hidden) if input_norm else None
+        self.mlp_norm = norm(hidden)
         self.q_norm = norm(dim) if config.qk_norm else None
         self.k_norm = norm(dim) if config.qk_norm else None
-        self.qkv = Linear(hidden, self.num_layer_heads * dim, config.qkv_bias, device, dtype)
+        self.qkv = Linear(inputs or hidden, self.num_layer_heads * dim, config.qkv_bias, device, dtype)
         self.o = Linear(heads * dim, hidden, config.o_bias, device, dtype)
         self.gate_up = Linear(hidden, 2 * config.mlp_size, config.mlp_bias, device, dtype)
         self.down = Linear(config.mlp_size, hidden, config.mlp_bias, device, dtype)
 
     def attend(
         self,
-        normed: Tensor,  # [T, H]
+        normed: Tensor,  # [T, H] (or ``inputs`` wide)
         batch: RaggedBatch,
         slots: tuple[Tensor, Tensor],  # this layer's keys [S, Hkv, D] and values [S, Hkv, D]
         rope: Tensor,
@@ -74,8 +94,88 @@ class DecoderLayer:
         """[T, H] -> [T, H]."""
         return self.down(ops.gated(self.gate_up(normed), self.activation))
 
-    def linears(self) -> dict[str, Linear]:
+    def weights(self) -> dict[str, Tensor]:
+        """Every weight by name, to be filled before ``pack``; parts of fused weights are views.
+
+        Names: input_norm, mlp_norm, q_norm, k_norm, q, k, v, o, gate, up, down, each with ".weight" and, where it has
+        one, ".bias".
+        """
+        named: dict[str, Tensor] = {}
+        for name in ("input_norm", "mlp_norm", "q_norm", "k_norm"):
+            if getattr(self, name) is not None:
+                named[f"{name}.weight"] = getattr(self, name)
+        for name, linear in self._linears().items():
+            for kind, fused in (("weight", linear.weight), ("bias", linear.bias)):
+                if fused is not None:
+                    named |= {f"{part}.{kind}": view for part, view in self._parts(name, fused).items()}
+        return named
+
+    def pack(self) -> None:
+        """See ``Linear.pack``."""
+        for linear in self._linears().values():
+            linear.pack()
+
+    def _linears(self) -> dict[str, Linear]:
         return {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
+
+    def _parts(self, name: str, fused: Tensor) -> dict[str, Tensor]:
+        """The views of a fused weight or bias that checkpoints store one by one."""
+        heads, kv_heads, mlp = self.spec.num_heads, self.spec.num_kv_heads, self.down.inputs
+        parts = {
+            "qkv": {"q": heads * self.head_dim, "k": kv_heads * self.head_dim, "v": kv_heads * self.head_dim},
+            "gate_up": {"gate": mlp, "up": mlp},
+        }.get(name, {name: fused.shape[0]})
+        return dict(zip(parts, torch.split(fused, list(parts.values())), strict=True))
+
+
+class LayerStack:
+    """Layers that run one after another over one residual stream.
+
+    Args:
+        final_norm: [H] the norm after the last layer; None if it has none.
+        rope: see ``rope_table``.
+    """
+
+    def __init__(
+        self,
+        layers: list[DecoderLayer],
+        final_norm: Tensor | None,
+        rope: Tensor,
+        ops: LayerOps,
+        attention: AttentionBackend,
+    ) -> None:
+        self.layers = layers
+        self._rope = rope
+        self._ops = ops
+        self._attention = attention
+        # the norm that follows each layer's MLP is the next layer's first, or the final one
+        self._next_norms = [*(layer.input_norm for layer in layers[1:]), final_norm]
+
+    def run(
+        self, hidden: Tensor, stream: Tensor, batch: RaggedBatch, cache: KVCache, taps: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """All layers.
+
+        Args:
+            hidden: [T, I] what the first layer's attention reads: normed, if it has a norm.
+            stream: [T, H] the residual stream that enters it; its memory may be reused.
+            taps: layers whose incoming stream is kept; the number of layers is what leaves the last.
+        Returns:
+            the stream after the last layer, normed (as it is, without a final norm), and not, both [T, H]; taps 1 ..
+        """
+        ops, attention, rope = self._ops, self._attention, self._rope
+        kept: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            attended = layer.attend(hidden, batch, cache.layer(index), rope, ops, attention)
+            hidden, stream = ops.add_rms_norm(attended, stream, layer.mlp_norm, layer.eps)
+            norm = self._next_norms[index]
+            if norm is None:
+                hidden = stream = stream + layer.mlp(hidden, ops)
+            else:
+                hidden, stream = ops.add_rms_norm(layer.mlp(hidden, ops), stream, norm, layer.eps)
+            if taps and index + 1 in taps:
+                kept[index + 1] = stream.clone()  # the next layer may reuse its memory
+        return hidden, stream, kept
 
 
 class Decoder:
@@ -98,30 +198,30 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self._ops = ops
-        self._attention = attention
         # draft nodes may lie past the last position of a text
-        self._rope = rope_table(config.rope, config.max_len, config.max_len + MAX_TREE, device, dtype)
+        rope = rope_table(config.rope, config.max_len, config.max_len + MAX_TREE, device, dtype)
         self.layers = [DecoderLayer(config, index, device, dtype) for index in range(config.num_layers)]
         self.final_norm = torch.empty(config.hidden_size, device=device, dtype=dtype)
         self.head = Linear(config.hidden_size, config.vocab_size, False, device, dtype)
         assert self.head.weight is not None
         # [V, H]; tied: the head's weight itself, which stays for the lookup when the head packs a copy
         self.embedding = self.head.weight if config.tied else torch.empty_like(self.head.weight)
-        # the norm that follows each layer's MLP is the next layer's first, or the final one
-        self._next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.final_norm]
+        self._stack = LayerStack(self.layers, self.final_norm, rope, ops, attention)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """See ``CausalModel.embed``."""
+        return torch.embedding(self.embedding, token_ids)
 
     def forward(self, batch: RaggedBatch, cache: KVCache, taps: tuple[int, ...] = ()) -> ForwardOutput:
         """See ``CausalModel.forward``."""
-        ops, attention, rope, eps = self._ops, self._attention, self._rope, self.config.norm_eps
         stream = torch.embedding(self.embedding, batch.token_ids)  # [T, H] the residual stream
-        kept = {0: stream.clone()} if 0 in taps else {}
-        hidden = ops.rms_norm(stream, self.layers[0].input_norm, eps)
-        for index, layer in enumerate(self.layers):
-            attended = layer.attend(hidden, batch, cache.layer(index), rope, ops, attention)
-            hidden, stream = ops.add_rms_norm(attended, stream, layer.mlp_norm, eps)
-            hidden, stream = ops.add_rms_norm(layer.mlp(hidden, ops), stream, self._next_norms[index], eps)
-            if taps and index + 1 in taps:
-                kept[index + 1] = stream.clone()  # the next layer may reuse its memory
+        entering = stream.clone() if 0 in taps else None
+        first_norm = self.layers[0].input_norm
+        assert first_norm is not None
+        normed = self._ops.rms_norm(stream, first_norm, self.config.norm_eps)
+        hidden, _, kept = self._stack.run(normed, stream, batch, cache, taps)
+        if entering is not None:
+            kept[0] = entering
         return ForwardOutput(hidden, kept)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -135,37 +235,19 @@ class Decoder:
     def weights(self) -> dict[str, Tensor]:
         """Every weight by name, to be filled before ``pack``; parts of fused weights (q, k, v, gate, up) are views.
 
-        Names: "embed.weight", "norm.weight", "head.weight" (untied), and of each layer "layers.0.input_norm.weight",
-        mlp_norm, q_norm, k_norm, q, k, v, o, gate, up, down, each with ".weight" and where it has one ".bias".
+        Names: "embed.weight", "norm.weight", "head.weight" (untied), and those of ``DecoderLayer.weights`` as
+        "layers.0.q.weight".
         """
         assert self.head.weight is not None
         named = {"embed.weight": self.embedding, "norm.weight": self.final_norm}
         if not self.config.tied:
             named["head.weight"] = self.head.weight
         for index, layer in enumerate(self.layers):
-            for name in ("input_norm", "mlp_norm", "q_norm", "k_norm"):
-                if getattr(layer, name) is not None:
-                    named[f"layers.{index}.{name}.weight"] = getattr(layer, name)
-            for name, linear in layer.linears().items():
-                for kind, fused in (("weight", linear.weight), ("bias", linear.bias)):
-                    if fused is not None:
-                        parts = self._parts(name, fused)
-                        named |= {f"layers.{index}.{part}.{kind}": view for part, view in parts.items()}
+            named |= {f"layers.{index}.{name}": weight for name, weight in layer.weights().items()}
         return named
-
-    def _parts(self, name: str, fused: Tensor) -> dict[str, Tensor]:
-        """The views of a fused weight or bias that checkpoints store one by one."""
-        config = self.config
-        kv = config.num_kv_heads * config.head_dim
-        parts = {
-            "qkv": {"q": config.num_heads * config.head_dim, "k": kv, "v": kv},
-            "gate_up": {"gate": config.mlp_size, "up": config.mlp_size},
-        }.get(name, {name: fused.shape[0]})
-        return dict(zip(parts, torch.split(fused, list(parts.values())), strict=True))
 
     def pack(self) -> None:
         """Reorder the filled weights for the device; ``weights`` is not available afterwards where that happened."""
         for layer in self.layers:
-            for linear in layer.linears().values():
-                linear.pack()
+            layer.pack()
         self.head.pack()

@@ -35,6 +35,10 @@ class CausalModel(Protocol):
         """Write the batch's K/V into ``cache`` and return hidden states of all its query tokens."""
         ...
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, H], rows of the embedding matrix: what drafters that share it are fed."""
+        ...
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[W, H] -> [W, V], float32 (float64 for float64 weights), final soft cap and scaling included."""
         ...

@@ -138,6 +138,12 @@ class TransformersModel:
         return ForwardOutput(out.last_hidden_state[0], taken)
 
     @torch.no_grad()
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """See ``CausalModel.embed``; without the factor that some families put on it."""
+        weight: Tensor = self.decoder.get_input_embeddings().weight  # [V, H]
+        return torch.embedding(weight, token_ids)
+
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
