@@ -26,7 +26,7 @@ from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
 from decoding.step import Stepper
 from decoding.text import Tokenizer
-from decoding.verify import RULES
+from decoding.verify import RULES, Rule
 from models.attention import BACKENDS
 from models.batch import PAGE_SIZE
 from models.kv_cache import KVCache
@@ -140,8 +140,13 @@ def build_drafters(config: EngineConfig, loaded: LoadedModel) -> list[Drafter]:
     ]
 
 
-def build_stepper(config: EngineConfig, loaded: LoadedModel, drafters: list[Drafter]) -> Stepper:
+def build_stepper(
+    config: EngineConfig, loaded: LoadedModel, drafters: list[Drafter], rule: Rule | None = None
+) -> Stepper:
     """Size the pool, allocate K/V, and put the collaborators together.
+
+    Args:
+        rule: judges all requests alike, in place of the rule that each asks for.
 
     Raises:
         ConfigError: settings that cannot work together, or too little memory.
@@ -194,7 +199,7 @@ def build_stepper(config: EngineConfig, loaded: LoadedModel, drafters: list[Draf
         num_pages * PAGE_SIZE,
         longest,
     )
-    return Stepper(target, cache, scheduler, planner, sampler, team, RULES["exact"](tree_ops), committer)
+    return Stepper(target, cache, scheduler, planner, sampler, team, rule or RULES["exact"](tree_ops), committer)
 
 
 def check_limits(config: EngineConfig) -> None:

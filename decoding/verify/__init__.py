@@ -1,10 +1,11 @@
-"""Acceptance rules. A rule is one file and one line in ``RULES``: a pure function from drawn tokens to a verdict."""
+"""Acceptance rules. A rule is one file and one line in ``RULES``: a pure function from logits to a verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from decoding.batcher import Nodes
@@ -22,9 +23,18 @@ class Verdict:
     bonus: Tensor  # [S] int64, token drawn at the last accepted node
     tokens: Tensor  # [S, D + 1] int64, the accepted tokens and the bonus, padded with -1
 
+    @staticmethod
+    def plain(bonus: Tensor) -> Verdict:
+        """Of trees without drafted nodes (D = 0): nothing but the bonus tokens [S]."""
+        column = bonus[:, None]
+        return Verdict(torch.zeros_like(bonus), column[:, :0], bonus, column)
 
-Rule = Callable[[Trees, Nodes, Tensor, int], Verdict]
-"""(trees [S, N], their nodes, token drawn at each node [W], D: no node is deeper) -> verdict."""
+
+Rule = Callable[[Trees, Nodes, Tensor, Sampling, int], Verdict]
+"""(trees [S, N], their nodes, processed logits at each node [W, V], sampling, D: no node is deeper) -> verdict.
+
+The logits are those of ``Sampling.process``; whatever is drawn from them, the rule draws by ``Sampling.draw``.
+"""
 
 
 def _exact(ops: TreeOps) -> Rule:
@@ -39,16 +49,14 @@ RULES: dict[str, Callable[[TreeOps], Rule]] = {
 
 
 def verify(rule: Rule, trees: Trees, nodes: Nodes, logits: Tensor, sampling: Sampling, deepest: int) -> Verdict:
-    """Draw the target's token at every node, each under its own path's penalties and noise, and apply the rule.
+    """Process the logits at every node, each under its own path's penalties, and apply the rule.
 
     Args:
         logits: [W, V'] raw logits of the nodes; not changed.
         deepest: depth of the deepest tree (host).
     """
     paths = node_paths(trees, nodes, deepest) if sampling.needs_paths() else None
-    processed = sampling.process(logits, nodes.row, nodes.depth, paths)
-    drawn = sampling.draw(processed, nodes.row, nodes.depth)
-    return rule(trees, nodes, drawn, deepest)
+    return rule(trees, nodes, sampling.process(logits, nodes.row, nodes.depth, paths), sampling, deepest)
 
 
 def node_paths(trees: Trees, nodes: Nodes, deepest: int) -> Tensor:

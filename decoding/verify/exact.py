@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from decoding.batcher import Nodes
+from decoding.sampling import Sampling
 from decoding.verify import Verdict
 from models.tree import Trees
 from models.tree_ops import TreeOps
@@ -19,13 +19,22 @@ from models.tree_ops import TreeOps
 
 @dataclass(frozen=True)
 class ExactRule:
-    """Descend while a child carries the drawn token; the first token that no child carries is the bonus."""
+    """Draw at every node, and follow what was drawn."""
 
     ops: TreeOps
 
-    def __call__(self, trees: Trees, nodes: Nodes, drawn: Tensor, deepest: int) -> Verdict:
+    def __call__(self, trees: Trees, nodes: Nodes, x: Tensor, sampling: Sampling, deepest: int) -> Verdict:
         """See ``Rule``."""
-        if trees.width == 1:  # plain decoding: every token is a bonus
-            column = drawn[:, None]
-            return Verdict(torch.zeros_like(drawn), column[:, :0], drawn, column)
-        return Verdict(*self.ops.walk(trees, nodes.masks, drawn, nodes.first, deepest))
+        return follow(self.ops, trees, nodes, sampling.draw(x, nodes.row, nodes.depth), deepest)
+
+
+def follow(ops: TreeOps, trees: Trees, nodes: Nodes, drawn: Tensor, deepest: int) -> Verdict:
+    """Descend while a child carries the token drawn at its parent; the first token that no child carries is the bonus.
+
+    Args:
+        drawn: [W] token drawn at each node.
+        deepest: D, at least the depth of the deepest node (host).
+    """
+    if trees.width == 1:  # plain decoding: every token is a bonus
+        return Verdict.plain(drawn)
+    return Verdict(*ops.walk(trees, nodes.masks, drawn, nodes.first, deepest))

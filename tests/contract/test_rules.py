@@ -8,12 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding.batcher import Nodes
+from decoding.noise import NoiseBank
+from decoding.request import GenerateRequest, SamplingParams
+from decoding.sampling import Sampling, count, make_table
+from decoding.sampling_ops import load_sampling_ops
+from decoding.sequence import Sequence
 from decoding.verify import RULES, Verdict
 from models.batch import MAX_TREE
 from models.tree import NO_PARENT, Trees, ancestor_masks, depths, roots_only
 from models.tree_ops import TREE_OPS, load_tree_ops
 
 WORDS = 3  # few, so that drawn tokens are often there
+VOCAB = 5
 Tree = list[tuple[int, int]]  # (parent, token) of each column after the root
 CPU = torch.device("cpu")
 everywhere = pytest.mark.parametrize(("name", "ops"), [(name, ops) for name in RULES for ops in TREE_OPS])
@@ -55,8 +61,18 @@ def judge(name: str, ops: str, batch: list[tuple[Tree, list[int]]], spare: int =
     first = torch.tensor([0, *counts[:-1]]).cumsum(0)
     nodes = Nodes(row, columns, depth[row, columns], first, ancestor_masks(parents))
     drawn = torch.tensor([token for _, drawn in batch for token in drawn])
+    logits = torch.nn.functional.one_hot(drawn, VOCAB).float()
     rule = RULES[name](load_tree_ops(CPU, ops))
-    return trees, nodes, rule(trees, nodes, drawn, int(depth.max()) + spare)
+    return trees, nodes, rule(trees, nodes, logits, greedy(len(batch)), int(depth.max()) + spare)
+
+
+def greedy(rows: int) -> Sampling:
+    """Of rows that draw the likeliest token."""
+    params = SamplingParams(temperature=0.0)
+    sequences = [Sequence(GenerateRequest(f"r{row}", (0,), params), 0, 0) for row in range(rows)]
+    bank, sampling_ops = NoiseBank(VOCAB, 2, CPU), load_sampling_ops(CPU)
+    table = make_table(sequences, bank.first_rows(sequences), VOCAB, (), CPU)
+    return Sampling(table, count(sequences, table, VOCAB, CPU), bank, torch.zeros(0).long(), VOCAB, sampling_ops)
 
 
 def walk(tree: Tree, drawn: list[int]) -> tuple[list[int], list[int]]:
