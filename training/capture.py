@@ -97,14 +97,16 @@ class FrozenTarget:
         layout = self._layout
         if layout is None or layout.batch.num_rows != rows or layout.batch.max_query != length:
             layout = self._layout = _lay_out(self.model, rows, length)
-        out = self.model.forward(replace(layout.batch, token_ids=tokens.flatten()), layout.cache, taps)
+        with torch.autocast(tokens.device.type, enabled=False):  # the model has a dtype of its own
+            out = self.model.forward(replace(layout.batch, token_ids=tokens.flatten()), layout.cache, taps)
         shape = (rows, length, self.model.hidden_size)
         return Captured(out.hidden.view(shape), {tap: stream.view(shape) for tap, stream in out.taps.items()})
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H] -> [N, V] float32 (float64 for float64 weights)."""
-        return self.model.logits(hidden.to(self.model.dtype))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.model.logits(hidden.to(self.model.dtype))
 
     @torch.no_grad()
     def embedding(self) -> Tensor:
@@ -127,7 +129,7 @@ class FrozenTarget:
             TrainError: the model's logits are something else: a bias, a scale, a soft cap.
         """
         if isinstance(self.model, TransformersModel):
-            found = self.model.head.get_output_embeddings().weight  # type: ignore[operator, union-attr]
+            found = self.model.head.get_output_embeddings().weight  # type: ignore[operator]
         else:
             found = self._stored("embed.weight" if _tied(self.model) else "head.weight")
         head = self._checked(found, "LM head")
