@@ -44,7 +44,11 @@ def load_checkpoint(path: Path, dtype: str) -> PreTrainedModel:
         ) from error
     problems = [
         *(f"missing weight {name}" for name in sorted(report["missing_keys"])),
-        *(f"unknown weight {name}" for name in sorted(report["unexpected_keys"]) if not name.startswith("medusa_head.")),
+        *(
+            f"unknown weight {name}"
+            for name in sorted(report["unexpected_keys"])
+            if not name.startswith("medusa_head.")
+        ),
         *(
             f"weight {name} has shape {list(found)}, the configuration says {list(wanted)}"
             for name, found, wanted in sorted(report["mismatched_keys"])
