@@ -69,7 +69,7 @@ class Stepper:
 
         verdict = verify(self.rule, chosen.trees, nodes, logits, sampling, chosen.deepest)  # accepted path + bonus
         self.cache.commit(batch, nodes, verdict)  # keep the accepted path's K/V
-        self.drafters.observe(batch, nodes, out, verdict)
+        self.drafters.observe(plan, batch, nodes, out, verdict)
         events = self.committer.commit(plan, chosen, nodes, verdict, logits, out)  # append, stop, finish, free
         self.seconds += time.perf_counter() - started
         return events

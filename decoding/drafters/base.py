@@ -68,7 +68,7 @@ class Drafter(Protocol):
         """
         ...
 
-    def observe(self, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
+    def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
         """The step's outcome: the accepted K/V is in place, the tokens are not yet appended."""
         ...
 
@@ -95,7 +95,7 @@ class TokenDrafter:
     def scratch_slots(self, depth: int) -> int:
         return 0
 
-    def observe(self, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
+    def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
         """Nothing to learn."""
 
     def valid_length(self, sequence: Sequence) -> int:

@@ -129,7 +129,7 @@ class DraftModelDrafter:
     def scratch_slots(self, depth: int) -> int:
         return self._options.beam * (min(depth, self._options.depth) - 1)
 
-    def observe(self, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
+    def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
         """What was accepted reaches this drafter as tokens, in the next catch-up pass."""
 
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:

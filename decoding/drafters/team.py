@@ -49,10 +49,10 @@ class DrafterTeam:
         self.seconds += time.perf_counter() - started
         return [trees for trees in proposals if trees is not None]
 
-    def observe(self, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
+    def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
         started = time.perf_counter()
         for drafter in self.members:
-            drafter.observe(batch, nodes, out, verdict)
+            drafter.observe(plan, batch, nodes, out, verdict)
         self.seconds += time.perf_counter() - started
 
     def valid_length(self, bit: int, sequence: Sequence) -> int:

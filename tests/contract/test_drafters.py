@@ -101,9 +101,9 @@ class Watched:
             self.proposals += len(children)
         return trees
 
-    def observe(self, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
+    def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
         batch.validate()
-        self.inner.observe(batch, nodes, out, verdict)
+        self.inner.observe(plan, batch, nodes, out, verdict)
 
     def valid_length(self, sequence: Sequence) -> int:
         return self.inner.valid_length(sequence)
