@@ -27,7 +27,8 @@ class Family:
 
     configure: Callable[[HFConfig], ModelConfig]
     names: Mapping[str, str]  # our prefix -> the checkpoint's; {} stands for the layer's number
-    ignored: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)  # weights that checkpoints carry and nobody needs
+    # weights that checkpoints carry and the target does not need; the heads of Medusa-2 are a drafter's
+    ignored: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$", r"^medusa_head\.")
 
     def checkpoint_name(self, ours: str) -> str:
         """The checkpoint's name of a weight named as in ``Decoder.weights``."""
@@ -39,6 +40,16 @@ class Family:
 
     def ignores(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.ignored)
+
+    def trunk_of(self, hf: HFConfig) -> Family:
+        """The family without the modules for multi-token prediction that a config announces: drafters load those.
+
+        MiMo stores them as model.mtp_layers.0, DeepSeek's layout as layers after the last one.
+        """
+        first, count = int(hf["num_hidden_layers"]), int(hf.get("num_nextn_predict_layers") or 0)
+        layers = "|".join(str(first + module) for module in range(count))
+        announced = (rf"^model\.layers\.({layers})\.",) if count else ()
+        return replace(self, ignored=(*self.ignored, r"^model\.mtp_layers\.", *announced))
 
 
 LLAMA_NAMES = {
@@ -98,6 +109,7 @@ NATIVE_FAMILIES: dict[str, Family] = {
     "mistral": Family(_mistral, LLAMA_NAMES),
     "qwen2": Family(_qwen2, LLAMA_NAMES),
     "qwen3": Family(_qwen3, LLAMA_NAMES),
+    "mimo": Family(_qwen2, LLAMA_NAMES),  # MiMo-7B: Qwen2 with modules for multi-token prediction beside the trunk
 }
 
 
@@ -111,6 +123,40 @@ def supports_natively(hf: HFConfig) -> bool:
     except UnsupportedConfig:
         return False
     return True
+
+
+def describe(config: ModelConfig) -> dict[str, Any]:
+    """The config.json that reads as ``config``: the inverse of ``Family.configure``, for writing checkpoints.
+
+    Raises:
+        ValueError: no family has such a model.
+    """
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias and not config.o_bias else "llama"
+    rope, default = config.rope, RopeConfig(config.rope.dim)
+    scaling = {name: getattr(rope, name) for name in _ROPE_OPTIONS if getattr(rope, name) != getattr(default, name)}
+    hf: dict[str, Any] = {
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_new"}[config.activation],
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": rope.trained_len,
+        "rope_theta": rope.theta,
+        "tie_word_embeddings": config.tied,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+    if rope.kind != "default":
+        hf["rope_scaling"] = {"rope_type": rope.kind, **scaling, "original_max_position_embeddings": rope.original_len}
+    read = NATIVE_FAMILIES[kind].configure(hf)
+    if replace(read, max_len=config.max_len, windows=config.windows) != config or any(config.windows):
+        raise ValueError(f"no model family has a decoder with {config}")
+    return hf
 
 
 def _common(hf: HFConfig, trained_len: int, kv_heads: int | None) -> ModelConfig:

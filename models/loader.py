@@ -27,7 +27,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
-_HUB_PICKLES = ("pytorch_model*.bin",)
+_HUB_PICKLES = ("pytorch_model*.bin", "medusa_lm_head.pt")
 
 
 def resolve(model: str) -> Path:
@@ -104,7 +104,7 @@ def load_model(
         return load_transformers_model(
             path, dtype=dtype, device=place, attention=attention, max_model_len=max_model_len
         )
-    checkpoint, family = Checkpoint.open(path), NATIVE_FAMILIES[str(hf["model_type"])]
+    checkpoint, family = Checkpoint.open(path), NATIVE_FAMILIES[str(hf["model_type"])].trunk_of(hf)
     config = _limited(config, max_model_len)
     if config.tied and _stores_own_head(checkpoint, family):
         config = replace(config, tied=False)
