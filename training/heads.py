@@ -26,7 +26,7 @@ class Depth:
     """What guesses one drafted depth: at position t the token t + ``offset``, by logits hidden @ head^T."""
 
     hidden: Tensor  # [B, S, H]
-    head: Tensor  # [Vd, H]; depths may share one
+    head: Tensor  # [V, H]; depths may share one
     offset: int  # 2 for the first drafted token: the target itself guesses t + 1
     weight: float = 1.0  # in the total, relative to the other depths
 
@@ -43,7 +43,6 @@ def depth_losses(
     windows: Windows,
     depths: Sequence[Depth],
     teacher: Teacher | None = None,
-    vocabulary: Tensor | None = None,
     chunk: int | None = None,
 ) -> Losses:
     """Mean loss over the windows' labels, summed over depths by weight.
@@ -53,29 +52,25 @@ def depth_losses(
     overlap of the two). A label nearer to its window's start than a depth's offset does not count for that depth.
 
     Args:
-        vocabulary: [Vd] int64, the target's ids of the heads' entries where they are fewer (EAGLE-3). Then text outside
-            of it does not count, and the target's distribution is renormalised and counts by the mass within.
         chunk: labels whose logits exist at one time; default: what suits the device.
 
     Returns:
-        ``loss@d`` and ``accuracy@d`` (share of text tokens that the head ranks first) for depths d = 1 .. D. Under
-        ``torch.no_grad`` no gradients are computed.
+        ``loss@d`` and ``accuracy@d`` for depths d = 1 .. D; accuracy is how often a head's first choice is the text's
+        token, with a teacher the target's first choice. Under ``torch.no_grad`` no gradients are computed.
     """
     length = windows.tokens.shape[1]
     at = windows.counts.flatten().nonzero().squeeze(1)
     place = at % length
     at, place = at[place > 0], place[place > 0]
-    labels = windows.tokens.flatten()[at]
     heads = list({id(depth.head): depth.head for depth in depths}.values())
-    weights = torch.tensor([depth.weight for depth in depths], device=labels.device)
+    weights = torch.tensor([depth.weight for depth in depths], device=at.device)
     job = _Job(
-        labels=labels if vocabulary is None else _position_in(vocabulary, labels, windows.tokens),
+        labels=windows.tokens.flatten()[at],
         counted=torch.stack([place >= depth.offset for depth in depths]),
         shares=weights / weights.sum(),
         which=[next(i for i, head in enumerate(heads) if head is depth.head) for depth in depths],
         taught=None if teacher is None else (teacher.hidden.flatten(0, 1)[at - 1], teacher.logits),
-        vocabulary=vocabulary,
-        chunk=chunk or max(1, _CHUNK_LOGITS[labels.device.type] // heads[0].shape[0]),
+        chunk=chunk or max(1, _CHUNK_LOGITS[at.device.type] // heads[0].shape[0]),
         gradients=torch.is_grad_enabled(),
     )
     inputs = [depth.hidden.flatten(0, 1)[(at - depth.offset).clamp(min=0)] for depth in depths]
@@ -89,12 +84,11 @@ def depth_losses(
 class _Job:
     """The N labels of a batch and what is wanted at them."""
 
-    labels: Tensor  # [N] int64, entry of the heads; -1 for none
+    labels: Tensor  # [N] int64
     counted: Tensor  # [D, N] bool
     shares: Tensor  # [D] float32, of the depths in the total
     which: list[int]  # head of each depth
     taught: tuple[Tensor, Callable[[Tensor], Tensor]] | None  # ([N, H], to logits)
-    vocabulary: Tensor | None
     chunk: int  # labels
     gradients: bool
 
@@ -103,11 +97,9 @@ class _Job:
 class _Wanted:
     """What the logits of a chunk should be like."""
 
-    labels: Tensor  # [C], -1 for none
-    known: Tensor | None = None  # [C] bool, there is a label; None: at all of them
-    probs: Tensor | None = None  # [C, Vd] float32, of the target
+    first: Tensor  # [C] int64, what is to be ranked first
+    probs: Tensor | None = None  # [C, V] float32, of the target
     negative_entropy: Tensor | None = None  # [C]
-    mass: Tensor | None = None  # [C], of the target within the vocabulary
 
 
 class _DepthLosses(torch.autograd.Function):
@@ -166,7 +158,7 @@ class _Sums:
         log_sum = logits.gather(1, likeliest.indices[:, None]).squeeze(1) - likeliest.values.log()
         counted = self._job.counted[depth, rows]
         self._losses[depth] += (_loss(logits, log_sum, wanted) * counted).sum()
-        self._hits[depth] += ((likeliest.indices == wanted.labels) & counted).sum()
+        self._hits[depth] += ((likeliest.indices == wanted.first) & counted).sum()
         into_x, into_head = self._gradients[depth], self._gradients[len(self._inputs) + which]
         if into_x is None and into_head is None:
             return
@@ -187,47 +179,29 @@ class _Sums:
 
 
 def _wanted(job: _Job, rows: slice) -> _Wanted:
-    labels = job.labels[rows]
     if job.taught is None:
-        return _Wanted(labels, None if job.vocabulary is None else labels >= 0)
+        return _Wanted(job.labels[rows])
     hidden, to_logits = job.taught
-    logits, mass = to_logits(hidden[rows]), None
-    if job.vocabulary is not None:
-        everything = logits.logsumexp(1)
-        logits = logits[:, job.vocabulary]
-        mass = (logits.logsumexp(1) - everything).exp()
-    log_probs = logits.log_softmax(1)
+    log_probs = to_logits(hidden[rows]).log_softmax(1)
     probs = log_probs.exp()
-    return _Wanted(labels, None, probs, _row_dot(probs, log_probs), mass)
+    return _Wanted(probs.argmax(1), probs, _row_dot(probs, log_probs))
 
 
 def _loss(logits: Tensor, log_sum: Tensor, wanted: _Wanted) -> Tensor:
     """[C] cross-entropy of the label, or KL(target || draft)."""
     if wanted.probs is None or wanted.negative_entropy is None:
-        chosen = logits.gather(1, wanted.labels.clamp(min=0)[:, None]).squeeze(1)
-        return log_sum - chosen if wanted.known is None else (log_sum - chosen) * wanted.known
-    divergence = wanted.negative_entropy - _row_dot(wanted.probs, logits) + log_sum
-    return divergence if wanted.mass is None else divergence * wanted.mass
+        return log_sum - logits.gather(1, wanted.first[:, None]).squeeze(1)
+    return wanted.negative_entropy - _row_dot(wanted.probs, logits) + log_sum
 
 
 def _slope(probs: Tensor, wanted: _Wanted) -> Tensor:
-    """[C, Vd] the loss's gradient with respect to the logits; overwrites ``probs``."""
+    """[C, V] the loss's gradient with respect to the logits; overwrites ``probs``."""
     if wanted.probs is None:
-        at = wanted.labels.clamp(min=0)[:, None]
-        probs.scatter_add_(1, at, probs.new_full(at.shape, -1.0))
-        return probs if wanted.known is None else probs.mul_(wanted.known[:, None])
-    probs.sub_(wanted.probs)
-    return probs if wanted.mass is None else probs.mul_(wanted.mass[:, None])
+        at = wanted.first[:, None]
+        return probs.scatter_add_(1, at, probs.new_full(at.shape, -1.0))
+    return probs.sub_(wanted.probs)
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
     """[C, V] and [C, V] -> [C], without their product in memory."""
     return torch.bmm(a[:, None, :], b[:, :, None]).flatten()
-
-
-def _position_in(vocabulary: Tensor, labels: Tensor, tokens: Tensor) -> Tensor:
-    """[N] where each label stands in the vocabulary [Vd]; -1 for those that do not."""
-    size = int(torch.maximum(vocabulary.max(), tokens.max())) + 1
-    table = torch.full((size,), -1, dtype=torch.int64, device=labels.device)
-    table[vocabulary] = torch.arange(len(vocabulary), device=labels.device)
-    return table[labels]
