@@ -20,7 +20,8 @@ class StaticPlanner:
     """Every row gets ``max_nodes`` and ``max_depth``; the least probable nodes are left out.
 
     Args:
-        min_probability: nodes whose path is less probable are not worth their place in the batch.
+        min_probability: nodes whose path is less probable are not worth their place in the batch, unless their drafter
+            has a fixed tree.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class StaticPlanner:
         self._max_depth = max_depth
         self._max_step_tokens = max_step_tokens
         self._min_probability = min_probability
+        self._spared = sum(1 << bit for bit, drafter in enumerate(drafters) if drafter.needs.fixed_tree)
 
     def quota(self, plan: Plan) -> Quota:
         """Fixed before anything is drafted. Reserves the slots that trees and drafting need; without them, no nodes."""
@@ -55,7 +57,7 @@ class StaticPlanner:
             last = [int(row.sequence.tokens[-1]) for row in plan.deciding]
             return ChosenTrees.roots(torch.tensor(last, dtype=torch.int64, device=device))
         nodes, depth = [row.nodes for row in quota.rows], [row.depth for row in quota.rows]
-        return self._tree_ops.choose(proposals, nodes, depth, self._min_probability)
+        return self._tree_ops.choose(proposals, nodes, depth, self._min_probability, self._spared)
 
     def _row_quota(self, row: PlannedRow, share: int) -> RowQuota:
         wish, sequence = row.sequence.speculation, row.sequence

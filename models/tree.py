@@ -167,7 +167,9 @@ def merge(trees: list[Trees]) -> Trees:
     )
 
 
-def best_nodes(trees: Trees, max_nodes: Tensor, max_depth: Tensor, width: int, min_probability: float = 0.0) -> Trees:
+def best_nodes(
+    trees: Trees, max_nodes: Tensor, max_depth: Tensor, width: int, min_probability: float = 0.0, spared: int = 0
+) -> Trees:
     """The most probable ``max_nodes`` [R] nodes of each row no deeper than ``max_depth`` [R], in tree order.
 
     Nodes whose path is less probable than ``min_probability``, or impossible, are left out.
@@ -176,9 +178,11 @@ def best_nodes(trees: Trees, max_nodes: Tensor, max_depth: Tensor, width: int, m
 
     Args:
         width: columns of the result, root included; at least 1 + max(max_nodes).
+        spared: sources (bits) whose nodes are kept although they are less probable. They reach up to the root, as a
+            node's ancestors have its source, too.
     """
     score = path_confidence(trees)
-    lowest = max(min_probability, IMPOSSIBLE)
+    lowest = torch.where(trees.source & spared != 0, IMPOSSIBLE, max(min_probability, IMPOSSIBLE))
     allowed = is_node(trees) & (depths(trees.parents) <= max_depth[:, None]) & (score >= lowest)
     score = torch.where(allowed, score, -1.0)
     score[:, 0] = 2.0
@@ -221,15 +225,26 @@ def walk(trees: Trees, masks: Tensor, drawn: Tensor, deepest: int) -> tuple[Tens
     """
     columns = torch.arange(trees.width, device=drawn.device)
     follows = trees.tokens == drawn.gather(1, trees.parents.clamp(min=0))  # the parent's draw is this node
-    follows = (follows & is_node(trees)) | (columns == 0)
-    stopped = ((~follows).long() << columns).sum(dim=1, keepdim=True)  # bit i: column i is not followed to
-    reached = follows & (masks & stopped == 0)
+    on_walk = reached((follows & is_node(trees)) | (columns == 0), masks)
     # siblings differ in their tokens, so the reached nodes are one path, and its end stands in the last such column
-    last = (reached.long() * columns).argmax(dim=1, keepdim=True)
-    path = path_columns(masks.gather(1, last).squeeze(1), deepest + 1)[:, 1:]  # [R, D]
-    bonus = drawn.gather(1, last).squeeze(1)
+    last = (on_walk.long() * columns).argmax(dim=1)
+    return path_to(trees, masks, last, drawn.gather(1, last[:, None]).squeeze(1), deepest)
+
+
+def reached(passed: Tensor, masks: Tensor) -> Tensor:
+    """[R, N] bool: the column and all its ancestors are ``passed`` [R, N]."""
+    columns = torch.arange(passed.shape[1], device=passed.device)
+    stopped = ((~passed).long() << columns).sum(dim=1, keepdim=True)  # bit i: column i is not passed
+    return passed & (masks & stopped == 0)
+
+
+def path_to(
+    trees: Trees, masks: Tensor, last: Tensor, bonus: Tensor, deepest: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The path from the root to column ``last`` [R], then the token ``bonus`` [R]: what ``walk`` returns."""
+    path = path_columns(masks.gather(1, last[:, None]).squeeze(1), deepest + 1)[:, 1:]  # [R, D]
     accepted = (path >= 0).sum(dim=1)
-    tokens = torch.full((drawn.shape[0], deepest + 1), -1, dtype=torch.int64, device=drawn.device)
+    tokens = torch.full((len(bonus), deepest + 1), -1, dtype=torch.int64, device=bonus.device)
     tokens[:, :deepest] = torch.where(path >= 0, trees.tokens.gather(1, path.clamp(min=0)), -1)
     tokens.scatter_(1, accepted[:, None], bonus[:, None])
     return accepted, path, bonus, tokens

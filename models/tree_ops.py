@@ -37,7 +37,12 @@ class TreeOps(Protocol):
     """Siblings within one proposal, and in ``walk``, differ in their tokens."""
 
     def choose(
-        self, proposals: list[Trees], max_nodes: list[int], max_depth: list[int], min_probability: float
+        self,
+        proposals: list[Trees],
+        max_nodes: list[int],
+        max_depth: list[int],
+        min_probability: float,
+        spared: int = 0,
     ) -> ChosenTrees:
         """Merge R >= 1 rows of proposals and keep each row's best nodes: ``merge`` and ``best_nodes``.
 
@@ -45,6 +50,8 @@ class TreeOps(Protocol):
             proposals: at least one, all with the same roots.
             max_nodes: [R] most nodes of each row, root excluded, at most 63.
             max_depth: [R].
+            min_probability: nodes whose path is less probable are left out.
+            spared: sources (bits) whose nodes are not; of these, impossible ones alone are.
 
         Raises:
             ValueError: more than 63 nodes are asked for.
@@ -70,11 +77,16 @@ class TorchTreeOps:
     """In plain PyTorch, on any device. ``choose`` synchronises once."""
 
     def choose(
-        self, proposals: list[Trees], max_nodes: list[int], max_depth: list[int], min_probability: float
+        self,
+        proposals: list[Trees],
+        max_nodes: list[int],
+        max_depth: list[int],
+        min_probability: float,
+        spared: int = 0,
     ) -> ChosenTrees:
         device = proposals[0].tokens.device
         limits = torch.tensor([max_nodes, max_depth], device=device)
-        trees = best_nodes(merge(proposals), limits[0], limits[1], 1 + max(max_nodes), min_probability)
+        trees = best_nodes(merge(proposals), limits[0], limits[1], 1 + max(max_nodes), min_probability, spared)
         masks = ancestor_masks(trees.parents)
         nodes = is_node(trees)
         deepest = (mask_depths(masks) * nodes).amax()
@@ -103,7 +115,12 @@ class CpuTreeOps:
         self._walk = ops.walk_trees.default
 
     def choose(
-        self, proposals: list[Trees], max_nodes: list[int], max_depth: list[int], min_probability: float
+        self,
+        proposals: list[Trees],
+        max_nodes: list[int],
+        max_depth: list[int],
+        min_probability: float,
+        spared: int = 0,
     ) -> ChosenTrees:
         *arrays, masks, counts, deepest = self._choose(
             [trees.tokens for trees in proposals],
@@ -113,6 +130,7 @@ class CpuTreeOps:
             max_nodes,
             max_depth,
             min_probability,
+            spared,
         )
         return ChosenTrees(Trees(*arrays), masks, counts, deepest)
 

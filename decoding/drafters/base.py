@@ -25,6 +25,7 @@ class Needs:
 
     kv: KVSpec | None = None  # own K/V layers on the shared pages
     taps: tuple[int, ...] = ()  # target's hidden states, see ForwardOutput.taps
+    fixed_tree: bool = False  # all its nodes are wanted, however improbable; --max-nodes and --max-depth still hold
 
 
 @dataclass(frozen=True)

@@ -107,13 +107,14 @@ std::vector<float> path_probabilities(const std::vector<Node>& nodes) {
 }
 
 Chosen choose_row(const std::vector<Proposal>& proposals, int64_t row, int64_t max_nodes, int64_t max_depth,
-                  float lowest) {
+                  float lowest, int64_t spared) {
   const std::vector<Node> nodes = merged(proposals, row);
   const std::vector<float> probability = path_probabilities(nodes);
   std::vector<int64_t> depth(nodes.size(), 0), kept, column(nodes.size(), 0);
   for (size_t i = 1; i < nodes.size(); ++i) {
     depth[i] = depth[nodes[i].parent] + 1;
-    if (depth[i] <= max_depth && probability[i] >= lowest) kept.push_back(i);
+    const float floor = nodes[i].source & spared ? kImpossible : lowest;
+    if (depth[i] <= max_depth && probability[i] >= floor) kept.push_back(i);
   }
   if (static_cast<int64_t>(kept.size()) > max_nodes) {
     std::nth_element(kept.begin(), kept.begin() + max_nodes, kept.end(), [&](int64_t a, int64_t b) {
@@ -179,7 +180,7 @@ Packed packed(const std::vector<Chosen>& chosen) {
 }  // namespace
 
 Packed choose_nodes(at::TensorList tokens, at::TensorList parents, at::TensorList confidence, at::TensorList source,
-                    at::IntArrayRef max_nodes, at::IntArrayRef max_depth, double min_probability) {
+                    at::IntArrayRef max_nodes, at::IntArrayRef max_depth, double min_probability, int64_t spared) {
   TORCH_CHECK_VALUE(!tokens.empty(), "there must be a proposal");
   const int64_t rows = tokens[0].size(0);
   std::vector<Proposal> proposals;
@@ -196,7 +197,7 @@ Packed choose_nodes(at::TensorList tokens, at::TensorList parents, at::TensorLis
   const float lowest = std::max(min_probability, kImpossible);
   std::vector<Chosen> chosen(rows);
   parallel_tasks(rows, rows * columns * 20, [&](int64_t row) {
-    chosen[row] = choose_row(proposals, row, max_nodes[row], max_depth[row], lowest);
+    chosen[row] = choose_row(proposals, row, max_nodes[row], max_depth[row], lowest, spared);
   });
   return packed(chosen);
 }
@@ -243,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> walk_trees(const Tensor& tokens, cons
 TORCH_LIBRARY_FRAGMENT(saccade, m) {
   m.def(
       "choose_nodes(Tensor[] tokens, Tensor[] parents, Tensor[] confidence, Tensor[] source, int[] max_nodes, "
-      "int[] max_depth, float min_probability) -> (Tensor, Tensor, Tensor, Tensor, Tensor, int[], int)");
+      "int[] max_depth, float min_probability, int spared=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, int[], int)");
   m.def(
       "walk_trees(Tensor tokens, Tensor parents, Tensor drawn, Tensor first, int deepest) "
       "-> (Tensor, Tensor, Tensor, Tensor)");

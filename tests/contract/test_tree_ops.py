@@ -54,6 +54,15 @@ def random_trees(rows: int, width: int, tokens: int, shape: str, generator: torc
     return trees
 
 
+def inherit(trees: Trees, spared: int) -> None:
+    """A drafter that has proposed a node has proposed its ancestors: they get the node's sources in ``spared``."""
+    for row in range(trees.num_rows):
+        for column in range(trees.width - 1, 0, -1):
+            parent = int(trees.parents[row, column])
+            if parent > 0:
+                trees.source[row, parent] |= trees.source[row, column] & spared
+
+
 shapes = st.sampled_from(["deep", "bushy", "flat"])
 widths = st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 130]))
 
@@ -85,8 +94,11 @@ def test_choose(ops: TreeOps, trees: list[Trees], data: st.DataObject) -> None:
     max_nodes = data.draw(st.lists(st.sampled_from([0, 1, 3, 8, 24, 63]), min_size=rows, max_size=rows))
     max_depth = data.draw(st.lists(st.sampled_from([0, 1, 2, 5, 63]), min_size=rows, max_size=rows))
     floor = data.draw(st.sampled_from([0.0, 0.01, 0.3, 1.0]))
-    chosen = ops.choose(trees, max_nodes, max_depth, floor)
-    assert_same(chosen, DEFINITION.choose(trees, max_nodes, max_depth, floor))
+    spared = data.draw(st.sampled_from([0, 2, 4, 6]))
+    for proposal in trees:
+        inherit(proposal, spared)
+    chosen = ops.choose(trees, max_nodes, max_depth, floor, spared)
+    assert_same(chosen, DEFINITION.choose(trees, max_nodes, max_depth, floor, spared))
     chosen.trees.validate()
     assert chosen.trees.width == max(chosen.counts)
     assert all(count <= 1 + most for count, most in zip(chosen.counts, max_nodes, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -73,6 +73,17 @@ def as_trees(batch: list[Row], width: int | None = None) -> Trees:
                 tokens[r, c], parents[r, c], source[r, c] = node.token, node.parent, node.source
                 confidence[r, c] = node.confidence
     return Trees(tokens, parents, confidence, source)
+
+
+def inherited(row: Row, spared: int) -> Row:
+    """The row with the ancestors of each node having its sources in ``spared``, as in a drafter's own tree."""
+    row = list(row)
+    for column in reversed(range(len(row))):
+        node = row[column]
+        above = row[node.parent] if node is not None else None
+        if node is not None and above is not None:
+            row[node.parent] = replace(above, source=above.source | node.source & spared)
+    return row
 
 
 def path(row: Row, column: int) -> list[int]:
@@ -168,19 +179,22 @@ def test_merge(batch: list[tuple[Row, Row, Row]], count: int) -> None:
 @given(
     st.lists(st.tuples(rows(), st.integers(0, 63), st.integers(0, 12)), min_size=1, max_size=3),
     st.sampled_from([0.0, 0.02, 0.3]),
+    st.sampled_from([0, 1, 2]),
 )
 @quick
-def test_best_nodes(batch: list[tuple[Row, int, int]], min_probability: float) -> None:
-    trees = as_trees([row for row, _, _ in batch])
+def test_best_nodes(batch: list[tuple[Row, int, int]], min_probability: float, spared: int) -> None:
+    trees = as_trees([inherited(row, spared) for row, _, _ in batch])
     max_nodes, max_depth = (torch.tensor([case[i] for case in batch]) for i in (1, 2))
-    best = best_nodes(trees, max_nodes, max_depth, 64, min_probability)
+    best = best_nodes(trees, max_nodes, max_depth, 64, min_probability, spared)
     best.validate()
     probability = path_confidence(trees)
     for r, (row, nodes, depth) in enumerate(batch):
+        source = trees.source[r].tolist()
         allowed = [
             column
             for column in nodes_of(row)
-            if len(path(row, column)) - 1 <= depth and probability[r, column] >= max(min_probability, IMPOSSIBLE)
+            if len(path(row, column)) - 1 <= depth
+            and probability[r, column] >= max(0.0 if source[column] & spared else min_probability, IMPOSSIBLE)
         ]
         chosen = sorted(sorted(allowed, key=lambda column: -float(probability[r, column]))[:nodes])
         used = is_node(best)[r]
