@@ -13,6 +13,20 @@ def _lm() -> RecipeKind:
     return RecipeKind(LMOptions, build_lm, "a small language model, from scratch or trained on", needs_target=False)
 
 
+def _medusa() -> RecipeKind:
+    from training.recipes.medusa import MedusaOptions, build_medusa
+
+    return RecipeKind(MedusaOptions, build_medusa, "heads on the target's last hidden state (2401.10774)")
+
+
+def _draft() -> RecipeKind:
+    from training.recipes.draft import DraftOptions, build_draft
+
+    return RecipeKind(DraftOptions, build_draft, "a draft model: the target with few layers, distilled from it")
+
+
 RECIPES: dict[str, Callable[[], RecipeKind]] = {
     "lm": _lm,
+    "draft": _draft,
+    "medusa": _medusa,
 }
