@@ -148,7 +148,9 @@ class Sampling:
     def needs_paths(self) -> bool:
         return bool(self.table.penalised)
 
-    def process(self, logits: Tensor, row: Tensor, depth: Tensor, paths: Tensor | None) -> Tensor:
+    def process(
+        self, logits: Tensor, row: Tensor, depth: Tensor, paths: Tensor | None, ids: Tensor | None = None
+    ) -> Tensor:
         """What the logits become: bias, bans before min_tokens, penalties, each for the node's own path.
 
         Args:
@@ -156,17 +158,22 @@ class Sampling:
             row: [W] int64, the sequence of each node.
             depth: [W] int64, tokens on the path from the root (excluded) to the node.
             paths: [W, D] int64, those tokens, padded with -1; needed only if ``needs_paths()``.
+            ids: [V'] int64, the target's id of each column; rising. None: columns are ids.
         Returns:
-            [W, V] with V = vocab_size.
+            [W, V] with V = vocab_size; with ``ids`` [W, V'], where ids of padding have -inf.
         """
-        table, x = self.table, logits[:, : self.vocab_size]
+        table, x = self.table, logits
+        if ids is None:
+            x = x[:, : self.vocab_size]
+        else:
+            x, ids = x.masked_fill(ids >= self.vocab_size, -torch.inf), ids.clamp(max=self.vocab_size - 1)
         if table.bias is not None:
-            x = x + table.bias[row]
+            x = x + _at(table.bias, row, ids)
         if table.stops is not None and self.counts.generated is not None:
             too_early = self.counts.generated[row] + depth < table.min_tokens[row]
-            x = x.masked_fill(table.stops[row] & too_early[:, None], -torch.inf)
+            x = x.masked_fill(_at(table.stops, row, ids) & too_early[:, None], -torch.inf)
         if table.penalised:
-            x = self._penalise(x, row, paths)
+            x = self._penalise(x, row, paths, ids)
         return x
 
     def draw(self, x: Tensor, row: Tensor, depth: Tensor) -> Tensor:
@@ -180,9 +187,15 @@ class Sampling:
             drawn[at] = self._draw_filtered(x[at], temperature[at], noise_row[at], self._filters(row[at]))
         return drawn
 
-    def guess(self, x: Tensor, row: Tensor, depth: Tensor, k: int, tau: float) -> tuple[Tensor, Tensor]:
+    def guess(
+        self, x: Tensor, row: Tensor, depth: Tensor, k: int, tau: float, ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """A drafter's guesses under the request's rules, coupled to the target's draw by the same noise g.
 
+        Args:
+            x: [W, V] from ``process``.
+            ids: [V] the target's id of each column of x, as given to ``process``; its noise is gathered by them, and
+                the filters see the draft vocabulary only.
         Returns:
             the k largest entries of z = x + T * g (of x at T = 0) that the filters keep: ids [W, k], best first; and
             their confidence softmax(z / tau) [W, k] float32, 0 for ids that fill up.
@@ -190,10 +203,14 @@ class Sampling:
         temperature, k = self.table.temperature[row], min(k, x.shape[1])
         noise_row = self.noise_row(row, depth)
         tried = min(max(k, TRIED), x.shape[1]) if self.table.filtered else k
-        ids, confidence = self.ops.guess(x, temperature, self.noise.vectors, noise_row, tried, tau)
+        noise = self.noise.vectors
+        if ids is not None:
+            noise, noise_row = self._gather_noise(noise_row, ids)
+        best, confidence = self.ops.guess(x, temperature, noise, noise_row, tried, tau)
         if self.table.filtered:
-            ids, confidence = self._keep_guesses(x / temperature[:, None], row, ids, confidence)
-        return ids[:, :k], confidence[:, :k]
+            best, confidence = self._keep_guesses(x / temperature[:, None], row, best, confidence)
+        best, confidence = best[:, :k], confidence[:, :k]
+        return (best if ids is None else ids[best]), confidence
 
     def noise_row(self, row: Tensor, depth: Tensor) -> Tensor:
         """[W] the row of the noise bank for the token drawn at each node; -1 for greedy sequences."""
@@ -201,7 +218,16 @@ class Sampling:
             return torch.full_like(row, -1)
         return self.noise.row(self.table.first_noise[row], self.next_position[row] + depth)
 
-    def _penalise(self, x: Tensor, row: Tensor, paths: Tensor | None) -> Tensor:
+    def _gather_noise(self, noise_row: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise of a draft vocabulary [W, V'], one vector a node, and which nodes have any [W]."""
+        if self.table.all_greedy:
+            return self.noise.vectors.new_empty(0, len(ids)), noise_row
+        ids = ids.clamp(max=self.vocab_size - 1)
+        gathered = self.noise.vectors[noise_row.clamp(min=0)[:, None], ids]
+        own = torch.arange(len(noise_row), device=noise_row.device)
+        return gathered, torch.where(noise_row < 0, noise_row, own)
+
+    def _penalise(self, x: Tensor, row: Tensor, paths: Tensor | None, ids: Tensor | None) -> Tensor:
         table, counts = self.table, self.counts
         assert paths is not None  # needs_paths() said so
         assert counts.output is not None
@@ -209,10 +235,12 @@ class Sampling:
         output = counts.output[row]  # [W, V], a copy
         on_path = paths >= 0
         output.scatter_add_(1, paths.clamp(min=0), on_path.to(output.dtype))
+        if ids is not None:
+            output = output[:, ids]
         generated = output > 0
         factor = table.repetition[row]
         repeated = torch.where(x > 0, x / factor, x * factor)
-        x = torch.where(generated | table.prompt[row], repeated, x)
+        x = torch.where(generated | _at(table.prompt, row, ids), repeated, x)
         return x - table.frequency[row] * output - table.presence[row] * generated
 
     def _keep_guesses(self, scaled: Tensor, row: Tensor, ids: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,3 +266,8 @@ class Sampling:
 
     def _filters(self, row: Tensor) -> Filters:
         return self.table.filters.at(row)
+
+
+def _at(table: Tensor, row: Tensor, ids: Tensor | None) -> Tensor:
+    """The rows of a table [S, V], all their columns or those of ``ids``."""
+    return table[row] if ids is None else table[row[:, None], ids]

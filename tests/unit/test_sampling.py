@@ -375,3 +375,38 @@ def test_the_noise_of_a_node_is_that_of_its_position(ops: str) -> None:
     there = sampling_of([sequence], ops=ops).guess(logits, zero, zero, VOCAB, 1.0)
     assert torch.equal(ahead[0], there[0])
     assert torch.equal(ahead[1], there[1])
+
+
+# a draft vocabulary --------------------------------------------------------------------------------------------------
+
+DRAFT_IDS = (0, 2, 3, 5, 6, 10, VOCAB, VOCAB + 1)  # the last two are padding of the target's vocabulary
+
+
+@given(st.lists(row, min_size=1, max_size=4), st.integers(1, 4), st.sampled_from(list(SAMPLING_OPS)))
+@settings(max_examples=80, deadline=None)
+def test_a_draft_vocabulary_is_the_whole_one_with_the_rest_impossible(
+    batch: list[tuple[SamplingParams, list[tuple[int, int]], tuple[int, ...]]], depth: int, ops: str
+) -> None:
+    """Bias, bans, penalties, filters and noise of columns that stand for other ids."""
+    sampling = sampling_of([a_sequence(params, output=output) for params, _, output in batch], depth, ops=ops)
+    ids = torch.tensor(DRAFT_IDS)
+    rows = torch.arange(len(batch)).repeat_interleave(3)
+    depths = torch.full_like(rows, depth)
+    generator = torch.Generator().manual_seed(depth)
+    paths = torch.randint(0, VOCAB, (len(rows), depth), generator=generator)
+    small = logits_like(len(rows), len(ids))
+    whole = torch.full((len(rows), VOCAB + 2), -torch.inf, dtype=torch.float64)
+    whole[:, ids] = small
+
+    x = sampling.process(small, rows, depths, paths, ids)
+    expected = sampling.process(whole, rows, depths, paths)
+    possible = ids < VOCAB
+    assert torch.equal(x[:, possible], expected[:, ids[possible]])
+    assert (x[:, ~possible] == -torch.inf).all()
+
+    for k in (1, 3, 6):
+        tokens, confidence = sampling.guess(x, rows, depths, k, 1.3, ids)
+        theirs, chance = sampling.guess(expected, rows, depths, k, 1.3)
+        torch.testing.assert_close(confidence, chance)
+        assert torch.equal(tokens[confidence > 0], theirs[chance > 0])
+        assert (tokens[confidence > 0] < VOCAB).all()
