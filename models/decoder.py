@@ -53,8 +53,8 @@ class DecoderLayer:
             key_dim=dim,
             value_dim=dim,
             scale=config.attention_scale or dim**-0.5,
-            # backends take a key's slot for its position, which is too near by first_key
-            window=None if window is None else window - first_key,
+            # backends take a key's slot for its position: one too near where entries stand one behind
+            window=None if window is None else window - min(first_key, 1),
             soft_cap=config.attention_soft_cap,
             first_key=first_key,
         )
