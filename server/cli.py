@@ -6,7 +6,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.metadata import version
 
 from decoding.errors import SaccadeError, nearest
@@ -15,6 +16,12 @@ from server.flags import Parser, add_engine_flags, engine_config, nonempty, posi
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 DEFAULT_MAX_TOKENS = 128
+
+# commands beside the server: modules with a main(argv), imported (and torch with them) only when asked for
+TOOLS = {
+    "train": ("training.cli", "train a drafter for a target, or a small model"),
+    "report": ("benchmarks.report_cli", "measure how many drafted tokens are accepted"),
+}
 
 _EXAMPLES = """\
 examples:
@@ -32,9 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 after an error that is the user's to mend; argparse ends the process with 2 for a wrong command line.
     """
-    args = parse(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
+        if words and words[0] in TOOLS:
+            run: Callable[[Sequence[str]], int] = import_module(TOOLS[words[0]][0]).main
+            return run(words[1:])
+        args = parse(words)
         return _serve(args) if args.command == "serve" else _generate(args)
     except SaccadeError as error:
         print(f"saccade: {error}", file=sys.stderr)
@@ -57,6 +68,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"saccade {version('saccade')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     parsers = {"serve": _serve_parser(commands), "generate": _generate_parser(commands)}
+    parsers |= {name: commands.add_parser(name, help=text) for name, (_, text) in TOOLS.items()}
     first = next((word for word in argv if not word.startswith("-")), None)
     if first is not None and first not in parsers:
         parser.error(f"unknown command {first!r}: {nearest(first, parsers)}")

@@ -147,7 +147,9 @@ def _document(line: str, place: str) -> Document:
         parts = [entry["text"]] if "text" in entry else [entry.get("prompt"), entry.get("completion", "")]
         if ids is None and all(isinstance(part, str) for part in parts):
             return Document("".join(parts))
-    raise TrainError(f'{place} has no usable "text", "prompt" or "token_ids"; give one of them as text or a list of ids')
+    raise TrainError(
+        f'{place} has no usable "text", "prompt" or "token_ids"; give one of them as text or a list of ids'
+    )
 
 
 def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:

@@ -1,4 +1,4 @@
-"""One process a device, as torchrun starts them. Everything here is torch.distributed; alone, there is nothing to do."""
+"""One process a device, as torchrun starts them; all by torch.distributed. Alone, there is nothing to do."""
 
 from __future__ import annotations
 

@@ -27,9 +27,7 @@ def excluded_hashes(path: Path) -> set[str]:
     return {word for line in lines if not line.startswith("#") for word in line.split()}
 
 
-def sources(
-    folders: Iterable[Path], excluded: set[str], skipped: set[str], cap: float
-) -> Iterator[tuple[str, str]]:
+def sources(folders: Iterable[Path], excluded: set[str], skipped: set[str], cap: float) -> Iterator[tuple[str, str]]:
     """(path inside its library, text) of every file that qualifies, each text once.
 
     Args:

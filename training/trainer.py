@@ -81,7 +81,7 @@ class Trainer:
         self._steps = run.steps or (10**9 if run.minutes else sampler.steps_per_epoch)
         recipe.module.to(device)
         self._optimizers = Optimizers(recipe.module, optimizer)
-        self._loss = _Loss(recipe)
+        self._loss: nn.Module = _Loss(recipe)
         if distributed.world_size() > 1:
             self._loss = DistributedDataParallel(self._loss, find_unused_parameters=True)
 
@@ -104,7 +104,9 @@ class Trainer:
         self.recipe.module.load_state_dict(state["module"])
         self._optimizers.load_state_dict(state["optimizers"])
         position = state["position"]
-        self.position = Position(position["step"], position["seconds"], position["tokens"], History(position["history"]))
+        self.position = Position(
+            position["step"], position["seconds"], position["tokens"], History(position["history"])
+        )
         return True
 
     def run(self) -> History:

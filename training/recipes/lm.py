@@ -49,13 +49,11 @@ class LMRecipe:
     def loss(self, windows: Windows) -> Losses:
         hidden = self._trunk(input_ids=windows.tokens[:, :-1], use_cache=False).last_hidden_state
         labels = windows.tokens[:, 1:].masked_fill(~windows.counts[:, 1:], -100)
-        weight = self.module.lm_head.weight
-        sums = [
-            checkpoint(self._loss, h, weight, y, use_reentrant=False)
-            for h, y in zip(
-                hidden.flatten(0, 1).split(LOSS_TOKENS), labels.flatten().split(LOSS_TOKENS), strict=True
-            )
-        ]
+        weight: Tensor = self.module.get_parameter("lm_head.weight")
+        portions = zip(
+            torch.split(hidden.flatten(0, 1), LOSS_TOKENS), torch.split(labels.flatten(), LOSS_TOKENS), strict=True
+        )
+        sums = [checkpoint(self._loss, h, weight, y, use_reentrant=False) for h, y in portions]
         loss = torch.stack(sums).sum() / windows.counts[:, 1:].sum().clamp(min=1)
         return Losses(loss, {})
 
@@ -103,7 +101,9 @@ def build_lm(options: LMOptions, context: TrainContext) -> LMRecipe:
             )
         )
     if context.window > module.config.max_position_embeddings:
-        raise TrainError(f"--window {context.window} is longer than the model's {module.config.max_position_embeddings}")
+        raise TrainError(
+            f"--window {context.window} is longer than the model's {module.config.max_position_embeddings}"
+        )
     return LMRecipe(options, context, module)
 
 
