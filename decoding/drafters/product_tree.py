@@ -1,0 +1,127 @@
+"""Trees of guesses that do not know each other: depth d has the same candidates whatever stands above it.
+
+So the heads of Medusa guess (2401.10774), and those of parallel multi-token prediction (2404.19737). A node is a *rank
+path*: which of the depth's candidates, best first, stands at each depth. Its probability is the product of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.tree import CERTAIN, IMPOSSIBLE, NO_PARENT, Trees
+
+RankPath = tuple[int, ...]  # the rank of a node's candidate at depth 1, 2, ...; () is the root
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What may stand at each depth of S rows, best first."""
+
+    roots: Tensor  # [S] int64, the rows' last known tokens
+    tokens: Tensor  # [S, D, K] int64, different from each other within a depth
+    confidence: Tensor  # [S, D, K] float32, falling along K
+
+
+@dataclass(frozen=True)
+class RankPaths:
+    """P rank paths, the root first and a parent before its children, as indices for all rows at once."""
+
+    parents: Tensor  # [P] int64; NO_PARENT for the root
+    last: Tensor  # [P] int64, where the node stands in the row's flat list: the root, then the candidates by depth
+    trail: Tensor  # [P, D] int64, the same for every node of the path; the root's for what a path lacks
+
+    @staticmethod
+    def of(paths: Iterable[RankPath], ranks: int, device: torch.device) -> RankPaths:
+        """Index a prefix-closed set of paths (the root may be left out) into ``ranks`` candidates a depth."""
+        ordered = sorted({(), *paths}, key=lambda path: (len(path), path))
+        place = {path: index for index, path in enumerate(ordered)}
+        depth = max(1, *(len(path) for path in ordered))
+        trails = [[1 + level * ranks + rank for level, rank in enumerate(path)] for path in ordered]
+        padded = [trail + [0] * (depth - len(trail)) for trail in trails]
+        parents = [place[path[:-1]] if path else NO_PARENT for path in ordered]
+        last = [trail[-1] if trail else 0 for trail in trails]
+        return RankPaths(*(torch.tensor(each, device=device) for each in (parents, last, padded)))
+
+    def hang(self, candidates: Candidates, source: int) -> Trees:
+        """Trees with all P nodes, [S, P]."""
+        tokens, confidence = _flat(candidates)
+        parents = self.parents.expand(len(tokens), -1)
+        return _trees(tokens[:, self.last], parents, confidence[:, self.last], source)
+
+    def best(self, candidates: Candidates, nodes: int, source: int) -> Trees:
+        """Trees [S, 1 + N] with the N <= ``nodes`` most probable of the paths; impossible ones become padding."""
+        tokens, confidence = _flat(candidates)
+        bounded = confidence.clamp(max=CERTAIN)
+        bounded[:, 0] = 1.0
+        probability = bounded[:, self.trail].prod(dim=2)  # [S, P]
+        probability[:, 0] = 2.0  # the root is always there
+        # a parent is more probable than its child and stands before it: what is kept is a tree, in tree order
+        chosen = probability.topk(min(1 + nodes, len(self.last)), dim=1).indices.sort(dim=1).values
+        parents = torch.searchsorted(chosen, self.parents[chosen])
+        parents[:, 0] = NO_PARENT
+        possible = probability.gather(1, chosen) >= IMPOSSIBLE
+        at = self.last[chosen]
+        return _trees(
+            torch.where(possible, tokens.gather(1, at), -1),
+            torch.where(possible, parents, NO_PARENT),
+            torch.where(possible, confidence.gather(1, at), 0.0),
+            source,
+        )
+
+
+class ProductTrees:
+    """The most probable trees of any size. Keeps the paths that it has made for each depth and size.
+
+    Args:
+        ranks: candidates of a depth.
+    """
+
+    def __init__(self, ranks: int, device: torch.device) -> None:
+        self._ranks = ranks
+        self._device = device
+        self._paths: dict[tuple[int, int], RankPaths] = {}
+
+    def best(self, candidates: Candidates, nodes: int, source: int) -> Trees:
+        """Trees [S, 1 + N] with the N <= ``nodes`` most probable nodes of each row."""
+        key = candidates.tokens.shape[1], nodes
+        if key not in self._paths:
+            self._paths[key] = RankPaths.of(eligible_paths(key[0], self._ranks, nodes), self._ranks, self._device)
+        return self._paths[key].best(candidates, nodes, source)
+
+
+def eligible_paths(depth: int, ranks: int, nodes: int) -> list[RankPath]:
+    """The rank paths that can be among the ``nodes`` most probable ones, whatever the confidences.
+
+    A path is at most as probable as each path of lower or equal ranks, and as all beginnings of those. There are
+    sum over j of prod over i <= j of (rank_i + 1) of them, itself included; if these are more than ``nodes``, others
+    can always take its place.
+    """
+    found: list[RankPath] = []
+    level: list[tuple[RankPath, int, int]] = [((), 1, 0)]  # path, product, sum so far
+    for _ in range(depth):
+        grown = []
+        for path, product, total in level:
+            for rank in range(ranks):
+                wider = product * (rank + 1)
+                if total + wider > nodes:
+                    break
+                grown.append(((*path, rank), wider, total + wider))
+        found += [path for path, _, _ in grown]
+        level = grown
+    return found
+
+
+def _flat(candidates: Candidates) -> tuple[Tensor, Tensor]:
+    """(tokens, confidence) [S, 1 + D * K]: the root, then the candidates of each depth."""
+    roots = candidates.roots[:, None]
+    certain = torch.ones_like(roots, dtype=candidates.confidence.dtype)
+    tokens = torch.cat([roots, candidates.tokens.flatten(1)], dim=1)
+    return tokens, torch.cat([certain, candidates.confidence.flatten(1)], dim=1)
+
+
+def _trees(tokens: Tensor, parents: Tensor, confidence: Tensor, source: int) -> Trees:
+    return Trees(tokens, parents, confidence, torch.where(parents == NO_PARENT, 0, source))
