@@ -34,17 +34,26 @@ class Eagle3Config:
     """What distinguishes one EAGLE-3 drafter from another."""
 
     layer: ModelConfig  # of the drafter's layers; num_layers is their number, vocab_size the target's
-    target_hidden_size: int
-    draft_vocab_size: int
     taps: tuple[int, ...]  # ForwardOutput.taps, in the order in which fc takes them
+    draft_vocab_size: int | None = None  # tokens that can be drafted; None: all
+    target_hidden_size: int | None = None  # None: the layers' own
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
 
     @property
+    def num_drafted(self) -> int:
+        """Rows of the head."""
+        return self.draft_vocab_size or self.layer.vocab_size
+
+    @property
+    def tap_size(self) -> int:
+        return self.target_hidden_size or self.layer.hidden_size
+
+    @property
     def feature_size(self) -> int:
-        return len(self.taps) * self.target_hidden_size
+        return len(self.taps) * self.tap_size
 
 
 def default_taps(num_layers: int) -> tuple[int, int, int]:
@@ -85,13 +94,13 @@ class Eagle3Model:
             return torch.empty(size, device=device, dtype=dtype)
 
         self.taps_norm = norm(config.feature_size) if config.norm_before_fc else None
-        self.tap_norms = [norm(config.target_hidden_size) for _ in config.taps] if config.fc_norm else []
+        self.tap_norms = [norm(config.tap_size) for _ in config.taps] if config.fc_norm else []
         self.fc = Linear(config.feature_size, hidden, False, device, dtype)
         self.embedding_norm, self.hidden_norm, self.final_norm = norm(hidden), norm(hidden), norm(hidden)
         first = DecoderLayer(layer, 0, device, dtype, inputs=2 * hidden, input_norm=False, first_key=1)
         others = [DecoderLayer(layer, index, device, dtype, first_key=1) for index in range(1, layer.num_layers)]
         self.layers = [first, *others]
-        self.head = Linear(hidden, config.draft_vocab_size, False, device, dtype)
+        self.head = Linear(hidden, config.num_drafted, False, device, dtype)
         rope = rope_table(layer.rope, self.max_positions, self.max_positions + MAX_TREE, device, dtype)
         self._stack = LayerStack(self.layers, self.final_norm, rope, ops, attention)
         self._target = target
@@ -104,7 +113,7 @@ class Eagle3Model:
         if self.taps_norm is not None:
             features = self._ops.rms_norm(features, self.taps_norm, eps)
         if self.tap_norms:
-            parts = torch.split(features, self.config.target_hidden_size, dim=1)
+            parts = torch.split(features, self.config.tap_size, dim=1)
             normed = [self._ops.rms_norm(part, w, eps) for part, w in zip(parts, self.tap_norms, strict=True)]
             features = torch.cat(normed, dim=1)
         return self._run(batch, self.fc(features), cache)

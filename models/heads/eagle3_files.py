@@ -40,6 +40,7 @@ from models.target import CausalModel
 Layout = Literal["reference", "speculators"]
 TAPS = "eagle_aux_hidden_state_layer_ids"
 _REDUNDANT = ("t2d", "verifier_lm_head.weight", "verifier_norm.weight")
+_SIZES = ("draft_vocab_size", "target_hidden_size")
 _FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
@@ -103,12 +104,17 @@ def read_eagle3_config(
     else:
         layer = biases_in(names, layer_config(stated, path))
     nested = stated.get("eagle_config") or {}
-    taps = stated.get(TAPS) or [int(tap) + 1 for tap in nested.get(TAPS) or ()] or default_taps(target_layers)
+    try:
+        entered = [int(tap) for tap in stated.get(TAPS) or ()]
+        left = [int(tap) for tap in nested.get(TAPS) or ()]
+        sizes = {name: int(stated[name]) for name in _SIZES if stated.get(name) is not None}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / 'config.json'} cannot be used: {error}") from error
     return Eagle3Config(
         layer=layer,
-        target_hidden_size=int(stated.get("target_hidden_size") or layer.hidden_size),
-        draft_vocab_size=int(stated.get("draft_vocab_size") or layer.vocab_size),
-        taps=tuple(int(tap) for tap in taps),
+        taps=tuple(entered or [index + 1 for index in left] or default_taps(target_layers)),
+        draft_vocab_size=sizes.get("draft_vocab_size"),
+        target_hidden_size=sizes.get("target_hidden_size"),
         **{flag: bool(stated.get(flag, nested.get(flag, False))) for flag in _FLAGS},
     )
 
@@ -120,39 +126,46 @@ def canonical(name: str) -> str:
 
 
 def write_eagle3(
-    folder: Path, config: Eagle3Config, tensors: Mapping[str, Tensor], layout: Layout = "speculators"
+    folder: Path,
+    config: Eagle3Config,
+    tensors: Mapping[str, Tensor],
+    vocabulary: Tensor | None = None,
+    *,
+    target: str = "",
+    layout: Layout = "speculators",
 ) -> None:
-    """Write a drafter.
+    """Write a drafter; what was in the folder is replaced file by file, never half.
 
     Args:
         tensors: by the names of ``Eagle3Model.weights`` or of the reference, in the dtype in which they are to be
-            stored; with "d2t" [Vd] int64 offsets if the draft vocabulary is smaller than the target's, and with
-            "embed_tokens.weight" if the drafter brings its own embedding. "t2d" is made of d2t.
+            stored; with "embed_tokens.weight" if the drafter brings its own embedding.
+        vocabulary: [Vd] int64 the target's ids of the draft vocabulary, ascending; d2t and t2d are made of it. None:
+            all of the target's.
+        target: its name, for the reader of the config.
 
     Raises:
-        ValueError: a layer that the layout cannot describe, or no d2t where one is needed.
+        ValueError: a layer that the layout cannot describe, or a vocabulary of another size than the config says.
         OSError: the folder cannot be written to.
     """
     named = {canonical(name): tensor for name, tensor in tensors.items()}
-    if config.draft_vocab_size != config.layer.vocab_size:
-        if "d2t" not in named:
-            raise ValueError("a draft vocabulary of its own needs d2t")
-        offsets = named["d2t"] = named["d2t"].to("cpu", torch.int64)
-        drafted = torch.zeros(config.layer.vocab_size, dtype=torch.bool)
-        drafted[torch.arange(config.draft_vocab_size) + offsets] = True
-        named["t2d"] = drafted
+    if config.num_drafted != (config.layer.vocab_size if vocabulary is None else len(vocabulary)):
+        raise ValueError(f"draft_vocab_size is {config.draft_vocab_size}, and the vocabulary has another size")
+    if vocabulary is not None:
+        ids = vocabulary.to("cpu", torch.int64)
+        named["d2t"] = ids - torch.arange(len(ids))
+        named["t2d"] = torch.zeros(config.layer.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
     if layout == "reference":
         if config.layer.num_layers > 1:
             raise ValueError("the reference's layout has one layer; write speculators'")
         named = {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in named.items()}
         described = _reference_config(config)
     else:
-        described = _speculators_config(config)
+        described = _speculators_config(config, target)
     write_head(folder, described, named)
 
 
 def _check(config: Eagle3Config, target: CausalModel, path: Path) -> None:
-    check_target(config.layer, config.target_hidden_size, target, path)
+    check_target(config.layer, config.tap_size, target, path)
     wrong = [tap for tap in config.taps if not 0 <= tap < target.num_layers]
     if wrong:
         raise CheckpointError(
@@ -163,7 +176,7 @@ def _check(config: Eagle3Config, target: CausalModel, path: Path) -> None:
 
 def _token_ids(config: Eagle3Config, checkpoint: Checkpoint, stored: str | None, path: Path) -> Tensor | None:
     """[Vd] the target's ids of the draft vocabulary; None if it is the target's own (then d2t is a leftover)."""
-    size, vocab = config.draft_vocab_size, config.layer.vocab_size
+    size, vocab = config.num_drafted, config.layer.vocab_size
     if size == vocab:
         return None
     if stored is None:
@@ -202,16 +215,16 @@ def _speculators_layer(stated: Mapping[str, Any], path: Path) -> ModelConfig:
 def _reference_config(config: Eagle3Config) -> dict[str, Any]:
     described = {**describe(config.layer), "model_type": "llama", "architectures": ["LlamaForCausalLMEagle3"]}
     described |= {
-        "draft_vocab_size": config.draft_vocab_size,
+        "draft_vocab_size": config.num_drafted,
         "tie_word_embeddings": False,
         "eagle_config": {TAPS: [tap - 1 for tap in config.taps], "use_aux_hidden_state": True},
     }
-    if config.target_hidden_size != config.layer.hidden_size:
-        described["target_hidden_size"] = config.target_hidden_size
+    if config.tap_size != config.layer.hidden_size:
+        described["target_hidden_size"] = config.tap_size
     return described | {flag: True for flag in _FLAGS if getattr(config, flag)}
 
 
-def _speculators_config(config: Eagle3Config) -> dict[str, Any]:
+def _speculators_config(config: Eagle3Config, target: str) -> dict[str, Any]:
     described = describe(config.layer)
     if described["model_type"] not in ("llama", "qwen3"):
         raise ValueError("speculators has EAGLE-3 with layers of llama and qwen3 only: biases on all of q, k, v, o")
@@ -220,8 +233,8 @@ def _speculators_config(config: Eagle3Config) -> dict[str, Any]:
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
         "transformer_layer_config": described,
-        "draft_vocab_size": config.draft_vocab_size,
-        "target_hidden_size": config.target_hidden_size,
+        "draft_vocab_size": config.num_drafted,
+        "target_hidden_size": config.tap_size,
         **{flag: getattr(config, flag) for flag in _FLAGS},
         "embed_requires_grad": False,
         TAPS: list(config.taps),
@@ -237,6 +250,6 @@ def _speculators_config(config: Eagle3Config) -> dict[str, Any]:
                     "accept_tolerance": 0.0,
                 }
             ],
-            "verifier": {"name_or_path": None, "architectures": []},
+            "verifier": {"name_or_path": target or None, "architectures": []},
         },
     }
