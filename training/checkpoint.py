@@ -50,6 +50,11 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     return state
 
 
+def forget_state(folder: Path) -> None:
+    """Drop the run's state, where there is one."""
+    (folder / STATE_FILE).unlink(missing_ok=True)
+
+
 def replace_folder(folder: Path, write: Any) -> None:
     """Let ``write(empty folder)`` make a result, then put its files into ``folder``, each at once.
 

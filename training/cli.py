@@ -15,6 +15,7 @@ import torch
 from decoding.errors import ModelError
 from decoding.text import Tokenizer
 from training import distributed
+from training.checkpoint import forget_state
 from training.data import Corpus, WindowSampler, read_documents
 from training.errors import TrainError
 from training.optim import OptimizerOptions
@@ -87,8 +88,9 @@ def run(args: argparse.Namespace) -> int:
     kind = RECIPES[args.recipe]()
     device = distributed.start(_device(args.device))
     try:
+        with distributed.main_first():
+            _forget_unfinished(args)
         trainer = _prepare(args, kind, device)
-        _forget_unfinished(args)
         if trainer.resume(_fingerprint(args)):
             logger.info("going on from step %d", trainer.position.step)
         history = trainer.run()
@@ -103,9 +105,10 @@ def _prepare(args: argparse.Namespace, kind: RecipeKind, device: torch.device) -
     options, run_options, optimizer = (_picked(args, group) for group in (kind.options, *OPTION_GROUPS))
     _check_folder(args.out)
     target = _target_folder(args.target) if kind.needs_target else None
-    tokenizer_folder = target or _tokenizer_folder(args)
+    with distributed.main_first():
+        tokenizer_folder = target or _tokenizer_folder(args)
+        files = _data_files(args, kind)
     tokenizer = Tokenizer.load(tokenizer_folder)
-    files = _data_files(args, kind)
     corpus = Corpus.build(read_documents(files), tokenizer, tokenizer.eos_token_id, tokenizer.vocab_size)
     sampler = WindowSampler(corpus, args.window, run_options.batch, args.seed)
     logger.info(
@@ -190,10 +193,8 @@ def _check_folder(out: Path) -> None:
 
 
 def _forget_unfinished(args: argparse.Namespace) -> None:
-    from training.checkpoint import STATE_FILE
-
     if args.restart and distributed.is_main():
-        (args.out / ".train" / STATE_FILE).unlink(missing_ok=True)
+        forget_state(args.out / ".train")
 
 
 def _fingerprint(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from torch import distributed
+
+PATIENCE = timedelta(hours=12)  # the others wait while the main process writes its own training text
 
 
 def start(device: torch.device) -> torch.device:
     """Join the processes that torchrun started; this process's own device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """What the main process makes in this block, the others find made."""
+    if world_size() > 1 and not is_main():
+        distributed.barrier()
+    yield
+    if world_size() > 1 and is_main():
+        distributed.barrier()
 
 
 def stop() -> None:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from training import distributed
-from training.checkpoint import load_state, replace_folder, save_state
+from training.checkpoint import forget_state, load_state, replace_folder, save_state
 from training.data import WindowSampler
 from training.errors import TrainError
 from training.history import History
@@ -128,6 +128,7 @@ class Trainer:
         self._validate()
         if distributed.is_main():
             replace_folder(self._out, self._write)
+            forget_state(self._state_folder)
         return self.position.history
 
     def save_state(self) -> None:
