@@ -6,8 +6,9 @@ path*: which of the depth's candidates, best first, stands at each depth. Its pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -73,24 +74,53 @@ class RankPaths:
         )
 
 
-class ProductTrees:
-    """The most probable trees of any size. Keeps the paths that it has made for each depth and size.
+class TreeShape(Protocol):
+    """How trees grow out of candidates."""
 
-    Args:
-        ranks: candidates of a depth.
-    """
+    depth: int  # deepest node
+    ranks: int  # candidates of a depth that are asked for
 
-    def __init__(self, ranks: int, device: torch.device) -> None:
-        self._ranks = ranks
+    def grow(self, candidates: Candidates, nodes: int, source: int) -> Trees:
+        """Trees of S rows out of candidates of at most ``depth`` depths, for drafter bits ``source``.
+
+        Args:
+            nodes: of a row; there may be more where the shape is fixed.
+        """
+        ...
+
+
+class ProbableTrees:
+    """The most probable nodes, be they wide or deep. Keeps the paths that it has made for each depth and size."""
+
+    def __init__(self, depth: int, ranks: int, device: torch.device) -> None:
+        self.depth = depth
+        self.ranks = ranks
         self._device = device
         self._paths: dict[tuple[int, int], RankPaths] = {}
 
-    def best(self, candidates: Candidates, nodes: int, source: int) -> Trees:
-        """Trees [S, 1 + N] with the N <= ``nodes`` most probable nodes of each row."""
-        key = candidates.tokens.shape[1], nodes
-        if key not in self._paths:
-            self._paths[key] = RankPaths.of(eligible_paths(key[0], self._ranks, nodes), self._ranks, self._device)
-        return self._paths[key].best(candidates, nodes, source)
+    def grow(self, candidates: Candidates, nodes: int, source: int) -> Trees:
+        depth = candidates.tokens.shape[1]
+        if (depth, nodes) not in self._paths:
+            eligible = eligible_paths(depth, self.ranks, nodes)
+            self._paths[depth, nodes] = RankPaths.of(eligible, self.ranks, self._device)
+        return self._paths[depth, nodes].best(candidates, nodes, source)
+
+
+class FixedTrees:
+    """The same rank paths in every step, ``choices``, as far down as there are candidates."""
+
+    def __init__(self, choices: Sequence[RankPath], device: torch.device) -> None:
+        self.depth = max(map(len, choices))
+        self.ranks = 1 + max(map(max, choices))
+        self._paths = {
+            depth: RankPaths.of([path for path in choices if len(path) <= depth], self.ranks, device)
+            for depth in range(1, self.depth + 1)
+        }
+        self._least = (IMPOSSIBLE**0.5) ** (1 / self.depth)  # no product of these is impossible: nodes are all kept
+
+    def grow(self, candidates: Candidates, nodes: int, source: int) -> Trees:
+        wanted = replace(candidates, confidence=candidates.confidence.clamp(min=self._least))
+        return self._paths[candidates.tokens.shape[1]].hang(wanted, source)
 
 
 def eligible_paths(depth: int, ranks: int, nodes: int) -> list[RankPath]:

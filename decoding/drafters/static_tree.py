@@ -60,7 +60,7 @@ def expected_tokens(accuracy: Sequence[Sequence[float]], choices: Sequence[RankP
     return total
 
 
-def read_choices(path: Path, heads: int) -> list[RankPath]:
+def read_choices(path: Path, heads: int, vocab_size: int) -> list[RankPath]:
     """The rank paths in a JSON file: a list of lists, or an object with one as "medusa_choices".
 
     Raises:
@@ -80,12 +80,12 @@ def read_choices(path: Path, heads: int) -> list[RankPath]:
             '"medusa_choices" of an object'
         )
     choices = [tuple(each) for each in listed]
-    check_choices(choices, heads, path)
+    check_choices(choices, heads, vocab_size, path)
     return choices
 
 
-def check_choices(choices: Sequence[RankPath], heads: int, path: Path) -> None:
-    """Whether the paths form a tree that ``heads`` heads can fill.
+def check_choices(choices: Sequence[RankPath], heads: int, vocab_size: int, path: Path) -> None:
+    """Whether the paths form a tree that ``heads`` heads over ``vocab_size`` tokens can fill.
 
     Raises:
         ConfigError: naming the first path that does not fit.
@@ -101,8 +101,9 @@ def check_choices(choices: Sequence[RankPath], heads: int, path: Path) -> None:
             raise ConfigError(
                 f"medusa: {shown} in {path} is {len(choice)} deep, and there are {heads} heads; leave it out"
             )
-        if max(choice) >= MAX_RANKS:
-            raise ConfigError(f"medusa: {shown} in {path} has a rank above {MAX_RANKS - 1}; leave it out")
+        if max(choice) >= min(MAX_RANKS, vocab_size):
+            highest = min(MAX_RANKS, vocab_size) - 1
+            raise ConfigError(f"medusa: {shown} in {path} has a rank above {highest}; leave it out")
         if len(choice) > 1 and choice[:-1] not in known:
             raise ConfigError(f"medusa: {shown} in {path} hangs on {shown[:-1]}, which is not in the list; add that")
 
