@@ -198,12 +198,12 @@ class Trainer:
             values = {"loss": float(losses.total)} | {name: float(value) for name, value in losses.metrics.items()}
             self.position.history.add(step, self.position.seconds, "training", values)
             rate = self.position.tokens / max(self.position.seconds, 1e-9)
-            bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"step {step}, loss {values['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
         bar.n = round(100 * min(progress, 1.0), 1)
         bar.update(0)
 
     def _bar(self) -> Any:
-        shape = "{percentage:3.0f}%|{bar}| {elapsed} elapsed, step " + "{postfix}"
+        shape = "{percentage:3.0f}%|{bar}| {elapsed} elapsed{postfix}"
         return tqdm(total=100, bar_format=shape, disable=not distributed.is_main(), mininterval=1.0)
 
     def _windows(self, tokens: Any, counts: Any) -> Windows:
