@@ -26,7 +26,7 @@ from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
 from decoding.step import Stepper
 from decoding.text import Tokenizer
-from decoding.verify import RULES, Rule
+from decoding.verify import Rule, rule_by_request
 from models.attention import BACKENDS
 from models.batch import PAGE_SIZE
 from models.kv_cache import KVCache
@@ -199,7 +199,7 @@ def build_stepper(
         num_pages * PAGE_SIZE,
         longest,
     )
-    return Stepper(target, cache, scheduler, planner, sampler, team, rule or RULES["exact"](tree_ops), committer)
+    return Stepper(target, cache, scheduler, planner, sampler, team, rule or rule_by_request(tree_ops), committer)
 
 
 def check_limits(config: EngineConfig) -> None:

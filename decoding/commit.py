@@ -131,7 +131,7 @@ class Committer:
             seed=sequence.seed if first else None,
             cached_tokens=sequence.cached_prompt_tokens if first else 0,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
-            speculation=sequence.counter.stats() if reason else None,
+            speculation=sequence.counter.stats(sequence.acceptance.rule) if reason else None,
         )
 
     def _settle(self, sequence: Sequence, reason: FinishReason | None) -> None:

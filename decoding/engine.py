@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from typing import Any
 
+from decoding.acceptance import Acceptance
 from decoding.assemble import LoadedModel, build_drafters, build_stepper, load_target
 from decoding.cache import pages_for
 from decoding.config import EngineConfig
@@ -35,6 +36,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, loaded: LoadedModel, stepper: Stepper) -> None:
         self.config = config
+        self._acceptance = Acceptance.parse(config.acceptance)
         self.tokenizer = loaded.tokenizer
         self.info = EngineInfo(
             model=config.model,
@@ -96,6 +98,9 @@ class Engine:
         seed = request.params.seed
         if seed is None:
             seed = self.config.seed if self.config.seed is not None else secrets.randbits(SEED_BITS)
+        if request.speculation.acceptance is None:
+            speculation = dataclasses.replace(request.speculation, acceptance=self._acceptance)
+            request = dataclasses.replace(request, speculation=speculation)
         for choice in range(request.params.n):
             sequence = Sequence(request, choice, seed)
             self._sequences[sequence.id] = sequence

@@ -38,6 +38,7 @@ class SpeculationStats:
     drafted: int = 0
     accepted: int = 0
     by_drafter: dict[str, DrafterStats] = field(default_factory=dict)
+    acceptance: str = "exact"  # the rule that judged
 
 
 @dataclass(frozen=True)

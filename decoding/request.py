@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from decoding.acceptance import Acceptance
 from decoding.errors import RequestError
 
 MAX_LOGPROBS = 20
@@ -71,6 +72,8 @@ class SpeculationParams:
     drafters: tuple[str, ...] | None = None  # a subset of the server's drafters
     max_nodes: int | None = None  # drafted nodes a step, without the root
     max_depth: int | None = None
+    acceptance: Acceptance | None = None  # the rule that judges drafts
+    coupling: bool | None = None  # draft with the target's noise; None: under the exact rule
 
     def validate(self, served: tuple[str, ...]) -> None:
         """Check ranges and names.
@@ -89,6 +92,8 @@ class SpeculationParams:
             _within("speculation.max_nodes", self.max_nodes, 0, 63)
         if self.max_depth is not None:
             _within("speculation.max_depth", self.max_depth, 0, 63)
+        if self.acceptance is not None:
+            self.acceptance.validate()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from decoding.filters import Filters, kept, kept_everywhere
 from decoding.noise import NoiseBank
+from decoding.rule_table import RuleTable, make_rule_table
 from decoding.sampling_ops import SamplingOps
 from decoding.sequence import Sequence
 
@@ -29,6 +30,7 @@ class SamplingTable:
 
     temperature: Tensor  # [S] float32; 1 for greedy sequences
     first_noise: Tensor  # [S] int64, row of the noise bank where the sequence's ring begins; -1: greedy
+    coupled: Tensor | None  # [S] bool, drafts are made with the noise of the draw; None: of all sampled sequences
     filters: Filters  # of S sequences
     all_greedy: bool  # host
     filtered: tuple[int, ...]  # host: sampled sequences with a filter
@@ -40,6 +42,7 @@ class SamplingTable:
     frequency: Tensor  # [S, 1]
     penalised: tuple[int, ...]  # host: sequences with a penalty
     prompt: Tensor | None  # [S, V] bool, ids that occur in the prompt of a penalised sequence, if there is any
+    rules: RuleTable
 
 
 def make_table(
@@ -60,10 +63,12 @@ def make_table(
     filtered = tuple(i for i, (k, top_p, min_p) in enumerate(filters) if k < vocab_size or top_p < 1 or min_p > 0)
     penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
     penalised = tuple(i for i, each in enumerate(penalties) if each != (1.0, 0.0, 0.0))
+    coupled = [g or s.is_coupled for s, g in zip(sequences, greedy, strict=True)]
     repetition, presence, frequency = column(penalties).view(-1, 3, 1).unbind(1)  # type: ignore[arg-type]
     return SamplingTable(
         temperature=column([1.0 if g else p.temperature for p, g in zip(params, greedy, strict=True)]),
         first_noise=column(first_noise, torch.int64),
+        coupled=None if all(coupled) else column(coupled, torch.bool),
         filters=Filters(
             top_k=column([k for k, _, _ in filters], torch.int64),
             top_p=column([top_p for _, top_p, _ in filters], torch.float64),
@@ -79,6 +84,7 @@ def make_table(
         frequency=frequency,
         penalised=penalised,
         prompt=_prompt(sequences, penalised, vocab_size, device),
+        rules=make_rule_table(sequences, device),
     )
 
 
@@ -197,16 +203,20 @@ class Sampling:
             ids: [V] the target's id of each column of x, as given to ``process``; its noise is gathered by them, and
                 the filters see the draft vocabulary only.
         Returns:
-            the k largest entries of z = x + T * g (of x at T = 0) that the filters keep: ids [W, k], best first; and
-            their confidence softmax(z / tau) [W, k] float32, 0 for ids that fill up.
+            the k largest entries of z that the filters keep: ids [W, k], best first; and their confidence
+            softmax(z / tau) [W, k] float32, 0 for ids that fill up. z = x + T * g, x at T = 0, x / T if not coupled.
         """
         temperature, k = self.table.temperature[row], min(k, x.shape[1])
-        noise_row = self.noise_row(row, depth)
+        noise_row, y = self.noise_row(row, depth), x
+        if self.table.coupled is not None:
+            coupled = self.table.coupled[row]
+            noise_row = torch.where(coupled, noise_row, -1)
+            y = torch.where(coupled[:, None], x, x / temperature[:, None])
         tried = min(max(k, TRIED), x.shape[1]) if self.table.filtered else k
         noise = self.noise.vectors
         if ids is not None:
             noise, noise_row = self._gather_noise(noise_row, ids)
-        best, confidence = self.ops.guess(x, temperature, noise, noise_row, tried, tau)
+        best, confidence = self.ops.guess(y, temperature, noise, noise_row, tried, tau)
         if self.table.filtered:
             best, confidence = self._keep_guesses(x / temperature[:, None], row, best, confidence)
         best, confidence = best[:, :k], confidence[:, :k]

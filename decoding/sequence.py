@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from decoding.acceptance import EXACT, Acceptance
 from decoding.messages import DrafterStats, SpeculationStats, TokenLogprobs
 from decoding.request import GREEDY_TEMPERATURE, GenerateRequest, SamplingParams, SpeculationParams
 
@@ -23,9 +24,9 @@ class SpeculationCounter:
     drafted_by: Counter[str] = field(default_factory=Counter)
     accepted_by: Counter[str] = field(default_factory=Counter)
 
-    def stats(self) -> SpeculationStats:
+    def stats(self, acceptance: str = "exact") -> SpeculationStats:
         by_drafter = {name: DrafterStats(self.drafted_by[name], self.accepted_by[name]) for name in self.drafted_by}
-        return SpeculationStats(self.steps, self.drafted, self.accepted, by_drafter)
+        return SpeculationStats(self.steps, self.drafted, self.accepted, by_drafter, acceptance)
 
 
 class Sequence:
@@ -65,6 +66,20 @@ class Sequence:
     @property
     def is_greedy(self) -> bool:
         return self.params.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """The rule that judges its drafts. Without drafts, or at temperature 0, nothing is lost."""
+        wanted = self.speculation.acceptance
+        return EXACT if wanted is None or self.is_greedy or not self.speculation.enabled else wanted
+
+    @property
+    def is_coupled(self) -> bool:
+        """Its drafts are made with the noise that the target will draw with."""
+        if self.is_greedy:
+            return False
+        wish = self.speculation.coupling
+        return self.acceptance.rule == "exact" if wish is None else wish
 
     @property
     def generated(self) -> int:

@@ -43,9 +43,23 @@ def _exact(ops: TreeOps) -> Rule:
     return ExactRule(ops)
 
 
+def _typical(ops: TreeOps) -> Rule:
+    from decoding.verify.typical import typical
+
+    return typical
+
+
 RULES: dict[str, Callable[[TreeOps], Rule]] = {
     "exact": _exact,
+    "typical": _typical,
 }
+
+
+def rule_by_request(ops: TreeOps) -> Rule:
+    """Judges each row by the rule that its request asks for."""
+    from decoding.verify.by_request import ByRequest
+
+    return ByRequest({name: make(ops) for name, make in RULES.items()})
 
 
 def verify(rule: Rule, trees: Trees, nodes: Nodes, logits: Tensor, sampling: Sampling, deepest: int) -> Verdict:
