@@ -164,15 +164,17 @@ def fill_head(
 
     Args:
         weights: what is to be filled, by names of our own.
-        stored_names: for each weight in the checkpoint that means something: our name -> its name there.
+        stored_names: for each weight that is wanted, and each that the checkpoint has and ought to mean something:
+            our name -> its name there.
 
     Raises:
         CheckpointError: naming the weights that are missing, that nothing uses, or whose shape is wrong.
     """
-    missing = sorted(stored_names.get(name, name) for name in weights.keys() - stored_names.keys())
-    unknown = sorted(stored_names[name] for name in stored_names.keys() - weights.keys())
+    present = {name for name, stored in stored_names.items() if stored in checkpoint.shapes}
+    missing = sorted(stored_names.get(name, name) for name in weights.keys() - present)
+    unknown = sorted(stored_names[name] for name in present - weights.keys())
     problems = _listed("missing", missing) + _listed("unknown to this architecture", unknown)
-    for name in sorted(weights.keys() & stored_names.keys()):
+    for name in sorted(weights.keys() & present):
         wanted, found = list(weights[name].shape), list(checkpoint.shapes[stored_names[name]])
         if wanted != found:
             problems.append(f"{stored_names[name]} has shape {found}, not {wanted}")

@@ -11,7 +11,6 @@ hidden]. Only dense modules are read: those of other architectures are known by 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,13 +18,24 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from models.attention import AttentionBackend
 from models.checkpoint import Checkpoint, CheckpointError, Shape, read_json
 from models.config import ModelConfig
 from models.families import NATIVE_FAMILIES, HFConfig, describe
-from models.heads.mtp import MTPConfig, MTPModule, Side
+from models.heads.head_files import check_kind, fill_head, own_embedding, write_head
+from models.heads.mtp import MTPConfig, MTPModel, MTPModule, Side
+from models.layers.ops import LayerOps
+from models.target import CausalModel
+
+NORMS: dict[str, tuple[Side, Side]] = {  # option -> (feed, recycle)
+    "post": ("post", "post"),
+    "pre": ("pre", "pre"),
+    "post-pre": ("post", "pre"),
+    "pre-post": ("pre", "post"),
+}
+_SAME_HEAD = 0.1  # relative error of logits: two heads that differ are off by more than 1, bfloat16 by 0.01
 
 _LAYER = {
     "input_norm": "input_layernorm",
@@ -97,9 +107,11 @@ class MTPFile:
 
     config: MTPConfig
     checkpoint: Checkpoint
-    names: Mapping[str, str]  # ours, as in ``MTPModel.weights`` -> the checkpoint's
+    names: Mapping[
+        str, str
+    ]  # ours, as in ``MTPModel.weights`` -> the checkpoint's; what is not known stands for itself
     embedding: str | None  # the checkpoint's name of its own copy of the target's embedding
-    head: str | None
+    head: str | None  # and of its head
 
 
 def open_mtp(folder: Path) -> MTPFile:
@@ -107,32 +119,61 @@ def open_mtp(folder: Path) -> MTPFile:
 
     Raises:
         CheckpointError: no modules, modules of an architecture that is not served, a damaged file, a pickle with code
-            in it, weights that are missing, that no module has or whose shape is wrong.
+            in it.
     """
     hf = read_json(folder / "config.json")
     _refuse(hf, folder)
+    check_kind("mtp", hf, folder)
     checkpoint = Checkpoint.open(folder)
     layout, numbers = _layout(checkpoint, folder)
+    for part, reason in _UNSERVED_WEIGHTS.items():
+        if any(part in name and name.startswith(layout.prefix.format(numbers[0])) for name in checkpoint.shapes):
+            raise CheckpointError(f"the multi-token prediction in {folder} cannot be served: {reason}")
     config = _config(hf, layout, len(numbers), folder)
     names: dict[str, str] = {}
-    wanted: dict[str, Shape] = {}
+    copies: dict[str, str] = {}
     for index, number in enumerate(numbers):
-        for ours, shape in _module_shapes(config, index).items():
-            names[f"modules.{index}.{ours}"] = layout.weight(number, ours)
-            wanted[layout.weight(number, ours)] = shape
-    prefixes = tuple(layout.prefix.format(number) for number in numbers)
-    copies = {name for name in (layout.embedding, layout.head) if name}
-    stored = {
-        name: shape
-        for name, shape in checkpoint.shapes.items()
-        if name.startswith(prefixes) and not name.endswith((".rotary_emb.inv_freq", *copies))
-    }
-    _check(wanted, stored, folder)
+        prefix = layout.prefix.format(number)
+        ours = {layout.weight(number, name): f"modules.{index}.{name}" for name in _module_shapes(config, index)}
+        names |= {name: stored for stored, name in ours.items()}
+        for name in checkpoint.shapes:
+            part = name.removeprefix(prefix)
+            if not name.startswith(prefix) or part.endswith("rotary_emb.inv_freq"):
+                continue
+            if part in (layout.embedding, layout.head):
+                copies[part] = name
+            elif name not in ours:
+                names[name] = name
+    return MTPFile(config, checkpoint, names, copies.get(layout.embedding or ""), copies.get(layout.head or ""))
 
-    def copy(name: str | None) -> str | None:
-        return next((prefix + name for prefix in prefixes if name and prefix + name in checkpoint.shapes), None)
 
-    return MTPFile(config, checkpoint, names, copy(layout.embedding), copy(layout.head))
+def load_mtp(folder: Path, target: CausalModel, ops: LayerOps, attention: AttentionBackend, norm: str) -> MTPModel:
+    """The modules in a folder, ready to draft for a target.
+
+    Args:
+        norm: where the norms of the feeding and the recycling pass stand, a key of ``NORMS``; "" is what the checkpoint
+            says or its family does.
+
+    Raises:
+        CheckpointError: as ``open_mtp``; modules for another hidden size, vocabulary, embedding or head than the
+            target's; weights that are missing, that no module has or whose shape is wrong.
+    """
+    file = open_mtp(folder)
+    config = replace(file.config, feed=NORMS[norm][0], recycle=NORMS[norm][1]) if norm else file.config
+    for what, ours, theirs in (
+        ("a hidden size", config.layer.hidden_size, target.hidden_size),
+        ("a vocabulary", config.layer.vocab_size, target.vocab_size),
+    ):
+        if ours != theirs:
+            raise CheckpointError(
+                f"the modules in {folder} are made for a target with {what} of {ours}, and this one has {theirs}; use "
+                "modules that were trained for this target"
+            )
+    model = MTPModel(config, target, ops, attention)
+    fill_head(model.weights(), file.checkpoint, file.names, folder)
+    model.pack()
+    _check_copies(file, target, folder)
+    return model
 
 
 def module_shapes(config: MTPConfig) -> dict[str, Shape]:
@@ -166,17 +207,7 @@ def write_mtp(
         raise ValueError(f"these modules have other weights than their config says: {', '.join(wrong[:8])}")
     if config.hidden_first:
         raise ValueError("speculators' modules take [embedding; hidden], and these take [hidden; embedding]")
-    described = json.dumps(_describe(config, target, steps, next(iter(tensors.values())).dtype), indent=2)
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / ".model.safetensors.part"
-    try:
-        save_file(stored, part, metadata={"format": "pt"})
-        part.replace(folder / "model.safetensors")
-        part.write_text(described + "\n", encoding="utf-8")
-        part.replace(folder / "config.json")
-    finally:
-        part.unlink(missing_ok=True)
+    write_head(folder, _describe(config, target, steps, next(iter(tensors.values())).dtype), tensors)
 
 
 def _describe(config: MTPConfig, target: str, steps: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -199,10 +230,7 @@ def _describe(config: MTPConfig, target: str, steps: int, dtype: torch.dtype) ->
 
 
 def _refuse(hf: HFConfig, folder: Path) -> None:
-    """Raise CheckpointError for what is no MTP checkpoint, or one of a type that is known and not served."""
-    stated = hf.get("speculators_model_type", "mtp")
-    if stated != "mtp":
-        raise CheckpointError(f"{folder} holds a drafter of speculators' type {stated!r}, not mtp; load it as that one")
+    """Raise CheckpointError for a model of a type that is known and not served."""
     layer = _layer(hf)
     for name in (hf.get("model_type"), layer.get("model_type"), (hf.get("text_config") or {}).get("model_type")):
         if name in UNSERVED:
@@ -256,19 +284,24 @@ def _module_shapes(config: MTPConfig, index: int) -> dict[str, Shape]:
     return {name: tuple(weight.shape) for name, weight in module.weights().items()}
 
 
-def _check(wanted: Mapping[str, Shape], stored: Mapping[str, Shape], folder: Path) -> None:
-    for name in sorted(stored.keys() - wanted.keys()):
-        for part, reason in _UNSERVED_WEIGHTS.items():
-            if part in name:
-                raise CheckpointError(f"the multi-token prediction in {folder} cannot be served: {reason}")
-    problems = [f"{name} is missing" for name in sorted(wanted.keys() - stored.keys())]
-    problems += [f"{name} is unknown to this architecture" for name in sorted(stored.keys() - wanted.keys())]
-    for name in sorted(wanted.keys() & stored.keys()):
-        if wanted[name] != stored[name]:
-            problems.append(f"{name} has shape {list(stored[name])}, config.json asks for {list(wanted[name])}")
-    if problems:
-        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+def _check_copies(file: MTPFile, target: CausalModel, folder: Path) -> None:
+    """Raise CheckpointError if the modules bring another embedding or head than the target's, which they are to share.
+
+    A head is compared by its products with a few random vectors: the target's own may be packed.
+    """
+    differing = []
+    if file.embedding and own_embedding(file.checkpoint, file.embedding, target, folder) is not None:
+        differing.append("embedding")
+    if file.head:
+        ((_, head),) = file.checkpoint.read([file.head])
+        probe = torch.randn(4, target.hidden_size, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            ours = probe.double() @ head.double().T
+            theirs = target.logits(probe.to(target.device, target.dtype)).cpu().double()
+        if ours.shape != theirs.shape or (ours - theirs).norm() > _SAME_HEAD * theirs.norm():
+            differing.append("head")
+    if differing:
         raise CheckpointError(
-            f"the modules in {folder} do not fit its config.json: {'; '.join(problems[:8] + more)}. Get weights and "
-            "config of one model"
+            f"the modules in {folder} bring another {' and '.join(differing)} than the target's; use modules that "
+            "were trained for this target and share them"
         )
