@@ -35,9 +35,16 @@ def _draft_model() -> DrafterKind:
     return DrafterKind(DraftModelOptions, load_draft_model)
 
 
+def _medusa() -> DrafterKind:
+    from decoding.drafters.medusa import MedusaOptions, load_medusa_drafter
+
+    return DrafterKind(MedusaOptions, load_medusa_drafter)
+
+
 DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "ngram": _ngram,
     "draft": _draft_model,
+    "medusa": _medusa,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -26,11 +27,20 @@ from models.target import ForwardOutput
 from models.tree import Trees, is_node
 from tests.doubles import GarbageDrafter
 from tests.engines import ROOT, run
+from tests.medusa import demo_heads
+
+DRAFT = f"draft={ROOT}/demo/draft"
+
+
+def _medusa() -> str:
+    return f"medusa={demo_heads()}:tau=0.3"  # its heads are sure of too little
+
 
 # how each drafter is asked for on the command line; it must draft for the demo target
-EXAMPLES = {
-    "ngram": "ngram",
-    "draft": f"draft={ROOT}/demo/draft",
+EXAMPLES: dict[str, Callable[[], str]] = {
+    "ngram": lambda: "ngram",
+    "draft": lambda: DRAFT,
+    "medusa": _medusa,
 }
 
 
@@ -39,7 +49,11 @@ def example(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     if name not in EXAMPLES:
         pytest.fail(f"add to EXAMPLES of {__file__} how --speculate {name} drafts for the demo target")
-    return EXAMPLES[name]
+    return EXAMPLES[name]()
+
+
+def examples() -> tuple[str, ...]:
+    return tuple(example() for example in EXAMPLES.values())
 
 
 @cache
@@ -233,7 +247,7 @@ def test_text_is_that_of_plain_decoding(example: str, temperature: float) -> Non
 def test_all_drafters_together_change_nothing() -> None:
     if missing := set(DRAFTERS) - set(EXAMPLES):
         pytest.fail(f"add {', '.join(missing)} to EXAMPLES of {__file__}")
-    engine, watched = build(tuple(EXAMPLES.values()), max_nodes=40)
+    engine, watched = build(examples(), max_nodes=40)
     prompt = prompts()[5]
     for temperature in (0.0, 0.8):
         request = GenerateRequest("r", prompt, SamplingParams(60, temperature, seed=5, ignore_eos=True))
@@ -286,10 +300,10 @@ def test_bad_choices_name_the_fix(text: str, message: str) -> None:
         (("ngram:min_match=6",), "1 <= min_match <= max_match <= 64"),
         (("ngram:branches=0",), "branches must be at least 1"),
         (("draft=/no/such/folder",), "draft model: there is no folder '/no/such/folder'"),
-        ((EXAMPLES["draft"] + ":depth=0",), "must be at least 1"),
-        ((EXAMPLES["draft"] + ":beam=40",), r"beam \* \(depth - 1\) under 64"),
-        ((EXAMPLES["draft"] + ":tau=0",), "tau must be positive"),
-        ((EXAMPLES["draft"] + ":tau=nan",), "tau must be positive"),
+        ((DRAFT + ":depth=0",), "must be at least 1"),
+        ((DRAFT + ":beam=40",), r"beam \* \(depth - 1\) under 64"),
+        ((DRAFT + ":tau=0",), "tau must be positive"),
+        ((DRAFT + ":tau=nan",), "tau must be positive"),
     ],
 )
 def test_settings_that_cannot_work(speculate: tuple[str, ...], message: str) -> None:
@@ -298,6 +312,6 @@ def test_settings_that_cannot_work(speculate: tuple[str, ...], message: str) -> 
 
 
 def test_every_drafter_has_its_own_bit() -> None:
-    engine, watched = build(tuple(EXAMPLES.values()))
+    engine, watched = build(examples())
     assert engine.info.drafters == tuple(EXAMPLES)
     assert torch.tensor([1 << drafter._bit for drafter in watched]).unique().numel() == len(EXAMPLES)
