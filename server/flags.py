@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
+from decoding.acceptance import Acceptance
 from decoding.config import Dtype, EngineConfig
 from decoding.errors import nearest
 
@@ -111,6 +112,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-depth", type=whole, metavar="DEPTH", help=f"depth of a tree {_default('max_depth')}")
     likely = f"drafted nodes less likely than this are not verified {_default('min_probability')}"
     add("--min-probability", type=share, metavar="SHARE", help=likely)
+    add(
+        "--acceptance",
+        metavar="RULE",
+        help=f"of requests that name no rule {_default('acceptance')}; typical, or with options "
+        "typical:epsilon=0.09,delta=0.3,bonus=argmax, accepts more drafts and changes the text",
+    )
     size_help = "memory of the K/V pool, such as 2GiB or 512M (default: 2GiB on a CPU)"
     add("--kv-cache-memory", type=size, metavar="SIZE", help=size_help)
     gpu = f"of the GPU's memory, weights included {_default('gpu_memory_utilization')}"
@@ -133,8 +140,14 @@ def _default(field: str) -> str:
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The engine's settings out of the flags that were given."""
+    """The engine's settings out of the flags that were given.
+
+    Raises:
+        ConfigError: --acceptance names no rule, or options that cannot be.
+    """
     names = {field.name for field in dataclasses.fields(EngineConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
     given["speculate"] = tuple(given.get("speculate", ()))
-    return EngineConfig(**given)
+    config = EngineConfig(**given)
+    Acceptance.parse(config.acceptance)  # a mistake in it is known before a model is loaded
+    return config

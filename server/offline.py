@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import dataclass, fields
 
+from decoding.acceptance import LOSSY
 from decoding.config import EngineConfig
 from decoding.engine import Engine
 from decoding.generation import Generation
@@ -60,4 +61,6 @@ def report(generation: Generation, seconds: float) -> str:
         parts.append(f"{tokens / stats.steps:.2f} tokens/step")
     if stats.drafted:
         parts.append(f"{stats.accepted} of {stats.drafted} draft tokens accepted")
+    if stats.acceptance in LOSSY:
+        parts.append(f"lossy ({stats.acceptance} acceptance)")
     return ", ".join([*parts, f"seed {generation.seed}"])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import uvicorn
 
+from decoding.acceptance import LOSSY, Acceptance
 from decoding.config import EngineConfig
 from decoding.errors import ConfigError
 from decoding.text import Tokenizer
@@ -156,6 +157,9 @@ class Service:
         log.info("model     %s: %s on %s, context %d", info.model, info.dtype, info.device, info.max_model_len)
         log.info("memory    %d pages of K/V", stats.pages_total)
         log.info("drafters  %s", drafters)
+        rule = Acceptance.parse(self._config.acceptance).rule
+        if rule in LOSSY:
+            log.info("rule      %s (lossy: the text is not that of plain decoding)", self._config.acceptance)
         log.info("ready     http://%s:%d/v1, model name %s", shown, port, ", ".join(self._settings.model_names))
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictBool, Tag
 from pydantic_core import PydanticCustomError
 
+from decoding.acceptance import Acceptance
 from decoding.errors import RequestError
 from decoding.request import SamplingParams, SpeculationParams
 
@@ -49,10 +50,33 @@ class StreamOptions(Fields):
     include_obfuscation: bool | None = None  # padding against eavesdroppers; accepted and not done
 
 
+class AcceptanceFields(Fields):
+    rule: Name
+    epsilon: float | None = None
+    delta: float | None = None
+    bonus: Name | None = None
+
+    def acceptance(self) -> Acceptance:
+        """The rule, with its defaults for what the client left out."""
+        return Acceptance(**self.model_dump(exclude_none=True))
+
+
 class SpeculationFields(Fields):
     drafters: Annotated[list[Name], Field(max_length=64)] | None = None
     max_nodes: Integer | None = None
     max_depth: Integer | None = None
+    acceptance: AcceptanceFields | None = None
+    coupling: bool | None = None
+
+    def params(self) -> SpeculationParams:
+        """The engine's parameters."""
+        return SpeculationParams(
+            drafters=None if self.drafters is None else tuple(self.drafters),
+            max_nodes=self.max_nodes,
+            max_depth=self.max_depth,
+            acceptance=None if self.acceptance is None else self.acceptance.acceptance(),
+            coupling=self.coupling,
+        )
 
 
 def _speculation_form(value: Any) -> Literal["switch", "limits"] | None:
@@ -61,7 +85,7 @@ def _speculation_form(value: Any) -> Literal["switch", "limits"] | None:
     return "limits" if isinstance(value, dict | SpeculationFields) else None
 
 
-# `"speculation": false | true | {"drafters": [...], "max_nodes": n, "max_depth": d}`
+# `"speculation": false | true | {"drafters": [...], "max_nodes": n, ...}`
 Speculation = Annotated[
     Annotated[StrictBool, Tag("switch")] | Annotated[SpeculationFields, Tag("limits")],
     Discriminator(
@@ -160,8 +184,7 @@ class SamplingFields(Fields):
         given = self.speculation
         if given is None or isinstance(given, bool):
             return SpeculationParams(enabled=given is not False)
-        drafters = None if given.drafters is None else tuple(given.drafters)
-        return SpeculationParams(drafters=drafters, max_nodes=given.max_nodes, max_depth=given.max_depth)
+        return given.params()
 
 
 def _token_keys(logit_bias: dict[str, float]) -> dict[int, float]:

@@ -182,4 +182,5 @@ def _total(parts: Sequence[SpeculationStats]) -> SpeculationStats:
         drafted=sum(part.drafted for part in parts),
         accepted=sum(part.accepted for part in parts),
         by_drafter=by_drafter,
+        acceptance=parts[0].acceptance,  # one rule for all choices of a request
     )

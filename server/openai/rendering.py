@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from decoding.acceptance import LOSSY
 from decoding.text import Tokenizer
 from server.openai.fields import StreamOptions
 from server.openai.generation import Generation
@@ -35,7 +36,8 @@ class Head:
 
 
 def usage(generation: Generation) -> dict[str, Any]:
-    """OpenAI's usage, with ``speculation`` once a choice has ended: what was drafted, what was accepted, by whom.
+    """OpenAI's usage, with ``speculation`` once a choice has ended: what was drafted, what was accepted, by whom,
+    and by which rule.
 
     ``tokens_per_step`` counts what the engine generated, so that a stop string, which cuts what is returned, does not
     make speculation look worse.
@@ -58,6 +60,8 @@ def usage(generation: Generation) -> dict[str, Any]:
             "by_drafter": {
                 name: {"drafted": each.drafted, "accepted": each.accepted} for name, each in stats.by_drafter.items()
             },
+            "acceptance": stats.acceptance,
+            "lossy": stats.acceptance in LOSSY,
         }
     return account
 

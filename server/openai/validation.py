@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from decoding.errors import RequestError, nearest
-from server.openai.fields import SpeculationFields, StreamOptions
+from server.openai.fields import AcceptanceFields, SpeculationFields, StreamOptions
 
 # Fields without an effect on the answer: accepted, so that clients which always send them work.
 IGNORED = frozenset(
@@ -76,7 +76,11 @@ _WORDS = {
     "too_short": "it must not be empty",
 }
 
-_NESTED: dict[str, type[BaseModel]] = {"stream_options": StreamOptions, "speculation": SpeculationFields}
+_NESTED: dict[str, type[BaseModel]] = {
+    "stream_options": StreamOptions,
+    "speculation": SpeculationFields,
+    "speculation.acceptance": AcceptanceFields,
+}
 _UNION_TAGS = frozenset({"switch", "limits"})
 _MAX_NAME_CHARS = 60
 

@@ -7,7 +7,9 @@ from importlib.metadata import version
 
 import pytest
 
+from decoding.acceptance import Acceptance
 from decoding.config import EngineConfig
+from decoding.errors import ConfigError
 from server.cli import parse
 from server.flags import engine_config, size
 
@@ -22,7 +24,7 @@ def test_every_flag_arrives() -> None:
     flags = (
         "serve m --speculate ngram --speculate draft=d --tokenizer t --dtype float32 --device cpu --seed 3 "
         "--max-model-len 100 --max-num-seqs 4 --max-num-batched-tokens 64 --max-nodes 5 --max-depth 0 "
-        "--min-probability 0.25 "
+        "--min-probability 0.25 --acceptance typical:epsilon=0.2 "
         "--kv-cache-memory 512M --gpu-memory-utilization 0.5 --num-pages 9 --no-prefix-caching --attention reference "
         "--threads 2 --generation-config vllm --served-model-name a b --host 0.0.0.0 --port 0"
     )
@@ -39,6 +41,7 @@ def test_every_flag_arrives() -> None:
         max_nodes=5,
         max_depth=0,
         min_probability=0.25,
+        acceptance="typical:epsilon=0.2",
         kv_cache_memory=512 * 2**20,
         gpu_memory_utilization=0.5,
         num_pages=9,
@@ -97,6 +100,39 @@ def test_wrong_command_lines(line: str, part: str, capsys: pytest.CaptureFixture
     assert part in said
     assert len(said.splitlines()) == 1
     assert "--help" in said
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("exact", Acceptance()),
+        ("typical", Acceptance("typical")),
+        ("typical:delta=0.4,bonus=argmax,epsilon=1", Acceptance("typical", 1.0, 0.4, "argmax")),
+    ],
+)
+def test_acceptance_rules(rule: str, expected: Acceptance) -> None:
+    assert Acceptance.parse(rule) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "part"),
+    [
+        ("typcial", "did you mean 'typical'? (there are: exact, typical)"),
+        ("", "there are: exact, typical"),
+        ("typical:epsilom=1", "did you mean 'epsilon'"),
+        ("typical:epsilon", "epsilon must be a number, not ''"),
+        ("typical:epsilon=x", "epsilon must be a number, not 'x'"),
+        ("typical:epsilon=nan", "epsilon must be in (0, 1], not nan"),
+        ("typical:delta=0", "delta must be in (0, 1], not 0"),
+        ("typical:bonus=greedy", "there are: keyed, argmax"),
+        ("exact:delta=0.5", "delta is an option of the rule 'typical'"),
+    ],
+)
+def test_wrong_acceptance_rules_are_known_before_a_model_is_loaded(rule: str, part: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        engine_config(parse(["serve", "demo", "--acceptance", rule]))
+    assert str(raised.value).startswith(f"--acceptance {rule}: ")
+    assert part in str(raised.value)
 
 
 def test_an_empty_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,8 @@ def test_whole_answer_has_exactly_openais_fields_and_ours() -> None:
                 "accepted": 3,
                 "tokens_per_step": round(completion / 2, 4),
                 "by_drafter": {},
+                "acceptance": "exact",
+                "lossy": False,
             },
         },
     }
@@ -249,4 +251,16 @@ def test_speculation_is_accounted_by_drafter_over_all_choices() -> None:
         "accepted": 12,
         "tokens_per_step": 1.0,
         "by_drafter": {"draft": {"drafted": 16, "accepted": 10}, "ngram": {"drafted": 8, "accepted": 4}},
+        "acceptance": "exact",
+        "lossy": False,
     }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_lossy_text_is_marked(stream: bool) -> None:
+    ask = {"prompt": "x", "n": 2, "stream": stream, "stream_options": {"include_usage": True} if stream else None}
+    with api(saying("a b", stats=SpeculationStats(4, 10, 6, acceptance="typical"))) as client:
+        response = client.post(URL, json=ask)
+    answer = events(response)[-1] if stream else response.json()
+    account = answer["usage"]["speculation"]
+    assert (account["acceptance"], account["lossy"]) == ("typical", True)

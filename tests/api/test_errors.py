@@ -83,6 +83,22 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "speculation": {"max_depth": True}}, "speculation.max_depth", "invalid_value"),
     ({"prompt": "x", "speculation": {"drafters": ["eagle"]}}, "speculation.drafters", "invalid_value"),
     ({"prompt": "x", "speculation": {"drafters": "ngram"}}, "speculation.drafters", "invalid_value"),
+    *(
+        ({"prompt": "x", "speculation": {"acceptance": value}}, f"speculation.acceptance{place}", code)
+        for value, place, code in (
+            ("typical", "", "invalid_value"),
+            ({}, ".rule", "missing_required_parameter"),
+            ({"rule": 5}, ".rule", "invalid_value"),
+            ({"rule": "typcial"}, ".rule", "invalid_value"),
+            ({"rule": "exact", "epsilon": 0.2}, ".epsilon", "invalid_value"),
+            ({"rule": "typical", "epsilon": 0}, ".epsilon", "invalid_value"),
+            ({"rule": "typical", "epsilon": "0.1"}, ".epsilon", "invalid_value"),
+            ({"rule": "typical", "delta": 1.5}, ".delta", "invalid_value"),
+            ({"rule": "typical", "bonus": "greedy"}, ".bonus", "invalid_value"),
+            ({"rule": "typical", "alpha": 0.3}, ".alpha", "unknown_parameter"),
+        )
+    ),
+    ({"prompt": "x", "speculation": {"coupling": 1}}, "speculation.coupling", "invalid_value"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "unsupported_parameter"),
     ({"prompt": "x", "best_of": 2}, "best_of", "unsupported_parameter"),
     ({"prompt": "x", "best_of": True}, "best_of", "unsupported_parameter"),
@@ -203,6 +219,16 @@ def test_numbers_that_are_not_finite_are_refused_by_name(number: str) -> None:
         (COMPLETIONS, {"stop": ["a"] * 100}, "stop: it can have at most 16 items."),
         (COMPLETIONS, {"stream_options": True, "stream": True}, "stream_options: it must be an object."),
         (COMPLETIONS, {"speculation": {"drafters": "ngram"}}, "speculation.drafters: it must be an array."),
+        (
+            COMPLETIONS,
+            {"speculation": {"acceptance": {"rule": "typcial"}}},
+            "speculation.acceptance.rule cannot be 'typcial': did you mean 'typical'? (there are: exact, typical).",
+        ),
+        (
+            CHAT,
+            {"speculation": {"acceptance": {"rule": "typical", "delta": -1}}},
+            "speculation.acceptance.delta must be in (0, 1], not -1.",
+        ),
         (COMPLETIONS, {"max_tokens": 2**40}, "max_tokens must be in [1, 2147483648], not 1099511627776."),
         (COMPLETIONS, {"max_tokens": 2, "min_tokens": 5}, "min_tokens must be at most max_tokens (2), not 5."),
         (CHAT, {"messages": []}, "messages: it must not be empty."),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from decoding.acceptance import Acceptance
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
 from tests.api.harness import INFO, api, fake, saying
 
@@ -65,6 +66,14 @@ def test_the_models_defaults_fill_what_was_left_out() -> None:
         ({"drafters": ["ngram"]}, SpeculationParams(drafters=("ngram",))),
         ({"drafters": []}, SpeculationParams(drafters=())),
         ({"max_nodes": 8, "max_depth": 0}, SpeculationParams(max_nodes=8, max_depth=0)),
+        ({"acceptance": {"rule": "exact"}}, SpeculationParams(acceptance=Acceptance())),
+        ({"acceptance": {"rule": "typical"}}, SpeculationParams(acceptance=Acceptance("typical", 0.09, 0.3, "keyed"))),
+        (
+            {"acceptance": {"rule": "typical", "epsilon": 1, "delta": 0.5, "bonus": "argmax"}, "max_nodes": 8},
+            SpeculationParams(max_nodes=8, acceptance=Acceptance("typical", 1.0, 0.5, "argmax")),
+        ),
+        ({"coupling": False}, SpeculationParams(coupling=False)),
+        ({"coupling": True, "acceptance": None}, SpeculationParams(coupling=True)),
     ],
 )
 def test_speculation(given: Any, expected: SpeculationParams) -> None:

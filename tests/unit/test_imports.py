@@ -12,8 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OURS = ("models", "decoding", "server", "training", "benchmarks", "tests")
-MAY_IMPORT = {"models": {"models"}, "decoding": {"decoding", "models"}, "server": {"server", "decoding"}, "training": {"training", "decoding", "models"}}
+MAY_IMPORT = {
+    "models": {"models"},
+    "decoding": {"decoding", "models"},
+    "server": {"server", "decoding"},
+    "training": {"training", "decoding", "models"},
+}
 TEXT_SIDE = {"decoding.config", "decoding.messages", "decoding.errors", "decoding.text", "decoding.request"}
+TEXT_SIDE |= {"decoding.acceptance"}
 # the engine itself runs or is started here; everything else in server/ speaks to it through an EngineClient
 ENGINE_SIDE = {"inprocess_client", "supervisor", "engine_process", "engine_launch", "engine_driver", "offline"}
 MAX_FILE_BYTES = 20 * 2**20
