@@ -44,12 +44,12 @@ class Family:
     def trunk_of(self, hf: HFConfig) -> Family:
         """The family without the modules for multi-token prediction that a config announces: drafters load those.
 
-        MiMo stores them as model.mtp_layers.0, DeepSeek's layout as layers after the last one.
+        MiMo stores them as model.mtp_layers.0, DeepSeek's layout as layers after the last one, Meta as extra_heads.0.
         """
         first, count = int(hf["num_hidden_layers"]), int(hf.get("num_nextn_predict_layers") or 0)
         layers = "|".join(str(first + module) for module in range(count))
         announced = (rf"^model\.layers\.({layers})\.",) if count else ()
-        return replace(self, ignored=(*self.ignored, r"^model\.mtp_layers\.", *announced))
+        return replace(self, ignored=(*self.ignored, r"^model\.mtp_layers\.", r"^extra_heads\.", *announced))
 
 
 LLAMA_NAMES = {

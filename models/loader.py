@@ -18,6 +18,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.families import NATIVE_FAMILIES, Family, supports_natively
 from models.layers.ops import LayerOps, load_ops
+from models.meta_checkpoint import is_meta, meta_config, open_meta
 from models.target import CausalModel
 
 DTYPES = {
@@ -57,12 +58,12 @@ def resolve(model: str) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model folder.
+    """config.json of a model folder, or what stands for it in Meta's layout.
 
     Raises:
         CheckpointError: if there is none, or it is no JSON object.
     """
-    return read_json(path / "config.json")
+    return meta_config(path) if is_meta(path) else read_json(path / "config.json")
 
 
 def generation_config(path: Path) -> dict[str, Any]:
@@ -104,7 +105,8 @@ def load_model(
         return load_transformers_model(
             path, dtype=dtype, device=place, attention=attention, max_model_len=max_model_len
         )
-    checkpoint, family = Checkpoint.open(path), NATIVE_FAMILIES[str(hf["model_type"])].trunk_of(hf)
+    checkpoint = open_meta(path) if is_meta(path) else Checkpoint.open(path)
+    family = NATIVE_FAMILIES[str(hf["model_type"])].trunk_of(hf)
     config = _limited(config, max_model_len)
     if config.tied and _stores_own_head(checkpoint, family):
         config = replace(config, tied=False)
