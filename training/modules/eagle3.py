@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.heads.eagle3 import Eagle3Config
 from training.modules.layers import MLP, Attention, DecoderLayer, RMSNorm
 from training.modules.rollout import Past
 
@@ -37,39 +38,26 @@ class FirstLayer(nn.Module):
 
 
 class Eagle3Module(nn.Module):
-    """A ``RolloutModule`` over the target's taps, concatenated from the lowest layer to the highest.
+    """A ``RolloutModule`` over the target's taps, side by side; parameters are called as in speculators' files.
 
     Args:
-        taps: how many.
-        target_size: width of one.
-        norm_output: the carry is the normed output (EAGLE-3.1); else the output itself.
-        fc_norm: an RMSNorm on every tap before ``fc``.
-        norm_before_fc: one RMSNorm on all taps together before ``fc``.
+        rope: [positions, 2, rot / 2].
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        rope: Tensor,  # [positions, 2, rot / 2]
-        draft_vocab: int,
-        *,
-        taps: int,
-        target_size: int,
-        norm_before_residual: bool = False,
-        norm_output: bool = False,
-    ) -> None:
+    def __init__(self, settings: Eagle3Config, rope: Tensor) -> None:
         super().__init__()
-        self._norm_output = norm_output
+        config = settings.layer
+        self._norm_output = settings.norm_output
         self.register_buffer("_rope", rope, persistent=False)
         self._rope: Tensor
-        self.fc = nn.Linear(taps * target_size, config.hidden_size, bias=False)
-        first = FirstLayer(config, norm_before_residual)
+        self.fc = nn.Linear(settings.feature_size, config.hidden_size, bias=False)
+        first = FirstLayer(config, settings.norm_before_residual)
         self.layers = nn.ModuleList([first, *(DecoderLayer(config) for _ in range(config.num_layers - 1))])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, draft_vocab, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, settings.num_drafted, bias=False)
 
     def enter(self, features: Tensor) -> Tensor:
-        """[B, E, taps * target size] -> [B, E, H]."""
+        """[B, E, F] -> [B, E, H]."""
         entered: Tensor = self.fc(features)
         return entered
 

@@ -7,29 +7,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.config import ModelConfig
+from models.heads.mtp import MTPConfig
 from training.modules.layers import DecoderLayer, RMSNorm
 from training.modules.rollout import Past
 
 
-class MTPModule(nn.Module):
-    """A ``RolloutModule`` that shares embedding and head with the target; one module, recursed.
+class MTPModule(DecoderLayer):
+    """A ``RolloutModule`` that shares embedding and head with the target: one module, recursed (2509.18362).
+
+    Parameters are called as in speculators' files.
 
     Args:
         rope: [positions, 2, rot / 2].
-        recycle_normed: the carry is the output after the last norm, as the target's feature is; else before it.
     """
 
-    def __init__(self, config: ModelConfig, rope: Tensor, *, recycle_normed: bool = True) -> None:
-        super().__init__()
-        self._recycle_normed = recycle_normed
+    def __init__(self, config: MTPConfig, rope: Tensor) -> None:
+        super().__init__(config.layer)
+        hidden, eps = config.layer.hidden_size, config.layer.norm_eps
+        self._recycle = config.recycle
         self.register_buffer("_rope", rope, persistent=False)
         self._rope: Tensor
-        self.enorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.hnorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.layer = DecoderLayer(config)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.token_layernorm = RMSNorm(hidden, eps)
+        self.hidden_layernorm = RMSNorm(hidden, eps)
+        self.input_proj = nn.Linear(2 * hidden, hidden, bias=False)
+        self.final_layernorm = RMSNorm(hidden, eps)
 
     def enter(self, features: Tensor) -> Tensor:
         return features
@@ -43,7 +44,7 @@ class MTPModule(nn.Module):
         anchors: Tensor | None,
     ) -> tuple[Tensor, Tensor, list[Past]]:
         """See ``RolloutModule``."""
-        joined = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(carry)], dim=-1))
-        stream, kept = self.layer(joined, self._rope[positions], past[0] if past else None, anchors)
-        normed = self.norm(stream)
-        return normed, normed if self._recycle_normed else stream, [kept]
+        joined = torch.cat([self.token_layernorm(embedded), self.hidden_layernorm(carry)], dim=-1)
+        stream, kept = self(self.input_proj(joined), self._rope[positions], past[0] if past else None, anchors)
+        normed = self.final_layernorm(stream)
+        return normed, normed if self._recycle == "post" else stream, [kept]

@@ -78,22 +78,25 @@ def unroll(
     embedded: Tensor,  # [B, E, H] entry e: the embedding of token e + 1
     steps: int,
     keep: float = 1.0,
+    generator: torch.Generator | None = None,
     checkpointing: bool = False,
 ) -> list[Pass]:
     """All passes; pass i has the anchors up to E - 1 - i.
 
     Args:
-        keep: share of the anchors that each pass after the first takes over from the one before, drawn anew each time.
+        keep: share of the anchors that each pass after the first takes over from the one before; which ones is drawn
+            by ``generator`` (of the CPU).
         checkpointing: keep the passes' inputs only, and run them again in the backward pass.
     """
     anchors = torch.arange(embedded.shape[1], device=embedded.device)
-    carry, past = module.enter(features), None
+    carry = module.enter(features)
+    past: list[Past] | None = None
     passes: list[Pass] = []
     for step in range(steps):
         if step:
-            places = _continued(anchors, embedded.shape[1] - step, keep)
-            anchors = anchors[places]
-            carry, past = carry.index_select(1, places), [layer.kept(places) for layer in past or ()]
+            places = _continued(anchors, embedded.shape[1] - step, keep, generator)
+            anchors, carry = anchors[places], carry.index_select(1, places)
+            past = [layer.kept(places) for layer in past or ()]
         inputs = (embedded.index_select(1, anchors + step), carry, anchors + step, past, anchors if step else None)
         if checkpointing and torch.is_grad_enabled():
             hidden, carry, past = checkpoint(module.run, *inputs, use_reentrant=False)
@@ -103,19 +106,20 @@ def unroll(
     return passes
 
 
-def _continued(anchors: Tensor, end: int, keep: float) -> Tensor:
+def _continued(anchors: Tensor, end: int, keep: float, generator: torch.Generator | None) -> Tensor:
     """Places in ``anchors`` of those that go one node further: a random share of those below ``end``, ascending."""
     valid = int(torch.searchsorted(anchors, end))
     if keep >= 1:
         return torch.arange(valid, device=anchors.device)
     count = max(1, round(keep * valid))
-    return torch.randperm(valid)[:count].sort().values.to(anchors.device)
+    return torch.randperm(valid, generator=generator)[:count].sort().values.to(anchors.device)
 
 
 def attend_committed(query: Tensor, past: Past, scale: float) -> Tensor:
     """Causal attention among the entries; query [B, E, Hq, D] -> [B, E, Hq, D]."""
-    heads_first = (x.transpose(1, 2) for x in (query, past.keys, past.values))
-    return F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+    query, keys, values = (x.transpose(1, 2) for x in (query, past.keys, past.values))
+    attended = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+    return attended.transpose(1, 2)
 
 
 def attend_drafted(query: Tensor, past: Past, anchors: Tensor, scale: float) -> Tensor:
@@ -125,9 +129,10 @@ def attend_drafted(query: Tensor, past: Past, anchors: Tensor, scale: float) -> 
     unrolled window costs one matrix of scores a pass. query [B, A, Hq, D] -> [B, A, Hq, D].
     """
     keys, values, drafted_keys, drafted_values = past
-    assert drafted_keys is not None and drafted_values is not None
+    assert drafted_keys is not None
+    assert drafted_values is not None
     entries, kv_heads = keys.shape[1:3]
-    grouped = query.unflatten(2, (kv_heads, -1))  # [B, A, Hkv, G, D]
+    grouped = query.view(*query.shape[:2], kv_heads, -1, query.shape[3])  # [B, A, Hkv, G, D]
     committed = torch.einsum("bahgd,behd->bhgae", grouped, keys).to(torch.promote_types(query.dtype, torch.float32))
     unseen = torch.arange(entries, device=anchors.device) > anchors[:, None]  # [A, E]
     drafted = torch.einsum("bahgd,bajhd->bhgaj", grouped, drafted_keys).to(committed.dtype)

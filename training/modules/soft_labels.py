@@ -139,8 +139,9 @@ class _Target:
 
     @staticmethod
     def of(labels: SoftLabels, part: slice, wide: torch.dtype) -> _Target:
-        logits = labels.logits(labels.hidden[:, part].flatten(0, 1)).to(wide).unflatten(0, (len(labels.counts), -1))
-        counts, best = labels.counts[:, part], logits.argmax(dim=-1)
+        counts = labels.counts[:, part]
+        logits = labels.logits(labels.hidden[:, part].flatten(0, 1)).to(wide).view(*counts.shape, -1)
+        best = logits.argmax(dim=-1)
         if labels.vocabulary is None:
             return _Target(logits.softmax(dim=-1), best, counts, counts)
         place = torch.searchsorted(labels.vocabulary, best).clamp(max=len(labels.vocabulary) - 1)
@@ -148,7 +149,9 @@ class _Target:
         return _Target(logits.index_select(2, labels.vocabulary).softmax(dim=-1), place, counts, covered)
 
     def at(self, places: Tensor) -> _Target:
-        return _Target(*(getattr(self, name).index_select(1, places) for name in ("probs", "best", "counts", "covered")))
+        return _Target(
+            *(getattr(self, name).index_select(1, places) for name in ("probs", "best", "counts", "covered"))
+        )
 
 
 def _portion(logits: Tensor, target: _Target, train: bool) -> tuple[Tensor, Tensor]:

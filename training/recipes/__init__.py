@@ -25,8 +25,29 @@ def _draft() -> RecipeKind:
     return RecipeKind(DraftOptions, build_draft, "a draft model: the target with few layers, distilled from it")
 
 
+def _mtp() -> RecipeKind:
+    from training.recipes.mtp import MTPOptions, build_mtp
+
+    return RecipeKind(MTPOptions, build_mtp, "a module for multi-token prediction, recursed (2509.18362)")
+
+
+def _eagle() -> RecipeKind:
+    from training.recipes.eagle import EagleOptions, build_eagle
+
+    return RecipeKind(EagleOptions, build_eagle, "EAGLE-1: guesses the target's next feature (2401.15077)")
+
+
+def _eagle3() -> RecipeKind:
+    from training.recipes.eagle3 import Eagle3Options, build_eagle3
+
+    return RecipeKind(Eagle3Options, build_eagle3, "EAGLE-3: drafts on features of three depths (2503.01840)")
+
+
 RECIPES: dict[str, Callable[[], RecipeKind]] = {
     "lm": _lm,
     "draft": _draft,
     "medusa": _medusa,
+    "mtp": _mtp,
+    "eagle": _eagle,
+    "eagle3": _eagle3,
 }
