@@ -131,7 +131,7 @@ def write_eagle3(
     tensors: Mapping[str, Tensor],
     vocabulary: Tensor | None = None,
     *,
-    target: str = "",
+    target: Path | None = None,
     layout: Layout = "speculators",
 ) -> None:
     """Write a drafter; what was in the folder is replaced file by file, never half.
@@ -141,15 +141,17 @@ def write_eagle3(
             stored; with "embed_tokens.weight" if the drafter brings its own embedding.
         vocabulary: [Vd] int64 the target's ids of the draft vocabulary, ascending; d2t and t2d are made of it. None:
             all of the target's.
-        target: its name, for the reader of the config.
+        target: its folder, whose name is written for the reader of the config.
 
     Raises:
         ValueError: a layer that the layout cannot describe, or a vocabulary of another size than the config says.
         OSError: the folder cannot be written to.
     """
     named = {canonical(name): tensor for name, tensor in tensors.items()}
-    if config.num_drafted != (config.layer.vocab_size if vocabulary is None else len(vocabulary)):
-        raise ValueError(f"draft_vocab_size is {config.draft_vocab_size}, and the vocabulary has another size")
+    size = config.layer.vocab_size if vocabulary is None else len(vocabulary)
+    if config.draft_vocab_size not in (None, size):
+        raise ValueError(f"draft_vocab_size is {config.draft_vocab_size}, and the vocabulary has {size} tokens")
+    config = replace(config, draft_vocab_size=size)
     if vocabulary is not None:
         ids = vocabulary.to("cpu", torch.int64)
         named["d2t"] = ids - torch.arange(len(ids))
@@ -224,7 +226,7 @@ def _reference_config(config: Eagle3Config) -> dict[str, Any]:
     return described | {flag: True for flag in _FLAGS if getattr(config, flag)}
 
 
-def _speculators_config(config: Eagle3Config, target: str) -> dict[str, Any]:
+def _speculators_config(config: Eagle3Config, target: Path | None) -> dict[str, Any]:
     described = describe(config.layer)
     if described["model_type"] not in ("llama", "qwen3"):
         raise ValueError("speculators has EAGLE-3 with layers of llama and qwen3 only: biases on all of q, k, v, o")
@@ -250,6 +252,6 @@ def _speculators_config(config: Eagle3Config, target: str) -> dict[str, Any]:
                     "accept_tolerance": 0.0,
                 }
             ],
-            "verifier": {"name_or_path": target or None, "architectures": []},
+            "verifier": {"name_or_path": target.name if target else None, "architectures": []},
         },
     }
