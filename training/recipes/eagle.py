@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.heads.eagle import EagleConfig, write_eagle
 from models.loader import DTYPES
@@ -45,7 +45,7 @@ class EagleRecipe:
         layer = like_target(target)
         self.config = EagleConfig(replace(layer, mlp_size=options.mlp or layer.mlp_size))
         module = EagleModule(self.config.layer, rope_for(layer, context), bias=self.config.bias)
-        self.module = module.to(context.device)
+        self.module: nn.Module = module.to(context.device)
         head = target.head()
         self._weights = [options.step_decay**step for step in range(options.steps)]
         self._rollouts = Rollouts(

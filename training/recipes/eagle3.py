@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.decoder import Decoder
 from models.heads.eagle3 import Eagle3Config, default_taps
@@ -78,7 +78,7 @@ class Eagle3Recipe:
         )
         module = Eagle3Module(self.config, rope_for(layer, context))
         _start_from_target(module, target, vocabulary)
-        self.module = module.to(context.device)
+        self.module: nn.Module = module.to(context.device)
         self._rollouts = Rollouts(
             target,
             module,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from models.decoder import Decoder
 from models.heads.mtp import MTPConfig
@@ -53,7 +54,7 @@ class MTPRecipe:
         module = MTPModule(self.config, rope_for(layer, context))
         if layer.mlp_size == like_target(target).mlp_size:
             _start_from_target(module, target)
-        self.module = module.to(context.device)
+        self.module: nn.Module = module.to(context.device)
         head = target.head()
         powers = [options.beta**step for step in range(options.steps)]
         self._rollouts = Rollouts(
