@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -212,22 +213,35 @@ def own_embedding(checkpoint: Checkpoint, name: str, target: CausalModel, path: 
     return own
 
 
-def write_head(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write model.safetensors and config.json; each is replaced at once, so neither is ever half written.
+def write_head(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], file: str = WEIGHTS_FILE
+) -> None:
+    """Write the weights as ``file`` and config.json; each is replaced at once, so neither is ever half written.
 
     Raises:
         OSError: the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    part = folder / f".{WEIGHTS_FILE}.part"
+    part = folder / f".{file}.part"
     try:
-        save_file(stored, part, metadata={"format": "pt"})
-        part.replace(folder / WEIGHTS_FILE)
+        save_file(_apart(tensors), part, metadata={"format": "pt"})
+        part.replace(folder / file)
         part.write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
         part.replace(folder / "config.json")
     finally:
         part.unlink(missing_ok=True)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, without memory in common, which safetensors refuses."""
+    apart: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        stored = tensor.detach().cpu().contiguous()
+        memory = stored.untyped_storage().data_ptr()
+        apart[name] = stored.clone() if memory in taken else stored
+        taken.add(memory)
+    return apart
 
 
 def _sounds_like_a_head(architecture: str) -> bool:

@@ -14,7 +14,6 @@ vicuna-7b-v1.3 counts two heads where the file has five.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from models.checkpoint import Checkpoint, CheckpointError, Shape, read_json
+from models.heads.head_files import check_kind, write_head
 from models.layers.linear import Linear
 
 HEADS_FILE = "medusa_lm_head.safetensors"
@@ -107,8 +106,6 @@ def write_medusa(folder: Path, config: MedusaConfig, tensors: Mapping[str, Tenso
     if given != wanted:
         wrong = sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name))
         raise ValueError(f"these heads have other weights than their config says: {', '.join(wrong[:8])}")
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described: dict[str, Any] = {
         "medusa_num_heads": config.num_heads,
         "medusa_num_layers": config.num_layers,
@@ -116,14 +113,7 @@ def write_medusa(folder: Path, config: MedusaConfig, tensors: Mapping[str, Tenso
         "hidden_size": config.hidden_size,
     }
     described |= {"version": "2"} if config.vocab_size is None else {"vocab_size": config.vocab_size}
-    part = folder / f".{HEADS_FILE}.part"
-    try:
-        save_file(stored, part, metadata={"format": "pt"})
-        part.replace(folder / HEADS_FILE)
-        part.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        part.replace(folder / "config.json")
-    finally:
-        part.unlink(missing_ok=True)
+    write_head(folder, described, tensors, HEADS_FILE)
 
 
 class MedusaHeads:
@@ -225,6 +215,7 @@ def _infer(shapes: Mapping[str, Shape], stated: Mapping[str, Any], folder: Path)
     outputs = [match for match in map(_OUTPUT.fullmatch, shapes) if match]
     strange = sorted(shapes.keys() - {match.string for match in blocks + outputs})
     if strange or not blocks + outputs:
+        check_kind("medusa", stated, folder)
         kind = stated.get("architectures") or stated.get("model_type")
         said = f" (its config.json says: {kind})" if kind else ""
         raise CheckpointError(
