@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import plots
-from benchmarks.acceptance_runs import Bench, Measured, Oracle, Variant, scripts_of
+from benchmarks.acceptance_runs import REPLAY, Bench, Measured, Oracle, Variant, scripts_of
 from benchmarks.acceptance_tables import render
 from benchmarks.provenance import provenance
 from benchmarks.rates import Estimate, by_depth, conditional, gain, tokens_per_step
@@ -198,7 +198,7 @@ def bound(
                 variant = Variant(temperature, coupled)
                 found = bench.oracle(own, name, variant, variant.label)
                 yield from [found] if found else []
-        found = bench.oracle(scripts, name, Variant(0.0), "replay")
+        found = bench.oracle(scripts, name, Variant(0.0), REPLAY)
         yield from [found] if found else []
 
 
@@ -240,7 +240,7 @@ def write(folder: Path, done: Report) -> None:
 def summary(m: Measured, everything: Sequence[Measured]) -> dict[str, Any]:
     """A measurement for the JSON file: rates, and the counts behind them."""
     plain = next((o for o in everything if o.drafters == m.drafters and o.variant == _uncoupled(m)), None)
-    coupled = m.text != "replay" and m.variant.coupled and plain is not None
+    coupled = m.text != REPLAY and m.variant.coupled and plain is not None
     return {
         "drafters": m.drafters,
         "text": m.text,

@@ -28,6 +28,7 @@ from models.batch import MAX_TREE
 from models.tree_ops import load_tree_ops
 
 RANKS = (1, 2, 4, LISTED)  # k of the top-k accuracies
+REPLAY = "replay"  # the kind of text that is real
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Measured:
     """Acceptance of one set of drafters on one kind of text."""
 
     drafters: str  # "draft+ngram"
-    text: str  # the variant's label, or "replay"
+    text: str  # the variant's label, or REPLAY
     variant: Variant
     counts: tuple[Counts, ...]  # of each text
     nodes: float  # drafted nodes per step
@@ -128,7 +129,7 @@ class Bench:
         self._dictate(team, scripts, drafters, variant)
         counts = tuple(Counts.of(team.accepted[str(n)], team.depth) for n in range(len(scripts)))
         nodes = team.drafted / max(1, sum(c.steps for c in counts))
-        return Measured("+".join(drafters), "replay", variant, counts, nodes)
+        return Measured("+".join(drafters), REPLAY, variant, counts, nodes)
 
     def oracle(self, scripts: Sequence[Script], drafter: str, variant: Variant, text: str) -> Oracle | None:
         """How good the drafter's guesses are at every position of known texts; None if it has no ranked guesses.

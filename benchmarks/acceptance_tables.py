@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.acceptance_runs import RANKS, Measured, Oracle, Variant
+from benchmarks.acceptance_runs import RANKS, REPLAY, Measured, Oracle, Variant
 from benchmarks.rates import Counts, Estimate, by_depth, conditional, gain, tokens_per_step
 from benchmarks.report import table
 
@@ -86,7 +86,7 @@ def depths(measured: Sequence[Measured], deepest: int) -> Rows:
     if shown[-1].temperature > 0:
         shown += [Variant(shown[-1].temperature, coupled=False), TYPICAL(shown[-1].temperature)]
     for m in measured:
-        if m.variant not in shown:
+        if m.text != REPLAY and m.variant not in shown:
             continue
         for kind, found in (("", by_depth(m.counts)), ("given", conditional(m.counts))):
             known = [_share(e.value) for e in found if e.value > 0]
@@ -110,7 +110,7 @@ def bounds(oracles: Sequence[Oracle], measured: Sequence[Measured], nodes: int) 
 
 def temperatures(measured: Iterable[Measured]) -> list[float]:
     """Of the texts that were made, rising."""
-    return sorted({m.variant.temperature for m in measured if m.text != "replay"})
+    return sorted({m.variant.temperature for m in measured if m.text != REPLAY})
 
 
 def same_texts(measured: Iterable[Measured]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.acceptance_runs import RANKS, Measured, Oracle, Variant
+from benchmarks.acceptance_runs import RANKS, REPLAY, Measured, Oracle, Variant
 from benchmarks.rates import Estimate, by_depth, tokens_per_step
 from decoding.errors import ConfigError
 
@@ -93,13 +93,13 @@ def _depths(measured: Sequence[Measured]) -> Any:
 
 def _lines(measured: Sequence[Measured]) -> dict[str, tuple[str, str]]:
     """Colour and style of each text: a colour per temperature, dashed when not coupled; real text is black."""
-    temperatures = sorted({m.variant.temperature for m in measured if m.text != "replay"})
+    temperatures = sorted({m.variant.temperature for m in measured if m.text != REPLAY})
     lines = {}
     for colour, t in zip(COLOURS * len(temperatures), temperatures):
         lines[Variant(t).label] = (colour, "-")
         if t == temperatures[-1] and t > 0:
             lines[Variant(t, coupled=False).label] = (colour, "--")
-    lines["replay"] = (COLOURS[-1], ":")
+    lines[REPLAY] = (COLOURS[-1], ":")
     return lines
 
 

@@ -1,0 +1,171 @@
+"""Dictated texts against real decoding: what a replay accepts, and how the oracle ranks."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.acceptance_runs import run
+from benchmarks.replay import LISTED, Dictation, OracleTeam, ReplayTeam
+from decoding.assemble import LoadedModel, build_stepper
+from decoding.config import EngineConfig
+from decoding.drafters.base import Drafter, DrafterContext
+from decoding.drafters.draft_model import DraftModelDrafter, DraftModelOptions
+from decoding.engine import Engine
+from decoding.messages import TokenEvent
+from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
+from decoding.step import Stepper
+from models.decoder import Decoder
+from models.tree_ops import TorchTreeOps
+from tests.doubles import OracleDrafter
+from tests.engines import EOS, VOCAB, BuildDrafter, demo_tokenizer, make_engine, tiny_decoder
+
+DEPTH = 4
+
+
+@cache
+def target() -> Decoder:
+    return tiny_decoder(torch.float64)
+
+
+@cache
+def draft() -> Decoder:
+    return tiny_decoder(torch.float64, blur=0.05)
+
+
+def draft_model(beam: int) -> BuildDrafter:
+    options = DraftModelOptions("", depth=DEPTH, top_k=3, beam=beam, min_confidence=0.0)
+    return lambda context: DraftModelDrafter(options, context, draft())
+
+
+class Lab:
+    """A tiny target with one drafter, whose step can be given another team and rule."""
+
+    def __init__(self, build: BuildDrafter, nodes: int = 20) -> None:
+        self.config = EngineConfig(
+            "tiny", num_pages=256, max_nodes=nodes, max_depth=DEPTH, min_probability=0.0, prefix_caching=False
+        )
+        self.loaded = LoadedModel(target(), demo_tokenizer(), VOCAB, (EOS,), {})
+        model = target()
+        self.drafters: list[Drafter] = [
+            build(DrafterContext("d", 0, model, demo_tokenizer(), model.dtype, model.device, "auto", 512, 2048))
+        ]
+        self.stepper = build_stepper(self.config, self.loaded, self.drafters)
+
+    def decode(self, requests: list[GenerateRequest]) -> dict[str, list[TokenEvent]]:
+        """As it is served."""
+        engine = Engine(self.config, self.loaded, self.stepper)
+        return self._run(engine, requests)
+
+    def dictate(self, team: Dictation, requests: list[GenerateRequest]) -> dict[str, list[TokenEvent]]:
+        step = self.stepper
+        parts = (step.target, step.cache, step.scheduler, step.planner, step.sampler, team, team.dictate)
+        return self._run(Engine(self.config, self.loaded, Stepper(*parts, step.committer)), requests)
+
+    @staticmethod
+    def _run(engine: Engine, requests: list[GenerateRequest]) -> dict[str, list[TokenEvent]]:
+        for request in requests:
+            engine.submit(request)
+        events = run(engine)
+        engine.check()
+        return events
+
+
+def requests(temperature: float, coupling: bool | None = None, count: int = 5) -> list[GenerateRequest]:
+    random = np.random.default_rng(1)
+    return [
+        GenerateRequest(
+            str(number),
+            tuple(random.integers(0, VOCAB, 10 + 7 * number).tolist()),
+            SamplingParams(max_tokens=30, temperature=temperature, seed=number, ignore_eos=True),
+            SpeculationParams(coupling=coupling),
+        )
+        for number in range(count)
+    ]
+
+
+def text_of(request: GenerateRequest, events: list[TokenEvent]) -> torch.Tensor:
+    return torch.tensor([*request.prompt_ids, *(token for event in events for token in event.token_ids)])
+
+
+@pytest.mark.parametrize(("temperature", "coupling"), [(0.0, None), (1.0, True), (1.0, False)])
+def test_a_replay_accepts_what_decoding_accepted_at_the_same_place(temperature: float, coupling: bool | None) -> None:
+    lab, asked = Lab(draft_model(beam=2)), requests(temperature, coupling)
+    made = lab.decode(asked)
+    texts = {request.request_id: text_of(request, made[request.request_id]) for request in asked}
+    team = ReplayTeam(lab.drafters, texts, DEPTH, TorchTreeOps(), 0.0)
+    replayed = lab.dictate(team, asked)
+    compared = 0
+    for request in asked:
+        name, events = request.request_id, made[request.request_id]
+        assert text_of(request, replayed[name]).tolist() == texts[name].tolist()
+        assert [len(event.token_ids) for event in replayed[name]] == [1] * 30
+        scored = team.accepted[name]  # of the positions after 1, 2, ... tokens
+        assert len(scored) == 30 - DEPTH - 1
+        before = 0
+        for event in events:
+            if 0 < before <= len(scored):
+                assert scored[before - 1] == len(event.token_ids) - 1, (name, before)
+                compared += scored[before - 1] > 0
+            before += len(event.token_ids)
+    assert compared > 10
+    assert 0 < team.drafted <= 20 * sum(len(scored) for scored in team.accepted.values())
+
+
+def test_who_knows_the_text_follows_it_to_the_end() -> None:
+    asked = requests(0.0)
+    random = np.random.default_rng(2)  # any text can be dictated, not the target's alone
+    texts = {r.request_id: torch.tensor([*r.prompt_ids, *random.integers(0, VOCAB, 30)]) for r in asked}
+    known = {(name, 0): text.tolist() for name, text in texts.items()}
+    lab = Lab(lambda context: OracleDrafter(context, known))
+    team = ReplayTeam(lab.drafters, texts, DEPTH, TorchTreeOps(), 0.0)
+    lab.dictate(team, asked)
+    assert {tuple(scored) for scored in team.accepted.values()} == {(DEPTH,) * (30 - DEPTH - 1)}
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_the_oracle_ranks_are_the_draft_models_own(beam: int) -> None:
+    asked = requests(0.0, count=3)
+    random = np.random.default_rng(3)
+    texts = {r.request_id: torch.tensor([*r.prompt_ids, *random.integers(0, VOCAB, 30)]) for r in asked}
+    lab = Lab(draft_model(beam))
+    team = OracleTeam(lab.drafters, texts, DEPTH)
+    lab.dictate(team, asked)
+    assert len(team.ranks) == 3 * (30 - DEPTH - 1)
+
+    judge = make_engine(draft(), prefix_caching=False)
+    expected: list[tuple[int, ...]] = []
+    for place in range(1, 30 - DEPTH):  # rows are noted step by step
+        for request in asked:
+            first = len(request.prompt_ids) + place
+            text = texts[request.request_id].tolist()
+            expected.append(tuple(rank_after(judge, text[: first + d], text[first + d]) for d in range(DEPTH)))
+    assert team.ranks == expected
+    ranks = {rank for ranks in expected for rank in ranks}
+    assert LISTED in ranks
+    assert len(ranks) > 4
+
+
+def test_a_coupled_drafter_that_is_the_target_knows_every_draw() -> None:
+    options = DraftModelOptions("", depth=DEPTH, top_k=2, beam=1, min_confidence=0.0)
+    lab = Lab(lambda context: DraftModelDrafter(options, context, target()))
+    right = {}
+    for coupling in (True, False):
+        asked = requests(1.0, coupling)
+        made = lab.decode(asked)
+        team = OracleTeam(lab.drafters, {r.request_id: text_of(r, made[r.request_id]) for r in asked}, DEPTH)
+        lab.dictate(team, asked)
+        right[coupling] = np.mean([[rank == 0 for rank in ranks] for ranks in team.ranks])
+    assert right[True] == 1.0
+    assert 0 < right[False] < 0.9
+
+
+def rank_after(engine: Engine, given: list[int], right: int) -> int:
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=LISTED, ignore_eos=True)
+    (generation,) = engine.generate(given, params)
+    assert generation.logprobs is not None
+    best = [token for token, _ in generation.logprobs[0].top]
+    return best.index(right) if right in best else LISTED
