@@ -224,7 +224,10 @@ def write_head(
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{file}.part"
     try:
-        save_file(_apart(tensors), part, metadata={"format": "pt"})
+        try:
+            save_file(_apart(tensors), part, metadata={"format": "pt"})
+        except SafetensorError as error:  # also what a full disk gives
+            raise OSError(f"{folder / file} cannot be written: {error}") from error
         part.replace(folder / file)
         part.write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
         part.replace(folder / "config.json")
