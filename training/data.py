@@ -28,6 +28,7 @@ class Document:
     text: str = ""
     token_ids: tuple[int, ...] = ()
     prompt_tokens: int = 0  # leading tokens that are no labels
+    ended: bool = True  # the end-of-text token after it is a label; false for text that was cut off
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Corpus:
         """
         ids: list[np.ndarray] = []
         counts: list[np.ndarray] = []
-        for encoded, prompt_tokens in _encoded(documents, tokenizer):
+        for encoded, document in _encoded(documents, tokenizer):
             closed = np.append(encoded, [end] if end is not None else []).astype(np.int32)
             if len(closed) and not 0 <= int(closed.min()) <= int(closed.max()) < vocab_size:
                 raise TrainError(
@@ -57,7 +58,9 @@ class Corpus:
                     "tokenised for another model; give text, or ids of this model's tokenizer"
                 )
             ids.append(closed)
-            counts.append(np.arange(len(closed)) >= prompt_tokens)
+            labels = np.arange(len(closed)) >= document.prompt_tokens
+            labels[len(encoded) :] &= document.ended
+            counts.append(labels)
         if not ids:
             raise TrainError("the data holds no text; give files with text, or JSONL with text, prompt or token_ids")
         return Corpus(np.concatenate(ids), np.concatenate(counts))
@@ -115,7 +118,8 @@ class WindowSampler:
 def read_documents(paths: Iterable[Path]) -> Iterator[Document]:
     """The documents of text files (each file is one) and JSONL files (each line is one).
 
-    A JSONL line has "text"; or "prompt" with or without "completion"; or "token_ids" with or without "prompt_tokens".
+    A JSONL line has "text"; or "prompt" with or without "completion"; or "token_ids" with or without "prompt_tokens"
+    (how many of them are no labels) and "ended" (false: the text was cut off there).
 
     Raises:
         TrainError: a file that is missing, no UTF-8, or malformed; the message names file and line.
@@ -141,9 +145,10 @@ def _document(line: str, place: str) -> Document:
     except ValueError as error:
         raise TrainError(f"{place} is no JSON ({error}); every line of a .jsonl file is one object") from error
     if isinstance(entry, dict):
-        ids, prompt_tokens = entry.get("token_ids"), entry.get("prompt_tokens", 0)
-        if isinstance(ids, list) and isinstance(prompt_tokens, int) and all(type(i) is int for i in ids):
-            return Document(token_ids=tuple(ids), prompt_tokens=prompt_tokens)
+        ids, prompt_tokens, ended = entry.get("token_ids"), entry.get("prompt_tokens", 0), entry.get("ended", True)
+        sound = isinstance(prompt_tokens, int) and isinstance(ended, bool)
+        if sound and isinstance(ids, list) and all(type(i) is int for i in ids):
+            return Document(token_ids=tuple(ids), prompt_tokens=prompt_tokens, ended=ended)
         parts = [entry["text"]] if "text" in entry else [entry.get("prompt"), entry.get("completion", "")]
         if ids is None and all(isinstance(part, str) for part in parts):
             return Document("".join(parts))
@@ -152,14 +157,19 @@ def _document(line: str, place: str) -> Document:
     )
 
 
-def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
-    waiting: list[str] = []
+def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, Document]]:
+    waiting: list[Document] = []
+
+    def encode() -> Iterator[tuple[np.ndarray, Document]]:
+        many = tokenizer.encode_many([document.text for document in waiting])
+        yield from ((np.array(ids, dtype=np.int64), document) for ids, document in zip(many, waiting, strict=True))
+        waiting.clear()
+
     for document in documents:
         if document.token_ids:
-            yield np.array(document.token_ids, dtype=np.int64), document.prompt_tokens
+            yield np.array(document.token_ids, dtype=np.int64), document
         elif document.text:
-            waiting.append(document.text)
+            waiting.append(document)
             if len(waiting) == ENCODED_AT_ONCE:
-                yield from ((np.array(ids, dtype=np.int64), 0) for ids in tokenizer.encode_many(waiting))
-                waiting = []
-    yield from ((np.array(ids, dtype=np.int64), 0) for ids in tokenizer.encode_many(waiting))
+                yield from encode()
+    yield from encode()
