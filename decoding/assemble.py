@@ -48,6 +48,7 @@ class LoadedModel:
     vocab_size: int  # ids that can be drawn
     eos_ids: tuple[int, ...]
     default_sampling: dict[str, float]
+    folder: Path | None = None  # None: not loaded but made
 
 
 def load_target(config: EngineConfig) -> LoadedModel:
@@ -81,7 +82,7 @@ def load_target(config: EngineConfig) -> LoadedModel:
     listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
     vocab_size = min(tokenizer.vocab_size, target.vocab_size)
     eos_ids = tuple(int(token) for token in listed if 0 <= token < vocab_size)  # others cannot be drawn
-    return LoadedModel(target, tokenizer, vocab_size, eos_ids, defaults)
+    return LoadedModel(target, tokenizer, vocab_size, eos_ids, defaults, folder)
 
 
 def _sampling_defaults(chosen: str, models_own: dict[str, Any]) -> dict[str, float]:
@@ -134,6 +135,7 @@ def build_drafters(config: EngineConfig, loaded: LoadedModel) -> list[Drafter]:
                 attention=config.attention,
                 max_model_len=loaded.target.max_model_len,
                 max_step_tokens=config.max_num_batched_tokens,
+                target_folder=loaded.folder,
             )
         )
         for bit, choice in enumerate(choices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -41,6 +42,7 @@ class DrafterContext:
     attention: str  # backend for models of the drafter's own
     max_model_len: int
     max_step_tokens: int  # query tokens that one forward pass may have
+    target_folder: Path | None = None  # where the target was loaded from, for drafters that lie beside it
 
 
 class Drafter(Protocol):
