@@ -1,7 +1,7 @@
 """Multi-token prediction by sequential modules (DeepSeek-V3, 2412.19437, eq. 21 to 23), served.
 
 Module k = 1 .. K at slot t joins the embedding of token t with what module k - 1 gave at slot t - 1 (module 1: the
-target's hidden state of token t - 1), runs one decoder layer of its own K/V, and predicts token t + k:
+target's hidden state of token t - 1), runs one decoder layer with K/V of its own, and predicts token t + 1:
 
     h(k, t) = layer_k( proj_k( [ enorm_k(E(x_t)) ; hnorm_k(h(k - 1, t - 1)) ] ) )
     logits  = head( norm_k( h(k, t) ) )
