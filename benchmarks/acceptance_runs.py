@@ -125,7 +125,7 @@ class Bench:
 
     def replay(self, scripts: Sequence[Script], drafters: Sequence[str], variant: Variant) -> Measured:
         """Score the drafters at every position of known texts."""
-        team = ReplayTeam(self._members(drafters), self._texts(scripts), self.config.max_depth, self._ops, 0.0)
+        team = ReplayTeam(self._members(drafters), self._texts(scripts), self.config.max_depth, self._stepper.planner)
         self._dictate(team, scripts, drafters, variant)
         counts = tuple(Counts.of(team.accepted[str(n)], team.depth) for n in range(len(scripts)))
         nodes = team.drafted / max(1, sum(c.steps for c in counts))

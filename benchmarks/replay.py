@@ -21,10 +21,10 @@ from decoding.batcher import Nodes
 from decoding.drafters.base import Drafter
 from decoding.drafters.team import DrafterTeam
 from decoding.plan import Plan, Quota
+from decoding.planner import StaticPlanner
 from decoding.sampling import Sampling
 from decoding.verify import Verdict
 from models.tree import Trees, mask_depths, walk
-from models.tree_ops import TreeOps
 
 LISTED = 8  # guesses among which the right token is looked for
 
@@ -81,36 +81,29 @@ class Dictation(DrafterTeam):
 
 
 class ReplayTeam(Dictation):
-    """Scores the trees that would be verified.
+    """Scores the trees that the planner would have verified.
 
     Attributes:
         accepted: request id -> drafted tokens that would be accepted, of each scored position.
         drafted: nodes of the trees at these positions.
     """
 
-    def __init__(
-        self, members: list[Drafter], texts: Mapping[str, Tensor], depth: int, ops: TreeOps, min_probability: float
-    ) -> None:
+    def __init__(self, members: list[Drafter], texts: Mapping[str, Tensor], depth: int, planner: StaticPlanner) -> None:
         super().__init__(members, texts, depth)
-        self._ops = ops
-        self._min_probability = min_probability
+        self._planner = planner
         self.accepted: dict[str, list[int]] = defaultdict(list)
         self.drafted = 0
 
     def listen(self, plan: Plan, quota: Quota, sampling: Sampling, future: Tensor, scored: list[bool]) -> None:
         """See ``Dictation``."""
         proposals = DrafterTeam.propose(self, plan, quota, sampling)
-        accepted, drafted = [0] * len(scored), [0] * len(scored)
-        if proposals:
-            nodes, depth = [row.nodes for row in quota.rows], [row.depth for row in quota.rows]
-            chosen = self._ops.choose(proposals, nodes, depth, self._min_probability)
-            drawn = future.gather(1, mask_depths(chosen.masks).clamp(0, self.depth))
-            accepted = walk(chosen.trees, chosen.masks, drawn, chosen.deepest)[0].tolist()
-            drafted = [count - 1 for count in chosen.counts]
-        for row, counts, reached, count in zip(plan.deciding, scored, accepted, drafted, strict=True):
+        chosen = self._planner.choose(plan, proposals, quota, future.device)
+        drawn = future.gather(1, mask_depths(chosen.masks).clamp(0, self.depth))
+        accepted = walk(chosen.trees, chosen.masks, drawn, chosen.deepest)[0].tolist()
+        for row, counts, reached, nodes in zip(plan.deciding, scored, accepted, chosen.counts, strict=True):
             if counts:
                 self.accepted[row.sequence.id[0]].append(reached)
-                self.drafted += count
+                self.drafted += nodes - 1
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from decoding.messages import TokenEvent
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
 from decoding.step import Stepper
 from models.decoder import Decoder
-from models.tree_ops import TorchTreeOps
 from tests.doubles import OracleDrafter
 from tests.engines import EOS, VOCAB, BuildDrafter, demo_tokenizer, make_engine, tiny_decoder
 
@@ -96,7 +95,7 @@ def test_a_replay_accepts_what_decoding_accepted_at_the_same_place(temperature: 
     lab, asked = Lab(draft_model(beam=2)), requests(temperature, coupling)
     made = lab.decode(asked)
     texts = {request.request_id: text_of(request, made[request.request_id]) for request in asked}
-    team = ReplayTeam(lab.drafters, texts, DEPTH, TorchTreeOps(), 0.0)
+    team = ReplayTeam(lab.drafters, texts, DEPTH, lab.stepper.planner)
     replayed = lab.dictate(team, asked)
     compared = 0
     for request in asked:
@@ -121,7 +120,7 @@ def test_who_knows_the_text_follows_it_to_the_end() -> None:
     texts = {r.request_id: torch.tensor([*r.prompt_ids, *random.integers(0, VOCAB, 30)]) for r in asked}
     known = {(name, 0): text.tolist() for name, text in texts.items()}
     lab = Lab(lambda context: OracleDrafter(context, known))
-    team = ReplayTeam(lab.drafters, texts, DEPTH, TorchTreeOps(), 0.0)
+    team = ReplayTeam(lab.drafters, texts, DEPTH, lab.stepper.planner)
     lab.dictate(team, asked)
     assert {tuple(scored) for scored in team.accepted.values()} == {(DEPTH,) * (30 - DEPTH - 1)}
 
