@@ -157,7 +157,7 @@ def build_stepper(
     target, device = loaded.target, loaded.target.device
     team = DrafterTeam(drafters)
     specs = [target.kv_spec, *(d.needs.kv for d in drafters if d.needs.kv is not None)]
-    num_pages = pool_size(config, target, specs)
+    num_pages = pool_size(config, target, specs, sum(d.needs.page_bytes for d in drafters))
     for drafter in drafters:
         drafter.attach(num_pages)
     kv = KVCache(target.kv_spec, num_pages, target.dtype, device)

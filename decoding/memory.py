@@ -15,13 +15,17 @@ CPU_BUDGET = 2 * 2**30  # bytes, unless --kv-cache-memory says otherwise
 LOGITS_PEAK = 4  # float32 copies of a step's logits that may be alive at one time
 
 
-def pool_size(config: EngineConfig, target: CausalModel, specs: list[KVSpec]) -> int:
+def pool_size(config: EngineConfig, target: CausalModel, specs: list[KVSpec], page_bytes: int) -> int:
     """Pages for the K/V of the target and the drafters together.
+
+    Args:
+        specs: of the target and of the drafters that have K/V.
+        page_bytes: what else is kept with a page.
 
     Raises:
         ConfigError: too little memory for one request of the model's full length; the message names the flags.
     """
-    page = sum(spec.bytes_per_page(target.dtype) for spec in specs)
+    page = sum(spec.bytes_per_page(target.dtype) for spec in specs) + page_bytes
     longest = pages_for(target.max_model_len)
     if config.num_pages is not None:
         if config.num_pages < 1:

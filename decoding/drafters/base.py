@@ -26,6 +26,7 @@ class Needs:
 
     kv: KVSpec | None = None  # own K/V layers on the shared pages
     taps: tuple[int, ...] = ()  # target's hidden states, see ForwardOutput.taps
+    page_bytes: int = 0  # kept with each page beside K/V
     fixed_tree: bool = False  # all its nodes are wanted, however improbable; --max-nodes and --max-depth still hold
 
 
