@@ -16,17 +16,18 @@ from torch import Tensor
 from decoding.batcher import Chain, build
 from decoding.cache import pages_for
 from models.batch import RaggedBatch
-from models.checkpoint import Checkpoint, CheckpointError
+from models.checkpoint import CheckpointError
 from models.decoder import Decoder
-from models.families import NATIVE_FAMILIES
 from models.kv_cache import KVCache
-from models.loader import load_model, read_config
+from models.loader import load_model
 from models.target import CausalModel
 from models.transformers_model import TransformersModel
 from models.tree import roots_only
 from training.errors import TrainError
 
+_UNITS = 512  # columns of the head that are read at one time
 _PROBES = 16  # random hidden states on which the head's weight must give the model's logits
+_HEAD_TOLERANCE = 0.02  # of the largest logit; bfloat16 rounds to 0.004
 
 
 @dataclass(frozen=True)
@@ -116,54 +117,40 @@ class FrozenTarget:
             TrainError: the model keeps none of that shape.
         """
         if isinstance(self.model, TransformersModel):
-            found = self.model.decoder.get_input_embeddings().weight
+            weight: Tensor = self.model.decoder.get_input_embeddings().weight
         else:
-            found = self._stored("embed.weight")
-        return self._checked(found, "embedding")
-
-    @torch.no_grad()
-    def head(self) -> Tensor:
-        """A copy of the LM head's weight [V, H] in the target's dtype; logits are hidden @ head^T and nothing else.
-
-        Raises:
-            TrainError: the model's logits are something else: a bias, a scale, a soft cap.
-        """
-        if isinstance(self.model, TransformersModel):
-            found = self.model.head.get_output_embeddings().weight  # type: ignore[operator]
-        else:
-            found = self._stored("embed.weight" if _tied(self.model) else "head.weight")
-        head = self._checked(found, "LM head")
-        generator = torch.Generator().manual_seed(0)
-        probes = torch.randn(_PROBES, self.hidden_size, generator=generator).to(head.device, head.dtype)
-        given, wanted = F.linear(probes, head).to(torch.float32), self.logits(probes).to(torch.float32)
-        if not torch.allclose(given, wanted, rtol=0.05, atol=0.02 * float(wanted.abs().max())):
-            raise TrainError(
-                f"the target {self.folder} scales, caps or shifts its logits after the LM head, and this recipe trains "
-                "on the head's weight alone; choose another recipe or target"
-            )
-        return head
-
-    def _stored(self, name: str) -> Tensor:
-        """A weight by the decoder's name for it, from the checkpoint: in the model it may be packed."""
-        family = NATIVE_FAMILIES[str(read_config(self.folder)["model_type"])]
-        try:
-            ((_, weight),) = Checkpoint.open(self.folder).read([family.checkpoint_name(name)])
-        except CheckpointError as error:
-            raise TrainError(f"the target cannot be read: {error}") from error
-        return weight
-
-    def _checked(self, weight: Tensor, what: str) -> Tensor:
+            assert isinstance(self.model, Decoder)
+            weight = self.model.embedding
         expected = (self.vocab_size, self.hidden_size)
         if tuple(weight.shape) != expected:
             raise TrainError(
-                f"the {what} of the target {self.folder} is {list(weight.shape)}, and its hidden states and logits ask "
-                f"for {list(expected)}: drafters that share it cannot be trained for this model"
+                f"the embedding of the target {self.folder} is {list(weight.shape)}, and its hidden states and logits "
+                f"ask for {list(expected)}: drafters that share it cannot be trained for this model"
             )
-        return weight.detach().to(self.model.device, self.model.dtype, copy=True)
+        return weight.detach().clone()
 
+    @torch.no_grad()
+    def head(self) -> Tensor:
+        """A copy of the LM head [V, H] in the target's dtype: its logits are hidden @ head^T.
 
-def _tied(model: CausalModel) -> bool:
-    return isinstance(model, Decoder) and model.config.tied
+        A scale of the logits is in it.
+
+        Raises:
+            TrainError: the model's logits are something else: a bias, a soft cap.
+        """
+        device, dtype = self.model.device, self.model.dtype
+        # the weight itself may be packed: the logits of unit vectors are its columns, exactly
+        units = torch.eye(self.hidden_size, device=device, dtype=dtype)
+        head = torch.cat([self.logits(some).to(dtype).t() for some in torch.split(units, _UNITS)], dim=1).contiguous()
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randn(_PROBES, self.hidden_size, generator=generator).to(device, dtype)
+        given, wanted = F.linear(probes, head).float(), self.logits(probes).float()
+        if not torch.allclose(given, wanted, rtol=0, atol=_HEAD_TOLERANCE * float(wanted.abs().max())):
+            raise TrainError(
+                f"the target {self.folder} caps or shifts its logits after the LM head, and this recipe trains on the "
+                "head's weight alone; choose another recipe or target"
+            )
+        return head
 
 
 def _lay_out(model: CausalModel, rows: int, length: int) -> _Layout:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
 
 from models.loader import DTYPES
 from training.capture import FrozenTarget
@@ -95,9 +97,22 @@ def build_draft(options: DraftOptions, context: TrainContext) -> DraftRecipe:
     """
     assert context.target is not None
     target = FrozenTarget.load(context.target, device=context.device, dtype=context.autocast or torch.float32)
-    target.head()  # refuses targets whose logits are more than that
-    draft = cut_down(context.target, options.chosen(target.model.num_layers)).to(context.device)
+    draft = cut_down(context.target, options.chosen(target.model.num_layers))
+    if not _plain_head(draft):
+        raise TrainError(
+            f"a {draft.config.model_type} model scales, caps or shifts its logits after the LM head, which drafts are "
+            "not trained for; choose another recipe"
+        )
+    draft = draft.to(context.device)
     return DraftRecipe(options, context, target, draft)
+
+
+@torch.no_grad()
+def _plain_head(draft: Any) -> bool:
+    """Whether the logits are the product of hidden states and the head's weight, and nothing else."""
+    out = draft(torch.arange(8)[None], use_cache=False, output_hidden_states=True)
+    head = draft.get_output_embeddings()
+    return torch.allclose(F.linear(out.hidden_states[-1], head.weight), out.logits, rtol=1e-4, atol=1e-4)
 
 
 def cut_down(folder: Path, layers: list[int]) -> Any:
