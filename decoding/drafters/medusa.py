@@ -36,7 +36,7 @@ PROBABILITY, CALIBRATED = "probability", "calibrated"
 
 @dataclass(frozen=True)
 class MedusaOptions:
-    path: str
+    path: str = ""  # default: within the target's own checkpoint (Medusa-2)
     tree: str = PROBABILITY  # the most probable nodes; "calibrated": medusa_choices.json beside the heads; or a file
     top_k: int = 10  # candidates of a head, for the tree by probability
     tau: float = 1.0  # confidence = softmax(z / tau)
@@ -54,7 +54,9 @@ def load_medusa_drafter(options: MedusaOptions, context: DrafterContext) -> Medu
     if not options.tau > 0:
         raise ConfigError("medusa: tau must be positive")
     try:
-        folder = resolve(options.path)
+        folder = resolve(options.path) if options.path else context.target_folder
+        if folder is None:
+            raise ConfigError("medusa: the target has no folder to look for heads in; give theirs: medusa=PATH")
         file = open_medusa(folder)
         check_fit(file.config, context, folder)
         heads = load_medusa(file, context.target.logits, context.device, context.dtype)
@@ -94,8 +96,9 @@ class MedusaDrafter:
 
     def __init__(self, options: MedusaOptions, context: DrafterContext, heads: MedusaHeads, shape: TreeShape) -> None:
         self.name = context.name
-        self.needs = Needs(fixed_tree=options.tree != PROBABILITY)
         self._target = context.target
+        kept = context.target.hidden_size * context.target.dtype.itemsize
+        self.needs = Needs(page_bytes=kept, fixed_tree=options.tree != PROBABILITY)
         self._device = context.device
         self._source = 1 << context.bit
         self._tau = options.tau
