@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import subprocess
@@ -20,6 +21,7 @@ from training.cli import main
 from training.data import Corpus, Document, WindowSampler, read_documents
 from training.errors import TrainError
 from training.optim import OptimizerOptions, Optimizers, schedule
+from training.recipes import RECIPES
 
 DEMO = Path(__file__).parents[2] / "demo"
 TEXT = "def add(a, b):\n    return a + b\n\n\nclass Stack:\n    items: list[int]\n" * 60
@@ -181,6 +183,16 @@ def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
     (tmp_path / STATE_FILE).write_bytes(b"PK\x03\x04 not really")
     with pytest.raises(TrainError, match="damaged"):
         load_state(tmp_path)
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_every_recipe_has_flags_of_its_own(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([recipe, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(RECIPES[recipe]().options):
+        assert f"--{field.name.replace('_', '-')}" in shown
 
 
 @pytest.mark.process

@@ -20,9 +20,9 @@ from training.recipes.rollout import Rollouts, check_dtype, like_target, rope_fo
 
 @dataclass(frozen=True)
 class EagleOptions:
-    """The defaults are the paper's, but for ``steps``."""
+    """The defaults are the paper's, but for ``unroll``."""
 
-    steps: int = 1  # drafted tokens that training unrolls; the paper: 1, and noise instead of more
+    unroll: int = 1  # drafted tokens that training unrolls; the paper: 1, and noise instead of more
     step_decay: float = 0.8  # weight of a step's loss, relative to the step before it
     keep: float = 0.7  # share of the positions that draft on after each step
     noise: float = 0.1  # uniform on the features, from -noise to noise
@@ -47,7 +47,7 @@ class EagleRecipe:
         module = EagleModule(self.config.layer, rope_for(layer, context), bias=self.config.bias)
         self.module: nn.Module = module.to(context.device)
         head = target.head()
-        self._weights = [options.step_decay**step for step in range(options.steps)]
+        self._weights = [options.step_decay**step for step in range(options.unroll)]
         self._rollouts = Rollouts(
             target,
             module,

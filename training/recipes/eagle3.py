@@ -22,7 +22,7 @@ from training.recipes.rollout import Rollouts, check_dtype, like_target, rope_fo
 
 @dataclass(frozen=True)
 class Eagle3Options:
-    steps: int = 6  # drafted tokens that training unrolls; the paper: 5
+    unroll: int = 6  # drafted tokens that training unrolls; the paper: 5
     step_decay: float = 0.8  # weight of a step's loss, relative to the step before it
     keep: float = 0.7  # share of the positions that draft on after each step; the paper: all (1)
     draft_vocab: int = 32_000  # most frequent tokens of the data, which can be drafted; 0: all
@@ -84,7 +84,7 @@ class Eagle3Recipe:
             module,
             lambda: module.lm_head.weight,
             context,
-            weights=[options.step_decay**step for step in range(options.steps)],
+            weights=[options.step_decay**step for step in range(options.unroll)],
             keep=options.keep,
             taps=self.config.taps,
             vocabulary=vocabulary,

@@ -27,7 +27,7 @@ RECYCLED = ("post", "pre")
 
 @dataclass(frozen=True)
 class MTPOptions:
-    steps: int = 4  # drafted tokens that training unrolls
+    unroll: int = 4  # drafted tokens that training unrolls
     beta: float = 0.7  # weight of a step's loss, relative to the step before it
     keep: float = 0.7  # share of the positions that draft on after each step; 1: all
     mlp: int = 0  # width of the MLP; 0: the target's, whose last layer the module then begins as
@@ -56,7 +56,7 @@ class MTPRecipe:
             _start_from_target(module, target)
         self.module: nn.Module = module.to(context.device)
         head = target.head()
-        powers = [options.beta**step for step in range(options.steps)]
+        powers = [options.beta**step for step in range(options.unroll)]
         self._rollouts = Rollouts(
             target, module, lambda: head, context, weights=[power / sum(powers) for power in powers], keep=options.keep
         )
@@ -70,7 +70,7 @@ class MTPRecipe:
         """See ``Recipe.save``."""
         dtype = DTYPES[self._options.dtype]
         tensors = {f"mtp_layers.0.{name}": weight.to(dtype) for name, weight in self.module.state_dict().items()}
-        write_mtp(folder, self.config, tensors, target=self._target.folder.name, steps=self._options.steps)
+        write_mtp(folder, self.config, tensors, target=self._target.folder.name, steps=self._options.unroll)
 
 
 def build_mtp(options: MTPOptions, context: TrainContext) -> MTPRecipe:

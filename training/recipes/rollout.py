@@ -64,7 +64,7 @@ class Rollouts:
         if not 0 < keep <= 1:
             raise TrainError(f"--keep is a share of the positions, over 0 and at most 1, not {keep}")
         if not 1 <= len(weights) <= context.window - 2:
-            raise TrainError(f"--steps must be from 1 to {context.window - 2} (--window less 2), not {len(weights)}")
+            raise TrainError(f"--unroll must be from 1 to {context.window - 2} (--window less 2), not {len(weights)}")
         self._target = target
         self._module = module
         self._head = head
