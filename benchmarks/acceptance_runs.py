@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from benchmarks.rates import Counts
+from benchmarks.rates import Counts, Estimate, tokens_per_step
 from benchmarks.replay import LISTED, Dictation, OracleTeam, ReplayTeam
 from benchmarks.texts import Prompt, Script
 from decoding.acceptance import Acceptance
@@ -71,6 +71,7 @@ class Oracle:
     text: str
     positions: int
     top: dict[int, list[float]]  # k -> [D] share of positions whose right token is among the k best guesses
+    reached: Estimate | None  # tokens per step of the drafter's own trees at the same positions
     tree: float  # tokens per step of the best static tree of the report's size, chosen with hindsight
     full: float  # tokens per step of a tree without end in which every node has LISTED children
 
@@ -140,7 +141,10 @@ class Bench:
         """
         team = OracleTeam(self._members([drafter]), self._texts(scripts), self.config.max_depth)
         self._dictate(team, scripts, [drafter], variant)
-        return summarise_ranks(team.ranks, drafter, text, self.config.max_nodes) if team.ranks else None
+        if not team.ranks:
+            return None
+        reached = tokens_per_step(self.replay(scripts, [drafter], variant).counts)
+        return summarise_ranks(team.ranks, drafter, text, self.config.max_nodes, reached)
 
     def _dictate(self, team: Dictation, scripts: Sequence[Script], drafters: Sequence[str], variant: Variant) -> None:
         step = self._stepper
@@ -223,7 +227,9 @@ def scripts_of(prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]]) -> li
     ]
 
 
-def summarise_ranks(ranks: Sequence[tuple[int, ...]], drafter: str, text: str, max_nodes: int) -> Oracle:
+def summarise_ranks(
+    ranks: Sequence[tuple[int, ...]], drafter: str, text: str, max_nodes: int, reached: Estimate | None = None
+) -> Oracle:
     """Accuracies by depth, and what trees could make of these guesses at most.
 
     A node of a static tree is a path of ranks; it is accepted where the right tokens have these ranks. A path is never
@@ -239,4 +245,4 @@ def summarise_ranks(ranks: Sequence[tuple[int, ...]], drafter: str, text: str, m
                 break
             paths[each[:d]] += 1
     best = sum(count for _, count in paths.most_common(max_nodes))
-    return Oracle(drafter, text, len(ranks), top, 1 + best / len(ranks), 1 + paths.total() / len(ranks))
+    return Oracle(drafter, text, len(ranks), top, reached, 1 + best / len(ranks), 1 + paths.total() / len(ranks))

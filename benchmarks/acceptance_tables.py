@@ -23,8 +23,9 @@ LEGEND_DEPTH = """\
 Share of steps that accept at least so many drafted tokens; below, the share among steps that accept one token less."""
 LEGEND_ORACLE = """\
 Share of positions whose right token is among the drafter's k best guesses at a depth, given that the path so far was
-right. static tree: tokens per step of the best tree of that size over these ranks, chosen with hindsight; every
-node 8: of a tree without end in which every node has the 8 best children, which no tree of such children exceeds."""
+right. Tokens per step if every position were a step's: own trees, those that the drafter proposed; static tree, the
+best one of that size over these ranks, chosen with hindsight; every node 8, a tree as deep as the drafter guesses in
+which every node has the 8 best children: no tree of such children does better."""
 
 
 def render(source: dict[str, Any], measured: Sequence[Measured], oracles: Sequence[Oracle], *, markdown: bool) -> str:
@@ -39,7 +40,7 @@ def render(source: dict[str, Any], measured: Sequence[Measured], oracles: Sequen
         parts += ["Coupled, uncoupled, typical", lay(comparison(measured))]
     parts += ["Acceptance by depth", lay(depths(measured, settings["max_depth"])), LEGEND_DEPTH]
     if oracles:
-        parts += ["Oracle bound", lay(bounds(oracles, measured, settings["nodes"])), LEGEND_ORACLE]
+        parts += ["Oracle bound", lay(bounds(oracles, settings["nodes"])), LEGEND_ORACLE]
     if markdown:
         parts = [f"## {part}" if part in HEADINGS else part for part in parts]
     return "\n\n".join(parts) + "\n"
@@ -94,16 +95,17 @@ def depths(measured: Sequence[Measured], deepest: int) -> Rows:
     return rows
 
 
-def bounds(oracles: Sequence[Oracle], measured: Sequence[Measured], nodes: int) -> Rows:
+def bounds(oracles: Sequence[Oracle], nodes: int) -> Rows:
     """Top-k accuracies by depth, and what trees could reach."""
     deepest = max(len(oracle.top[1]) for oracle in oracles)
     heads = ["drafter", "text", "k", *(str(d) for d in range(1, deepest + 1))]
-    rows = [[*heads, "measured", f"static tree of {nodes}", "every node 8"]]
+    rows = [[*heads, "own trees", f"static tree of {nodes}", "every node 8"]]
     for oracle in oracles:
-        reached = _cell(tokens_per_step(_counts(measured, oracle.drafter, oracle.text)))
         for k in RANKS:
             shares = [_share(value) for value in oracle.top[k]]
-            last = [reached, f"{oracle.tree:.2f}", f"{oracle.full:.2f}"] if k == RANKS[0] else ["", "", ""]
+            last = (
+                [_cell(oracle.reached), f"{oracle.tree:.2f}", f"{oracle.full:.2f}"] if k == RANKS[0] else ["", "", ""]
+            )
             rows.append([oracle.drafter, oracle.text, str(k), *shares, *["-"] * (deepest - len(shares)), *last])
     return rows
 
