@@ -19,7 +19,7 @@ from decoding.errors import ConfigError, nearest
 class DrafterKind:
     """One line of the table."""
 
-    options: type  # frozen dataclass; a field ``path`` without default means that the drafter needs a checkpoint
+    options: type  # frozen dataclass; a field ``path`` is the checkpoint, without default the drafter needs one
     build: Callable[[Any, DrafterContext], Drafter]
 
 
@@ -41,10 +41,31 @@ def _medusa() -> DrafterKind:
     return DrafterKind(MedusaOptions, load_medusa_drafter)
 
 
+def _mtp() -> DrafterKind:
+    from decoding.drafters.mtp import MTPOptions, load_mtp_drafter
+
+    return DrafterKind(MTPOptions, load_mtp_drafter)
+
+
+def _eagle() -> DrafterKind:
+    from decoding.drafters.eagle import EagleOptions, load_eagle_drafter
+
+    return DrafterKind(EagleOptions, load_eagle_drafter)
+
+
+def _eagle3() -> DrafterKind:
+    from decoding.drafters.eagle3 import Eagle3Options, load_eagle3_drafter
+
+    return DrafterKind(Eagle3Options, load_eagle3_drafter)
+
+
 DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "ngram": _ngram,
     "draft": _draft_model,
     "medusa": _medusa,
+    "mtp": _mtp,
+    "eagle": _eagle,
+    "eagle3": _eagle3,
 }
 
 
@@ -69,10 +90,10 @@ class DrafterChoice:
         kind = DRAFTERS[name]()
         fields = {field.name: field for field in dataclasses.fields(kind.options)}
         values: dict[str, Any] = {}
-        if "path" in fields:
-            if not path:
-                raise ConfigError(f"--speculate {name} needs a checkpoint: --speculate {name}=PATH")
+        if path and "path" in fields:
             values["path"] = path
+        elif "path" in fields and fields["path"].default is dataclasses.MISSING:
+            raise ConfigError(f"--speculate {name} needs a checkpoint: --speculate {name}=PATH")
         elif path:
             raise ConfigError(f"--speculate {name} takes no path; leave out {'=' + path!r}")
         for item in filter(None, tail.split(",")):

@@ -28,6 +28,7 @@ from models.tree import Trees, is_node
 from tests.doubles import GarbageDrafter
 from tests.engines import ROOT, run
 from tests.medusa import demo_heads
+from tests.mtp import demo_module
 
 DRAFT = f"draft={ROOT}/demo/draft"
 
@@ -41,6 +42,7 @@ EXAMPLES: dict[str, Callable[[], str]] = {
     "ngram": lambda: "ngram",
     "draft": lambda: DRAFT,
     "medusa": _medusa,
+    "mtp": lambda: f"mtp={demo_module()}",
 }
 
 
