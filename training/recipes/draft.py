@@ -1,7 +1,6 @@
 """A small model of the target's family and vocabulary, distilled from the target (2310.08461) by KL(target || draft).
 
 It begins as the target with most layers left out: embeddings, the chosen layers, final norm and head are the target's.
-A draft of one layer that begins at random needs several times the text to come as far.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-
 
 from models.loader import DTYPES
 from training.capture import FrozenTarget
