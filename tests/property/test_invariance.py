@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,16 +15,22 @@ from hypothesis import strategies as st
 
 from decoding.cache import pages_for
 from decoding.drafters.draft_model import DraftModelDrafter, DraftModelOptions
+from decoding.drafters.expansion import TreeOptions
+from decoding.drafters.feature_drafter import FeatureDrafter
 from decoding.drafters.ngram import NgramDrafter, NgramOptions
 from decoding.engine import Engine
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
 from decoding.sequence import SequenceId
 from models.decoder import Decoder
+from models.heads.eagle import EagleModel
+from models.heads.eagle3 import Eagle3Model
 from tests.doubles import AlternatingDrafter, GarbageDrafter, OracleDrafter
+from tests.eagle import fitted_eagle, fitted_eagle3
 from tests.engines import VOCAB, BuildDrafter, make_engine, run, tiny_decoder
 
 CASES = int(os.environ.get("SACCADE_INVARIANCE_CASES", "220"))
-DRAFTERS = ("none", "ngram", "draft", "both", "garbage", "oracle", "alternating", "all")
+SINGLE = ("none", "ngram", "draft", "eagle", "eagle3", "garbage", "oracle", "alternating")
+PAIRS = ("draft+ngram", "eagle3+ngram", "eagle+draft", "eagle+eagle3", "eagle3+alternating")
 
 
 @cache
@@ -34,6 +41,13 @@ def target() -> Decoder:
 @cache
 def draft() -> Decoder:
     return tiny_decoder(torch.float64, blur=0.05)
+
+
+@cache
+def eagles() -> tuple[EagleModel, Eagle3Model]:
+    texts = np.random.default_rng(9).integers(0, VOCAB, (30, 60)).tolist()
+    drafted = torch.arange(VOCAB)[torch.arange(VOCAB) % 4 != 1]
+    return fitted_eagle(target(), texts), fitted_eagle3(target(), texts, (1, 0, 1), drafted)
 
 
 @cache
@@ -102,7 +116,7 @@ def workloads(draw: st.DrawFn) -> list[GenerateRequest]:
 
 setups = st.builds(
     Setup,
-    drafters=st.sampled_from(DRAFTERS),
+    drafters=st.sampled_from((*SINGLE, *PAIRS, "all")),
     max_nodes=st.sampled_from([1, 2, 5, 12, 30, 63]),
     max_depth=st.sampled_from([1, 2, 4, 9]),
     beam=st.integers(1, 4),
@@ -115,15 +129,18 @@ setups = st.builds(
 
 def drafters_of(setup: Setup, texts: dict[SequenceId, list[int]]) -> dict[str, BuildDrafter]:
     options = DraftModelOptions("", depth=4, top_k=3, beam=setup.beam)
+    tree = TreeOptions("", depth=4, top_k=3, beam=setup.beam)
     table: dict[str, BuildDrafter] = {
         "ngram": lambda context: NgramDrafter(NgramOptions(), context),
         "draft": lambda context: DraftModelDrafter(options, context, draft()),
+        "eagle": lambda context: FeatureDrafter(tree, context, eagles()[0]),
+        "eagle3": lambda context: FeatureDrafter(tree, context, eagles()[1]),
         "garbage": GarbageDrafter,
         "oracle": lambda context: OracleDrafter(context, texts),
         "alternating": lambda context: AlternatingDrafter(context, texts),
     }
-    groups = {"none": (), "both": ("draft", "ngram"), "all": tuple(table)}
-    return {name: table[name] for name in groups.get(setup.drafters, (setup.drafters,))}
+    groups: dict[str, Sequence[str]] = {"none": (), "all": tuple(table)}
+    return {name: table[name] for name in groups.get(setup.drafters, setup.drafters.split("+"))}
 
 
 @given(requests=workloads(), setup=setups)
