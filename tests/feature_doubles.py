@@ -28,7 +28,7 @@ class ToyFeatureModel:
 
     Args:
         continues: it also reads what it made of the entry before, as a second module would.
-        token_ids: a draft vocabulary.
+        token_ids: a draft vocabulary; of ids beyond the target's it is surest.
     """
 
     dtype, device = torch.float64, CPU
@@ -69,7 +69,10 @@ class ToyFeatureModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self.body.logits(hidden)
-        return logits if self.token_ids is None else logits[:, self.token_ids]
+        if self.token_ids is None:
+            return logits
+        padding = logits.amax(dim=1, keepdim=True) + 1
+        return torch.cat([logits, padding], dim=1)[:, self.token_ids.clamp(max=VOCAB)]
 
     def _run(self, batch: RaggedBatch, first: Tensor, earlier: Tensor, cache: KVCache) -> Drafted:
         batch.validate()
