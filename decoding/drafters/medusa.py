@@ -16,7 +16,7 @@ from torch import Tensor
 from decoding.batcher import Nodes
 from decoding.drafters.base import DrafterContext, Needs
 from decoding.drafters.features import FeatureStore
-from decoding.drafters.product_tree import Candidates, FixedTrees, ProbableTrees, TreeShape
+from decoding.drafters.product_tree import FixedTrees, ProbableTrees, TreeShape, guess_depths
 from decoding.drafters.rows import may_draft, spread
 from decoding.drafters.static_tree import CHOICES_FILE, MAX_RANKS, read_choices
 from decoding.errors import ConfigError, ModelError
@@ -26,9 +26,9 @@ from decoding.sequence import Sequence, SequenceId
 from decoding.verify import Verdict
 from models.batch import RaggedBatch
 from models.heads.feature_model import FeatureSource
-from models.heads.medusa import MedusaConfig, MedusaHeads, load_medusa, open_medusa
+from models.heads.medusa import MedusaHeads, load_medusa, open_medusa
 from models.loader import CheckpointError, resolve
-from models.target import ForwardOutput
+from models.target import CausalModel, ForwardOutput
 from models.tree import Trees
 
 PROBABILITY, CALIBRATED = "probability", "calibrated"
@@ -53,16 +53,10 @@ def load_medusa_drafter(options: MedusaOptions, context: DrafterContext) -> Medu
         raise ConfigError(f"medusa: top_k must be in 1 .. {MAX_RANKS}, not {options.top_k}")
     if not options.tau > 0:
         raise ConfigError("medusa: tau must be positive")
-    try:
-        folder = resolve(options.path) if options.path else context.target_folder
-        if folder is None:
-            raise ConfigError("medusa: the target has no folder to look for heads in; give theirs: medusa=PATH")
-        file = open_medusa(folder)
-        check_fit(file.config, context, folder)
-        heads = load_medusa(file, context.target.logits, context.device, context.dtype)
-    except CheckpointError as error:
-        raise ModelError(f"medusa: {error}") from error
-    vocab_size, num_heads = min(context.tokenizer.vocab_size, context.target.vocab_size), heads.config.num_heads
+    folder = heads_folder(options.path, context.target_folder)
+    vocab_size = min(context.tokenizer.vocab_size, context.target.vocab_size)
+    heads = load_heads(folder, context.target, vocab_size)
+    num_heads = heads.config.num_heads
     if options.tree == PROBABILITY:
         shape: TreeShape = ProbableTrees(num_heads, min(options.top_k, vocab_size), context.device)
     else:
@@ -71,24 +65,40 @@ def load_medusa_drafter(options: MedusaOptions, context: DrafterContext) -> Medu
     return MedusaDrafter(options, context, heads, shape)
 
 
-def check_fit(heads: MedusaConfig, context: DrafterContext, path: Path) -> None:
-    """Whether heads were made for this target.
+def heads_folder(path: str, target_folder: Path | None) -> Path:
+    """Where the heads are: ``path``, a folder or hub id, or where the target is.
 
     Raises:
-        ModelError: for another hidden size or vocabulary.
+        ModelError: there is no such folder.
+        ConfigError: no path, and a target that was not loaded from a folder.
     """
-    target = context.target
-    if heads.hidden_size != target.hidden_size:
-        raise ModelError(
-            f"medusa: the heads in {path} read hidden states of size {heads.hidden_size}, and the target's are "
-            f"{target.hidden_size} wide. Use heads that were trained for this target"
-        )
-    needed = min(context.tokenizer.vocab_size, target.vocab_size)
-    if heads.vocab_size is not None and not needed <= heads.vocab_size <= target.vocab_size:
-        raise ModelError(
-            f"medusa: the heads in {path} guess among {heads.vocab_size} tokens, and the target has "
-            f"{target.vocab_size}. Use heads that were trained for this target"
-        )
+    if not path and target_folder is None:
+        raise ConfigError("medusa: the target has no folder to look for heads in; give theirs: medusa=PATH")
+    try:
+        return resolve(path) if path or target_folder is None else target_folder
+    except CheckpointError as error:
+        raise ModelError(f"medusa: {error}") from error
+
+
+def load_heads(folder: Path, target: CausalModel, vocab_size: int) -> MedusaHeads:
+    """Load heads and check that they were made for this target, whose text has ids below ``vocab_size``.
+
+    Raises:
+        ModelError: no heads, broken ones, or another hidden size or vocabulary.
+    """
+    try:
+        file = open_medusa(folder)
+        width, rows = file.config.hidden_size, file.config.vocab_size
+        wrong = ""
+        if width != target.hidden_size:
+            wrong = f"read hidden states of size {width}, and the target's are {target.hidden_size} wide"
+        elif rows is not None and not vocab_size <= rows <= target.vocab_size:
+            wrong = f"guess among {rows} tokens, and the target has {target.vocab_size}"
+        if wrong:
+            raise ModelError(f"medusa: the heads in {folder} {wrong}. Use heads that were trained for this target")
+        return load_medusa(file, target.logits, target.device, target.dtype)
+    except CheckpointError as error:
+        raise ModelError(f"medusa: {error}") from error
 
 
 class MedusaDrafter:
@@ -138,20 +148,7 @@ class MedusaDrafter:
         roots, row = torch.tensor([last, drafting], device=self._device)
         limits = [quota.rows[index] for index in drafting]
         depth = min(self._shape.depth, max(limit.depth for limit in limits))
-        candidates = self._guess(torch.stack(features), roots, row, depth, sampling)
+        logits = self._heads.logits(torch.stack(features), depth)
+        candidates = guess_depths(logits, roots, row, self._shape.ranks, self._tau, sampling)
         trees = self._shape.grow(candidates, max(limit.nodes for limit in limits), self._source)
         return spread(trees, row, plan)
-
-    def _guess(self, hidden: Tensor, roots: Tensor, row: Tensor, depth: int, sampling: Sampling) -> Candidates:
-        """The candidates of the first ``depth`` heads, from the hidden states [S, H] before the roots.
-
-        What stands between the root and a guess is not known, so penalties count the tokens up to the root.
-        """
-        logits = self._heads.logits(hidden, depth).flatten(0, 1)  # [S * D, V]
-        node_row = row.repeat_interleave(depth)
-        above = torch.arange(depth, device=row.device).repeat(len(row))  # the depth of the node that draws the token
-        unknown = above.new_full((len(above), 1), -1) if sampling.needs_paths() else None
-        x = sampling.process(logits, node_row, above, unknown)
-        tokens, confidence = sampling.guess(x, node_row, above, self._shape.ranks, self._tau)
-        size = (len(row), depth, tokens.shape[1])
-        return Candidates(roots, tokens.view(size), confidence.view(size))
