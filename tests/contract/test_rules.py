@@ -8,20 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding.batcher import Nodes
-from decoding.noise import NoiseBank
 from decoding.request import GenerateRequest, SamplingParams
-from decoding.sampling import Sampling, count, make_table
-from decoding.sampling_ops import load_sampling_ops
+from decoding.sampling import Sampling
 from decoding.sequence import Sequence
 from decoding.verify import RULES, Verdict
 from models.batch import MAX_TREE
-from models.tree import NO_PARENT, Trees, ancestor_masks, depths, roots_only
+from models.tree import Trees, roots_only
 from models.tree_ops import TREE_OPS, load_tree_ops
+from tests.steps import CPU, Tree, pack, sampling_of
 
 WORDS = 3  # few, so that drawn tokens are often there
 VOCAB = 5
-Tree = list[tuple[int, int]]  # (parent, token) of each column after the root
-CPU = torch.device("cpu")
 everywhere = pytest.mark.parametrize(("name", "ops"), [(name, ops) for name in RULES for ops in TREE_OPS])
 
 
@@ -46,33 +43,17 @@ def rows(draw: st.DrawFn) -> tuple[Tree, list[int]]:
 
 def judge(name: str, ops: str, batch: list[tuple[Tree, list[int]]], spare: int = 0) -> tuple[Trees, Nodes, Verdict]:
     """The verdict over trees with padding on the right, and room for ``spare`` more depths than there are."""
-    counts = [len(drawn) for _, drawn in batch]
-    size = (len(batch), max(counts))
-    tokens, parents = torch.full(size, -1), torch.full(size, NO_PARENT)
-    tokens[:, 0] = 0
-    for r, (tree, _) in enumerate(batch):
-        for column, (parent, token) in enumerate(tree, start=1):
-            parents[r, column], tokens[r, column] = parent, token
-    trees = Trees(tokens, parents, torch.ones(size), torch.zeros_like(parents))
-    trees.validate()
-    columns = torch.tensor([column for count in counts for column in range(count)])
-    row = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts))
-    depth = depths(parents)
-    first = torch.tensor([0, *counts[:-1]]).cumsum(0)
-    nodes = Nodes(row, columns, depth[row, columns], first, ancestor_masks(parents))
+    trees, nodes = pack([tree for tree, _ in batch])
     drawn = torch.tensor([token for _, drawn in batch for token in drawn])
     logits = torch.nn.functional.one_hot(drawn, VOCAB).float()
     rule = RULES[name](load_tree_ops(CPU, ops))
-    return trees, nodes, rule(trees, nodes, logits, greedy(len(batch)), int(depth.max()) + spare)
+    return trees, nodes, rule(trees, nodes, logits, greedy(len(batch)), int(nodes.depth.max()) + spare)
 
 
 def greedy(rows: int) -> Sampling:
     """Of rows that draw the likeliest token."""
-    params = SamplingParams(temperature=0.0)
-    sequences = [Sequence(GenerateRequest(f"r{row}", (0,), params), 0, 0) for row in range(rows)]
-    bank, sampling_ops = NoiseBank(VOCAB, 2, CPU), load_sampling_ops(CPU)
-    table = make_table(sequences, bank.first_rows(sequences), VOCAB, (), CPU)
-    return Sampling(table, count(sequences, table, VOCAB, CPU), bank, torch.zeros(0).long(), VOCAB, sampling_ops)
+    request = GenerateRequest("r", (0,), SamplingParams(temperature=0.0))
+    return sampling_of([Sequence(request, 0, 0) for _ in range(rows)], vocab=VOCAB)
 
 
 def walk(tree: Tree, drawn: list[int]) -> tuple[list[int], list[int]]:

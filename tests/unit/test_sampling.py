@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import partial
 
 import pytest
 import torch
@@ -21,17 +21,18 @@ from transformers import (
 )
 
 from decoding.batcher import Chain, Nodes, build
-from decoding.noise import NoiseBank, gumbel
+from decoding.noise import gumbel
 from decoding.request import GenerateRequest, SamplingParams
-from decoding.sampling import Sampling, count, make_table
-from decoding.sampling_ops import SAMPLING_OPS, SamplingOps
+from decoding.sampling_ops import SAMPLING_OPS
 from decoding.sequence import Sequence
 from decoding.verify import node_paths
 from models.tree import NO_PARENT, Trees, ancestor_masks
+from tests import steps
 
 CPU = torch.device("cpu")
 VOCAB = 12
 EOS = 3
+sampling_of = partial(steps.sampling_of, vocab=VOCAB, eos=(EOS,))
 
 
 def a_sequence(params: SamplingParams, prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = ()) -> Sequence:
@@ -41,26 +42,10 @@ def a_sequence(params: SamplingParams, prompt: tuple[int, ...] = (1, 2), output:
     return sequence
 
 
-@cache
-def ops_of(name: str) -> SamplingOps:
-    return SAMPLING_OPS[name]()
-
-
 @pytest.fixture(params=list(SAMPLING_OPS))
 def ops(request: pytest.FixtureRequest) -> str:
     """Each implementation of the vocabulary-wide operations; the kernels must work where tests run."""
     return str(request.param)
-
-
-def sampling_of(sequences: list[Sequence], depth: int = 8, vocab: int = VOCAB, ops: str = "torch") -> Sampling:
-    """Everything for one step in which these sequences decide. Their request ids may repeat, so ids are made unique."""
-    for number, sequence in enumerate(sequences):
-        sequence.id = (f"r{number}", sequence.choice)
-    bank = NoiseBank(vocab, depth + 2, CPU, ops_of(ops).fill_noise)
-    bank.fill(sequences, depth)
-    table = make_table(sequences, bank.first_rows(sequences), vocab, (EOS,), CPU)
-    next_position = torch.tensor([s.length for s in sequences])
-    return Sampling(table, count(sequences, table, vocab, CPU), bank, next_position, vocab, ops_of(ops))
 
 
 def process(params: SamplingParams, logits: Tensor, output: tuple[int, ...] = (), depth: int = 0) -> Tensor:
@@ -130,7 +115,7 @@ def test_the_way_out_when_the_filters_drop_every_likely_candidate(ops: str) -> N
     """In a flat vocabulary with a tiny top-k, the 8 best of x + g are seldom among the k."""
     vocab, draws, k = 300, 4000, 3
     logits = torch.linspace(0.1, 0, vocab)
-    sampling = sampling_of([a_sequence(SamplingParams(seed=1, top_k=k))], draws, vocab, ops)
+    sampling = sampling_of([a_sequence(SamplingParams(seed=1, top_k=k))], draws, vocab=vocab, ops=ops)
     row = torch.zeros(draws, dtype=torch.int64)
     drawn = sampling.draw(logits.expand(draws, vocab), row, torch.arange(draws))
     observed = torch.bincount(drawn, minlength=vocab).numpy()
