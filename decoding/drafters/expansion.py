@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -62,16 +63,8 @@ Pass = Callable[[RaggedBatch, Tensor | None, int], tuple[Tensor, Tensor | None]]
 """(draft nodes [T], their parents' carry [T, C], their depth >= 1) -> (hidden states [T, H], their carry [T, C])."""
 
 
-@dataclass(frozen=True)
-class Expansion:
-    """Grows trees with one model."""
-
-    options: TreeOptions
-    source: int  # the drafter's bit
-    last_position: int  # of the model's RoPE table
-    forward: Pass
-    logits: Callable[[Tensor], Tensor]
-    token_ids: Tensor | None = None  # [V'] the target's ids of a draft vocabulary
+class Growth(Protocol):
+    """How trees come out of a model's pass over the chains that end in their roots."""
 
     def grow(
         self,
@@ -94,6 +87,31 @@ class Expansion:
             row: [S] the rows' numbers in ``sampling``.
             depth: of the trees, at least 1.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Grows trees with one model, a pass a depth."""
+
+    options: TreeOptions
+    source: int  # the drafter's bit
+    last_position: int  # of the model's RoPE table
+    forward: Pass
+    logits: Callable[[Tensor], Tensor]
+    token_ids: Tensor | None = None  # [V'] the target's ids of a draft vocabulary
+
+    def grow(
+        self,
+        roots: Trees,
+        batch: RaggedBatch,
+        hidden: Tensor,
+        carry: Tensor | None,
+        row: Tensor,
+        depth: int,
+        sampling: Sampling,
+    ) -> Trees:
+        """See ``Growth.grow``."""
         rows, device = len(row), row.device
         zeros = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         paths = zeros.new_zeros(rows, 1, 0) if sampling.needs_paths() else None

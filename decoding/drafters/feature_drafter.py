@@ -20,7 +20,7 @@ from torch import Tensor
 from decoding.batcher import Chain, Nodes, build
 from decoding.cache import pages_for
 from decoding.drafters.base import DrafterContext, Needs
-from decoding.drafters.expansion import Expansion, TreeOptions
+from decoding.drafters.expansion import Expansion, Growth, TreeOptions
 from decoding.drafters.features import FeatureStore
 from decoding.drafters.rows import may_draft, spread
 from decoding.plan import Plan, Quota
@@ -63,9 +63,15 @@ class Run:
 
 
 class FeatureDrafter:
-    """One feature model for all rows. Its K/V lies on the sequences' pages, in tensors of its own."""
+    """One feature model for all rows. Its K/V lies on the sequences' pages, in tensors of its own.
 
-    def __init__(self, options: TreeOptions, context: DrafterContext, model: FeatureModel) -> None:
+    Args:
+        growth: how its trees grow; default: by the model's passes over their nodes.
+    """
+
+    def __init__(
+        self, options: TreeOptions, context: DrafterContext, model: FeatureModel, growth: Growth | None = None
+    ) -> None:
         self.name = context.name
         width = model.feature_size + (model.carry_size if model.continues else 0)
         self.needs = Needs(kv=model.kv_spec, taps=model.source.taps, page_bytes=width * model.dtype.itemsize)
@@ -73,7 +79,7 @@ class FeatureDrafter:
         self._model = model
         self._target = context.target
         self._max_step_tokens = context.max_step_tokens
-        self._expansion = Expansion(
+        self._growth = growth or Expansion(
             options, 1 << context.bit, model.max_positions - 1, self._extend, model.logits, model.token_ids
         )
         self._features = FeatureStore(model.source, PENDING, self._may_draft)
@@ -131,7 +137,7 @@ class FeatureDrafter:
         row = torch.tensor(drafting, device=self._model.device)
         depth = min(self._options.depth, max(quota.rows[number].depth for number in drafting))
         hidden, carry = drafted.hidden[batch.wanted], drafted.carry[batch.wanted]
-        return spread(self._expansion.grow(trees, batch, hidden, carry, row, depth, sampling), row, plan)
+        return spread(self._growth.grow(trees, batch, hidden, carry, row, depth, sampling), row, plan)
 
     def _may_draft(self, sequence: Sequence) -> bool:
         return may_draft(self.name, sequence)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from decoding.sampling import Sampling
 from models.tree import CERTAIN, IMPOSSIBLE, NO_PARENT, Trees
 
 RankPath = tuple[int, ...]  # the rank of a node's candidate at depth 1, 2, ...; () is the root
@@ -121,6 +122,26 @@ class FixedTrees:
     def grow(self, candidates: Candidates, nodes: int, source: int) -> Trees:
         wanted = replace(candidates, confidence=candidates.confidence.clamp(min=self._least))
         return self._paths[candidates.tokens.shape[1]].hang(wanted, source)
+
+
+def guess_depths(logits: Tensor, roots: Tensor, row: Tensor, ranks: int, tau: float, sampling: Sampling) -> Candidates:
+    """The best ``ranks`` guesses of every depth under the rows' own rules and noise.
+
+    What stands between the root and a guess is not known, so penalties count the tokens up to the root.
+
+    Args:
+        logits: [S, D, V] of depths 1 .. D.
+        roots: [S] the rows' last tokens.
+        row: [S] the rows' numbers in ``sampling``.
+    """
+    count, depth, _ = logits.shape
+    node_row = row.repeat_interleave(depth)
+    above = torch.arange(depth, device=row.device).repeat(count)  # the depth of the node that draws the token
+    unknown = above.new_full((len(above), 1), -1) if sampling.needs_paths() else None
+    x = sampling.process(logits.flatten(0, 1), node_row, above, unknown)
+    tokens, confidence = sampling.guess(x, node_row, above, ranks, tau)
+    size = (count, depth, tokens.shape[1])
+    return Candidates(roots, tokens.view(size), confidence.view(size))
 
 
 def eligible_paths(depth: int, ranks: int, nodes: int) -> list[RankPath]:

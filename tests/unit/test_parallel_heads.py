@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from decoding.config import EngineConfig
+from decoding.drafters.base import DrafterContext
+from decoding.drafters.feature_drafter import FeatureDrafter
+from decoding.drafters.mtp import MTPOptions, parallel_drafter
+from decoding.engine import Engine
+from decoding.plan import Plan, Quota
+from decoding.request import GenerateRequest, SamplingParams
+from decoding.sampling import Sampling
 from models.attention.reference import attend
 from models.checkpoint import CheckpointError
 from models.decoder import Decoder
 from models.heads.parallel_heads import ParallelHeads, load_parallel_heads
 from models.layers.ops import TorchOps
 from models.loader import load_model
+from models.tree import Trees, depths
+from tests.engines import ROOT, make_engine, run
 from tests.paged import PagedRun
 from tests.unit.test_mtp import Served
 
@@ -122,6 +133,64 @@ def test_heads_predict_what_the_paper_has_them_predict(folder: Path) -> None:
         deeper, _ = served.level(0, 1, 0, [3, 4], [0b11, 0b101], carry.expand(2, -1))
         torch.testing.assert_close(deeper[0], expected[2][root - 1], rtol=0, atol=1e-9)
         assert torch.equal(deeper[0], deeper[1])  # whatever the drafted token
+
+
+class Compared:
+    """A drafter whose every tree at temperature 0 is held against the paper's formulas."""
+
+    def __init__(self, inner: FeatureDrafter) -> None:
+        self.inner = inner
+        self.dense, self.compared = Dense(meta_tensors()), 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
+        trees = self.inner.propose(plan, quota, sampling)
+        for number, row in enumerate(plan.deciding if trees is not None else ()):
+            assert trees is not None
+            depth = depths(trees.parents[number : number + 1])[0]
+            expected = self.dense.logits(row.sequence.tokens.tolist()[:-1])
+            for level in range(1, 1 + EXTRA):
+                drafted = set(trees.tokens[number][depth == level].tolist())
+                ranked = expected[level][-1].topk(3).indices.tolist()
+                assert drafted == set(ranked[: len(drafted)])
+                self.compared += len(drafted)
+            assert int(depth.max()) <= EXTRA
+        return trees
+
+
+@pytest.mark.parametrize("step_tokens", [6, 2048])
+def test_the_engine_drafts_what_the_heads_say(folder: Path, step_tokens: int) -> None:
+    target, heads = load(folder)
+    built: list[Compared] = []
+
+    def build(context: DrafterContext) -> Compared:
+        built.append(Compared(parallel_drafter(MTPOptions(depth=7, top_k=3), context, heads)))
+        return built[0]
+
+    settings: dict[str, Any] = {"max_num_batched_tokens": step_tokens, "min_probability": 0.0}
+    requests = [
+        GenerateRequest(f"r{length}", tuple(range(length)), SamplingParams(30, 0.0, ignore_eos=True))
+        for length in (1, 2, 40)
+    ]
+    drafted = run(make_engine(target, {"mtp": build}, **settings), requests)
+    plain = run(make_engine(target, **settings), requests)
+    assert {key: outcome.tokens for key, outcome in drafted.items()} == {k: o.tokens for k, o in plain.items()}
+    assert built[0].compared > 100
+
+
+def test_a_folder_of_metas_serves_and_drafts(folder: Path) -> None:
+    request = GenerateRequest("r", (1, 2, 3), SamplingParams(20, 0.8, seed=3, ignore_eos=True))
+    outcomes = []
+    for speculate in ((), ("mtp:tau=0.5",)):
+        config = EngineConfig(
+            str(folder), tokenizer=f"{ROOT}/demo/target", dtype="float32", speculate=speculate, num_pages=16
+        )
+        outcomes.append(run(Engine.load(replace(config, min_probability=0.0)), [request])["r", 0])
+    assert outcomes[0].tokens == outcomes[1].tokens
+    assert outcomes[1].last.speculation is not None
+    assert outcomes[1].last.speculation.drafted > 0
 
 
 def without_heads(tensors: dict[str, Tensor]) -> None:
