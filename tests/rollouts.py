@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from decoding.drafters.base import DrafterContext
@@ -46,6 +47,14 @@ def context(target: Path, corpus: np.ndarray | None = None, *, window: int = WIN
 
 def save_target(folder: Path, variant: str = "llama") -> Path:
     return save_tiny(variant, folder, num_hidden_layers=4, vocab_size=VOCAB)
+
+
+def save_sure_target(folder: Path) -> Path:
+    """One that knows what it wants: what it says can be learnt, without near ties."""
+    path = save_target(folder) / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "lm_head.weight": 20 * weights["lm_head.weight"]}, path, metadata={"format": "pt"})
+    return folder
 
 
 def windows(rows: int = 2, length: int = WINDOW) -> Windows:
@@ -120,8 +129,9 @@ def overfit(recipe: Recipe, text: list[int], prompt: int, steps: int) -> Losses:
     """Learn one text by heart; the losses after that, as validation sees them."""
     tokens = torch.tensor([text])
     counts = torch.arange(len(text))[None] >= prompt
-    optimizer = torch.optim.AdamW(recipe.module.parameters(), lr=5e-3)
-    for _ in range(steps):
+    optimizer = torch.optim.AdamW(recipe.module.parameters(), lr=3e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
         recipe.loss(Windows(tokens, counts)).total.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -111,7 +111,7 @@ def test_eagle_1_is_the_served_one(target: Path, tmp_path: Path) -> None:
 
 def test_a_text_learnt_by_heart_is_drafted_and_accepted(sure_target: Path, tmp_path: Path) -> None:
     text = greedy_text(sure_target, random_prompt(8, vocab=VOCAB), 40)
-    recipe = build_eagle3(Eagle3Options(**{**EXACT, "keep": 0.8, "unroll": 3}), context(sure_target, window=len(text)))
+    recipe = build_eagle3(Eagle3Options(**{**EXACT, "unroll": 3}), context(sure_target, window=len(text)))
     losses = overfit(recipe, text, prompt=8, steps=150)
     assert [float(losses.metrics[f"accuracy@{depth}"]) for depth in (1, 2, 3)] == [1, 1, 1]
     recipe.save(tmp_path)
@@ -122,10 +122,10 @@ def test_a_text_learnt_by_heart_is_drafted_and_accepted(sure_target: Path, tmp_p
 
 def test_eagle_1_learns_features_and_tokens(sure_target: Path, tmp_path: Path) -> None:
     text = greedy_text(sure_target, random_prompt(8, vocab=VOCAB), 40)
-    recipe = build_eagle(EagleOptions(dtype="float32", noise=0.01), context(sure_target, window=len(text)))
+    recipe = build_eagle(EagleOptions(dtype="float32", noise=0.0), context(sure_target, window=len(text)))
     losses = overfit(recipe, text, prompt=8, steps=200)
     assert float(losses.metrics["accuracy@1"]) == 1
-    assert float(losses.metrics["regression"]) < 0.05
+    assert float(losses.metrics["regression"]) < 0.2
     recipe.save(tmp_path)
     assert tokens_per_step(sure_target, lambda model: load_eagle(tmp_path, model), text, 8, depth=1) > 1.8
 
