@@ -21,6 +21,7 @@ DEFAULT_MAX_TOKENS = 128
 TOOLS = {
     "train": ("training.cli", "train a drafter for a target, or a small model"),
     "report": ("benchmarks.report_cli", "measure how many drafted tokens are accepted"),
+    "calibrate": ("benchmarks.calibrate_cli", "build a tree of fixed shape for Medusa heads"),
 }
 
 _EXAMPLES = """\
