@@ -26,6 +26,7 @@ from models.batch import RaggedBatch
 from models.target import ForwardOutput
 from models.tree import Trees, is_node
 from tests.doubles import GarbageDrafter
+from tests.eagle import demo_eagle, demo_eagle3
 from tests.engines import ROOT, run
 from tests.medusa import demo_heads
 from tests.mtp import demo_module
@@ -43,6 +44,8 @@ EXAMPLES: dict[str, Callable[[], str]] = {
     "draft": lambda: DRAFT,
     "medusa": _medusa,
     "mtp": lambda: f"mtp={demo_module()}",
+    "eagle": lambda: f"eagle={demo_eagle()}:tau=0.5",
+    "eagle3": lambda: f"eagle3={demo_eagle3()}:tau=0.5",
 }
 
 
