@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from models.attention import load_backend
 from models.decoder import Decoder
 from models.heads.mtp import MTPConfig, MTPModel
 from models.heads.mtp_files import module_shapes, write_mtp
+from models.heads.parallel_heads import ParallelHeads
 from models.layers.ops import load_ops
 from models.loader import load_model
 from tests.engines import ROOT
@@ -73,6 +75,19 @@ def fitted_model(target: Decoder, texts: Sequence[Sequence[int]], modules: int =
         model.weights()[named[name]].copy_(tensor)
     model.pack()
     return model
+
+
+def random_heads(target: Decoder, count: int) -> ParallelHeads:
+    """Parallel heads that guess badly: layers as peaked as those of ``tiny_decoder``."""
+    config = replace(target.config, num_layers=count, windows=())
+    ops, attention = load_ops(target.device, target.dtype), load_backend("auto", target.device, target.dtype)
+    heads = ParallelHeads(config, target, ops, attention)
+    generator = torch.Generator().manual_seed(11)
+    for weight in heads.weights().values():
+        drawn = torch.randn(weight.shape, generator=generator)
+        weight.copy_(1 + 0.2 * drawn if weight.dim() == 1 else 0.35 * drawn)
+    heads.pack()
+    return heads
 
 
 @cache

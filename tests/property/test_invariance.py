@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -13,24 +13,33 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from decoding.acceptance import Acceptance
 from decoding.cache import pages_for
 from decoding.drafters.draft_model import DraftModelDrafter, DraftModelOptions
 from decoding.drafters.expansion import TreeOptions
 from decoding.drafters.feature_drafter import FeatureDrafter
+from decoding.drafters.medusa import CALIBRATED, PROBABILITY, MedusaDrafter, MedusaOptions
+from decoding.drafters.mtp import MTPOptions, parallel_drafter
 from decoding.drafters.ngram import NgramDrafter, NgramOptions
+from decoding.drafters.product_tree import FixedTrees, ProbableTrees
 from decoding.engine import Engine
-from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
+from decoding.request import GREEDY_TEMPERATURE, GenerateRequest, SamplingParams, SpeculationParams
 from decoding.sequence import SequenceId
 from models.decoder import Decoder
 from models.heads.eagle import EagleModel
 from models.heads.eagle3 import Eagle3Model
+from models.heads.feature_model import FeatureModel
+from models.heads.medusa import MedusaHeads
+from models.heads.mtp import MTPModel
+from models.heads.parallel_heads import ParallelHeads
 from tests.doubles import AlternatingDrafter, GarbageDrafter, OracleDrafter
 from tests.eagle import fitted_eagle, fitted_eagle3
 from tests.engines import VOCAB, BuildDrafter, make_engine, run, tiny_decoder
+from tests.feature_doubles import ToyFeatureModel
+from tests.medusa import fit_weights, make_heads
+from tests.mtp import fitted_model, random_heads
 
 CASES = int(os.environ.get("SACCADE_INVARIANCE_CASES", "220"))
-SINGLE = ("none", "ngram", "draft", "eagle", "eagle3", "garbage", "oracle", "alternating")
-PAIRS = ("draft+ngram", "eagle3+ngram", "eagle+draft", "eagle+eagle3", "eagle3+alternating")
 
 
 @cache
@@ -48,6 +57,30 @@ def eagles() -> tuple[EagleModel, Eagle3Model]:
     texts = np.random.default_rng(9).integers(0, VOCAB, (30, 60)).tolist()
     drafted = torch.arange(VOCAB)[torch.arange(VOCAB) % 4 != 1]
     return fitted_eagle(target(), texts), fitted_eagle3(target(), texts, (1, 0, 1), drafted)
+
+
+@cache
+def mtp(modules: int) -> MTPModel:
+    texts = np.random.default_rng(9).integers(0, VOCAB, (30, 60)).tolist()
+    return fitted_model(target(), texts, modules)
+
+
+@cache
+def medusa_heads() -> MedusaHeads:
+    texts = np.random.default_rng(9).integers(0, VOCAB, (30, 60)).tolist()
+    assert target().head.weight is not None
+    return make_heads(target(), fit_weights(target(), texts, target().head.weight, 3))
+
+
+@cache
+def heads() -> ParallelHeads:
+    return random_heads(target(), 3)
+
+
+@cache
+def continuing() -> ToyFeatureModel:
+    """Reads what it made of the token before, as the second of several modules does."""
+    return ToyFeatureModel(target(), continues=True)
 
 
 @cache
@@ -69,6 +102,7 @@ class Setup:
     max_num_seqs: int
 
 
+TYPICAL = Acceptance("typical", epsilon=0.05)
 token = st.integers(0, VOCAB - 1)
 salted_prefixes = [np.random.default_rng(i).integers(0, VOCAB, 80).tolist() for i in range(3)]
 prompts = st.builds(
@@ -100,6 +134,8 @@ speculation = st.builds(
     enabled=st.sampled_from([True, True, True, False]),
     max_nodes=st.sampled_from([None, None, 0, 1, 5]),
     max_depth=st.sampled_from([None, None, 1, 3]),
+    acceptance=st.sampled_from([None, None, None, TYPICAL, replace(TYPICAL, bonus="argmax")]),
+    coupling=st.sampled_from([None, None, True, False]),
 )
 
 
@@ -114,9 +150,63 @@ def workloads(draw: st.DrawFn) -> list[GenerateRequest]:
     return requests
 
 
+Texts = dict[SequenceId, list[int]]  # prompt and true continuation of every choice
+
+
+def draft_drafter(setup: Setup) -> BuildDrafter:
+    options = DraftModelOptions("", depth=4, top_k=3, beam=setup.beam)
+    return lambda context: DraftModelDrafter(options, context, draft())
+
+
+def feature_drafter(setup: Setup, model: FeatureModel) -> BuildDrafter:
+    options = TreeOptions("", depth=4, top_k=3, beam=setup.beam)
+    return lambda context: FeatureDrafter(options, context, model)
+
+
+def medusa(setup: Setup, *, fixed: bool) -> BuildDrafter:
+    choices = [(0,), (2,), (0, 1), (2, 0), (2, 0, 5)]
+    cpu, options = target().device, MedusaOptions(tree=CALIBRATED if fixed else PROBABILITY, tau=0.5)
+    shape = FixedTrees(choices, cpu) if fixed else ProbableTrees(3, 1 + setup.beam, cpu)
+    return lambda context: MedusaDrafter(options, context, medusa_heads(), shape)
+
+
+def parallel_heads(setup: Setup) -> BuildDrafter:
+    return lambda context: parallel_drafter(MTPOptions(top_k=3), context, heads())
+
+
+# a drafter is one line here; pairs join two of them by "+"
+DRAFTERS: dict[str, Callable[[Setup, Texts], BuildDrafter]] = {
+    "ngram": lambda setup, texts: lambda context: NgramDrafter(NgramOptions(), context),
+    "draft": lambda setup, texts: draft_drafter(setup),
+    "eagle": lambda setup, texts: feature_drafter(setup, eagles()[0]),
+    "eagle3": lambda setup, texts: feature_drafter(setup, eagles()[1]),
+    "medusa": lambda setup, texts: medusa(setup, fixed=False),
+    "medusa fixed": lambda setup, texts: medusa(setup, fixed=True),
+    "mtp": lambda setup, texts: feature_drafter(setup, mtp(1)),
+    "mtp of two": lambda setup, texts: feature_drafter(setup, mtp(2)),
+    "parallel": lambda setup, texts: parallel_heads(setup),
+    "continuing": lambda setup, texts: feature_drafter(setup, continuing()),
+    "garbage": lambda setup, texts: GarbageDrafter,
+    "oracle": lambda setup, texts: lambda context: OracleDrafter(context, texts),
+    "alternating": lambda setup, texts: lambda context: AlternatingDrafter(context, texts),
+}
+PAIRS = (
+    "draft+ngram",
+    "eagle3+ngram",
+    "eagle+draft",
+    "eagle+eagle3",
+    "eagle3+alternating",
+    "continuing+alternating",
+    "mtp of two+ngram",
+    "mtp+parallel",
+    "medusa+ngram",
+    "medusa fixed+draft",
+    "medusa fixed+alternating",
+)
+
 setups = st.builds(
     Setup,
-    drafters=st.sampled_from((*SINGLE, *PAIRS, "all")),
+    drafters=st.sampled_from(("none", *DRAFTERS, *PAIRS, "all")),
     max_nodes=st.sampled_from([1, 2, 5, 12, 30, 63]),
     max_depth=st.sampled_from([1, 2, 4, 9]),
     beam=st.integers(1, 4),
@@ -127,20 +217,15 @@ setups = st.builds(
 )
 
 
-def drafters_of(setup: Setup, texts: dict[SequenceId, list[int]]) -> dict[str, BuildDrafter]:
-    options = DraftModelOptions("", depth=4, top_k=3, beam=setup.beam)
-    tree = TreeOptions("", depth=4, top_k=3, beam=setup.beam)
-    table: dict[str, BuildDrafter] = {
-        "ngram": lambda context: NgramDrafter(NgramOptions(), context),
-        "draft": lambda context: DraftModelDrafter(options, context, draft()),
-        "eagle": lambda context: FeatureDrafter(tree, context, eagles()[0]),
-        "eagle3": lambda context: FeatureDrafter(tree, context, eagles()[1]),
-        "garbage": GarbageDrafter,
-        "oracle": lambda context: OracleDrafter(context, texts),
-        "alternating": lambda context: AlternatingDrafter(context, texts),
-    }
-    groups: dict[str, Sequence[str]] = {"none": (), "all": tuple(table)}
-    return {name: table[name] for name in groups.get(setup.drafters, setup.drafters.split("+"))}
+def drafters_of(setup: Setup, texts: Texts) -> dict[str, BuildDrafter]:
+    groups: dict[str, Sequence[str]] = {"none": (), "all": tuple(DRAFTERS)}
+    names = groups.get(setup.drafters, setup.drafters.split("+"))
+    return {name: DRAFTERS[name](setup, texts) for name in names}
+
+
+def is_lossy(request: GenerateRequest) -> bool:
+    typical = request.speculation.acceptance is not None and request.speculation.enabled
+    return typical and request.params.temperature >= GREEDY_TEMPERATURE
 
 
 @given(requests=workloads(), setup=setups)
@@ -170,8 +255,13 @@ def test_text_depends_on_the_request_alone(requests: list[GenerateRequest], setu
         max_num_seqs=setup.max_num_seqs,
     )
     together = run(engine, requests)
+    lossy = {request.request_id for request in requests if is_lossy(request)}
     for key, outcome in together.items():
         judge = alone[key]
+        assert outcome.last.speculation is not None
+        assert outcome.last.speculation.acceptance == ("typical" if key[0] in lossy else "exact")
+        if key[0] in lossy:  # has a text of its own, and changes nobody else's
+            continue
         assert outcome.tokens == judge.tokens, key
         assert outcome.last.finish_reason == judge.last.finish_reason
         assert [e.token_id for e in outcome.logprobs] == [e.token_id for e in judge.logprobs]
