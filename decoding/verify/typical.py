@@ -1,4 +1,4 @@
-"""Typical acceptance (Medusa, 2401.10774, section 3.3 and its code): accept what is likely enough. Lossy.
+"""Typical acceptance (Medusa, 2401.10774, section 2.3.1, and its code): accept what is likely enough. Lossy.
 
 With p = softmax(x / T) at a node's parent, the node's token is accepted if
 

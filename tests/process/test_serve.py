@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,28 @@ def test_stream_and_whole_answer_and_plain_decoding_say_the_same(server: Served)
     assert whole["usage"]["speculation"]["drafted"] > 0
     assert plain["usage"]["speculation"]["drafted"] == 0
     assert plain["usage"]["speculation"]["tokens_per_step"] == 1.0
+
+
+def test_a_lossy_request_says_so_and_changes_no_other(server: Served) -> None:
+    ask = {"max_tokens": 60, "temperature": 1.0, "seed": 5, "ignore_eos": True}
+    alone = complete(server, **ask)
+    rule = {"rule": "typical", "epsilon": 0.05, "bonus": "argmax"}
+    with ThreadPoolExecutor(2) as pool:
+        lossy = pool.submit(complete, server, **ask, speculation={"acceptance": rule})
+        beside = pool.submit(complete, server, **ask)
+    found = [answer["usage"]["speculation"] for answer in (alone, beside.result(), lossy.result())]
+    assert [each["acceptance"] for each in found] == ["exact", "exact", "typical"]
+    assert [each["lossy"] for each in found] == [False, False, True]
+    assert beside.result()["choices"][0]["text"] == alone["choices"][0]["text"]
+    assert lossy.result()["choices"][0]["text"] != alone["choices"][0]["text"]
+    assert found[2]["accepted"] > 0
+
+
+def test_uncoupled_drafts_make_the_same_text(server: Served) -> None:
+    ask = {"max_tokens": 60, "temperature": 1.0, "seed": 5, "ignore_eos": True}
+    coupled, uncoupled = complete(server, **ask), complete(server, **ask, speculation={"coupling": False})
+    assert coupled["choices"][0]["text"] == uncoupled["choices"][0]["text"]
+    assert coupled["usage"]["speculation"]["by_drafter"] != uncoupled["usage"]["speculation"]["by_drafter"]
 
 
 def test_openai_client_on_both_endpoints(server: Served) -> None:
@@ -256,6 +279,16 @@ def test_generate_prints_the_text_and_how_it_went() -> None:
     assert "24 tokens in" in once.stderr
     assert "tokens/step" in once.stderr
     assert once.stderr.rstrip().endswith("seed 7")
+
+
+def test_generate_says_that_its_text_is_lossy() -> None:
+    done = run("generate", *DEMO, "--prompt", PROMPT, "--seed", "7", "--max-tokens", "24", "--acceptance", "typical")
+    assert done.returncode == 0
+    assert "lossy (typical acceptance)" in done.stderr
+    wrong = run("generate", *DEMO, "--prompt", PROMPT, "--acceptance", "typcial")
+    assert wrong.returncode == 1
+    assert "did you mean 'typical'" in wrong.stderr
+    assert len(wrong.stderr.splitlines()) == 1
 
 
 def test_a_reader_that_has_enough_ends_generate_quietly() -> None:
