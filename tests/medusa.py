@@ -20,7 +20,7 @@ from models.attention import load_backend
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.heads.medusa import MedusaConfig, write_medusa
+from models.heads.medusa import MedusaConfig, MedusaHeads, write_medusa
 from models.kv_cache import KVCache
 from models.layers.ops import load_ops
 from models.layers.rope import RopeConfig
@@ -65,8 +65,8 @@ def hidden_states(target: CausalModel, tokens: Sequence[int]) -> Tensor:
         return target.forward(batch, KVCache(target.kv_spec, len(pages), target.dtype, target.device)).hidden
 
 
-def fit_heads(target: CausalModel, texts: Sequence[Sequence[int]], head: Tensor, heads: int, folder: Path) -> Path:
-    """Write heads whose block does nothing and whose outputs are ridge regressions to the hidden states to come.
+def fit_weights(target: CausalModel, texts: Sequence[Sequence[int]], head: Tensor, heads: int) -> dict[str, Tensor]:
+    """Heads whose block does nothing and whose outputs are ridge regressions to the hidden states to come.
 
     Args:
         head: [V, H] the target's LM head.
@@ -82,8 +82,17 @@ def fit_heads(target: CausalModel, texts: Sequence[Sequence[int]], head: Tensor,
             f"{k}.0.linear.bias": torch.zeros(seen.shape[1]),
             f"{k}.1.weight": (head.double() @ ahead.T).float(),
         }
-    write_medusa(folder, MedusaConfig(head.shape[1], heads, 1, head.shape[0]), tensors)
-    return folder
+    return tensors
+
+
+def make_heads(target: CausalModel, weights: dict[str, Tensor]) -> MedusaHeads:
+    """Heads of one block, in memory."""
+    vocab, hidden = weights["0.1.weight"].shape
+    heads = MedusaHeads(MedusaConfig(hidden, len(weights) // 3, 1, vocab), target.logits, target.device, target.dtype)
+    for name, weight in heads.weights().items():
+        weight.copy_(weights[name])
+    heads.pack()
+    return heads
 
 
 @cache
@@ -96,7 +105,9 @@ def demo_heads() -> Path:
     ((_, head),) = Checkpoint.open(model).read(["model.embed_tokens.weight"])  # it is tied
     folder = tempfile.mkdtemp(prefix="medusa-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return fit_heads(target, texts, head.float(), 4, Path(folder))
+    weights = fit_weights(target, texts, head.float(), 4)
+    write_medusa(Path(folder), MedusaConfig(target.hidden_size, 4, 1, target.vocab_size), weights)
+    return Path(folder)
 
 
 def all_paths(depth: int, ranks: int) -> list[tuple[int, ...]]:

@@ -16,10 +16,10 @@ from decoding.engine import Engine
 from decoding.errors import ConfigError, ModelError
 from decoding.request import GenerateRequest, SamplingParams
 from models.decoder import Decoder
-from models.heads.medusa import MedusaConfig, MedusaHeads
+from models.heads.medusa import MedusaHeads
 from server.cli import main
 from tests.engines import ROOT, VOCAB, demo_tokenizer, make_engine, run
-from tests.medusa import blind_decoder, demo_heads
+from tests.medusa import blind_decoder, demo_heads, make_heads
 
 TARGET = str(ROOT / "demo/target")
 
@@ -28,12 +28,11 @@ def loaded(target: Decoder) -> LoadedModel:
     return LoadedModel(target, demo_tokenizer(), VOCAB, (), {})
 
 
-def heads_with(outputs: list[torch.Tensor], hidden: int) -> MedusaHeads:
-    config = MedusaConfig(hidden, len(outputs), 1, VOCAB)
-    heads = MedusaHeads(config, lambda states: states, torch.device("cpu"), torch.float32)
-    for name, weight in heads.weights().items():
-        weight.copy_(outputs[int(name[0])] if name.endswith(".1.weight") else torch.zeros(()))
-    return heads
+def heads_with(outputs: list[torch.Tensor], target: Decoder) -> MedusaHeads:
+    hidden = target.hidden_size
+    weights = {f"{k}.1.weight": output for k, output in enumerate(outputs)}
+    weights |= {f"{k}.0.linear.weight": torch.zeros(hidden, hidden) for k in range(len(outputs))}
+    return make_heads(target, weights | {f"{k}.0.linear.bias": torch.zeros(hidden) for k in range(len(outputs))})
 
 
 def test_ranks_are_those_of_the_token_that_comes() -> None:
@@ -43,7 +42,7 @@ def test_ranks_are_those_of_the_token_that_comes() -> None:
     outputs = [ahead[0], ahead[1] + 2 * better, -ahead[2]]
     target = blind_decoder(torch.eye(VOCAB), torch.eye(VOCAB))
     text = CalibrationText(tuple(range(20)), 5, 0, 0.0)
-    hits = score(text, loaded(target), heads_with(outputs, VOCAB))
+    hits = score(text, loaded(target), heads_with(outputs, target))
     expected = torch.zeros(3, 21)
     # roots are tokens 5 to 18, guessed behind them are 6 to 19, 7 to 19 and 8 to 19
     expected[0, 0], expected[1, 2], expected[2, 20] = 14, 13, 12
@@ -58,7 +57,7 @@ def test_sampled_texts_are_scored_with_the_noise_of_their_draws() -> None:
     target = blind_decoder(state, head)
     params = SamplingParams(40, temperature=0.7, seed=11, ignore_eos=True)
     tokens = run(make_engine(target), [GenerateRequest("r", (1, 2, 3), params)])["r", 0].tokens
-    heads = heads_with([head, head], 16)
+    heads = heads_with([head, head], target)
     coupled = score(CalibrationText((1, 2, 3, *tokens), 3, 11, 0.7), loaded(target), heads)
     assert coupled[:, 0].tolist() == [39, 38]
     assert coupled.sum() == 39 + 38
