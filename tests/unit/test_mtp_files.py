@@ -16,12 +16,15 @@ from torch import Tensor
 
 from models.attention.reference import attend
 from models.checkpoint import CheckpointError
-from models.families import describe
+from models.families import NATIVE_FAMILIES, describe
 from models.heads.mtp import MTPConfig, MTPModel
 from models.heads.mtp_files import UNSERVED, load_mtp, module_shapes, open_mtp, write_mtp
 from models.layers.ops import TorchOps
 from models.layers.rope import RopeConfig
+from models.loader import load_model
 from tests.engines import tiny_decoder
+from tests.paged import PagedRun
+from tests.parity.tiny import random_prompt, save_tiny
 
 DEEPSEEK = {
     "token_layernorm": "enorm",
@@ -118,6 +121,20 @@ def test_all_layouts_fill_the_same_modules(layout: str, tmp_path: Path) -> None:
             filled = model.weights()[f"modules.{index}.{ours}.weight"]
             assert torch.equal(filled, tensors[f"mtp_layers.{index}.{theirs}.weight"].double()), (index, ours)
     assert len(model.weights()) == len(tensors)
+
+
+def test_a_trunk_leaves_out_the_modules_that_its_config_announces(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "llama")
+    expected = PagedRun(load_model(folder)).extend([random_prompt(9)])[0]
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    modules = random_tensors(MTPConfig.like(NATIVE_FAMILIES["llama"].configure(config)))
+    for name, tensor in modules.items():
+        tensors[name.replace("mtp_layers.0", "model.layers.2")] = tensor
+    write(folder, config, tensors)
+    with pytest.raises(CheckpointError, match=r"unknown to this architecture: model\.layers\.2\."):
+        load_model(folder)
+    write(folder, {**config, "num_nextn_predict_layers": 1}, tensors)
+    assert torch.equal(PagedRun(load_model(folder)).extend([random_prompt(9)])[0], expected)
 
 
 @pytest.mark.parametrize(
