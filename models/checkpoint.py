@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 Shape = tuple[int, ...]
+_SHOWN = 8  # names in one message
 
 
 class CheckpointError(Exception):
@@ -66,6 +67,23 @@ class Checkpoint:
             else:
                 weights = _unpickle(path)
                 yield from ((name, weights[name]) for name in wanted)
+
+
+def misfits(wanted: Mapping[str, Shape], present: Mapping[str, Shape]) -> str:
+    """How the weights of a checkpoint differ from those that are wanted, for people to read; empty if they do not."""
+    problems = _listed("missing", wanted.keys() - present.keys())
+    problems += _listed("unknown to this architecture", present.keys() - wanted.keys())
+    problems += [
+        f"{name} has shape {list(present[name])}, not {list(wanted[name])}"
+        for name in sorted(wanted.keys() & present.keys())
+        if wanted[name] != present[name]
+    ]
+    return "; ".join(problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []))
+
+
+def _listed(what: str, names: Collection[str]) -> list[str]:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"{what}: {', '.join(sorted(names)[:_SHOWN])}{more}"] if names else []
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from models.attention import load_backend
 from models.checkpoint import Checkpoint as Checkpoint
 from models.checkpoint import CheckpointError as CheckpointError
-from models.checkpoint import read_json
+from models.checkpoint import misfits, read_json
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.families import NATIVE_FAMILIES, Family, supports_natively
@@ -138,25 +138,17 @@ def fill(weights: Mapping[str, Tensor], checkpoint: Checkpoint, family: Family, 
     """
     targets = {family.checkpoint_name(ours): weight for ours, weight in weights.items()}
     spare = {family.checkpoint_name("head.weight")}  # a tied model's head, equal to its embedding
-    stored = {name for name in checkpoint.shapes if not family.ignores(name)}
-    problems = _listed("missing", sorted(targets.keys() - stored))
-    problems += _listed("unknown to this architecture", sorted(stored - targets.keys() - spare))
-    for name in sorted(targets.keys() & stored):
-        wanted, found = list(targets[name].shape), list(checkpoint.shapes[name])
-        if wanted != found:
-            problems.append(f"{name} has shape {found}, config.json asks for {wanted}")
-    if problems:
-        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
+    used = {
+        name: shape
+        for name, shape in checkpoint.shapes.items()
+        if name in targets or not (name in spare or family.ignores(name))
+    }
+    if problems := misfits({name: tuple(weight.shape) for name, weight in targets.items()}, used):
         raise CheckpointError(
-            f"the weights in {path} do not fit its config.json: {'; '.join(shown)}. Get weights and config of one model"
+            f"the weights in {path} do not fit its config.json: {problems}. Get weights and config of one model"
         )
     for name, stored_weight in checkpoint.read(targets):
         targets[name].copy_(stored_weight)
-
-
-def _listed(what: str, names: list[str]) -> list[str]:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return [f"{what}: {', '.join(names[:8])}{more}"] if names else []
 
 
 def _limited(config: ModelConfig, max_model_len: int | None) -> ModelConfig:

@@ -14,14 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.checkpoint import Checkpoint, CheckpointError
+from models.checkpoint import Checkpoint, CheckpointError, misfits
 from models.config import ModelConfig
 from models.decoder import DecoderLayer
 from models.families import LLAMA_NAMES, NATIVE_FAMILIES, UnsupportedConfig
 from models.target import CausalModel
 
 WEIGHTS_FILE = "model.safetensors"
-_SHOWN = 8  # names in one message
 
 
 @dataclass(frozen=True)
@@ -171,23 +170,15 @@ def fill_head(
     Raises:
         CheckpointError: naming the weights that are missing, that nothing uses, or whose shape is wrong.
     """
-    present = {name for name, stored in stored_names.items() if stored in checkpoint.shapes}
-    missing = sorted(stored_names.get(name, name) for name in weights.keys() - present)
-    unknown = sorted(stored_names[name] for name in present - weights.keys())
-    problems = _listed("missing", missing) + _listed("unknown to this architecture", unknown)
-    for name in sorted(weights.keys() & present):
-        wanted, found = list(weights[name].shape), list(checkpoint.shapes[stored_names[name]])
-        if wanted != found:
-            problems.append(f"{stored_names[name]} has shape {found}, not {wanted}")
-    if problems:
-        shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
+    targets = {stored_names.get(name, name): weight for name, weight in weights.items()}
+    present = {stored: checkpoint.shapes[stored] for stored in stored_names.values() if stored in checkpoint.shapes}
+    if problems := misfits({name: tuple(weight.shape) for name, weight in targets.items()}, present):
         raise CheckpointError(
-            f"the weights in {path} do not fit its config.json and the target: {'; '.join(shown)}. Get weights and "
-            "config of one drafter, trained for this target"
+            f"the weights in {path} do not fit its config.json and the target: {problems}. Get weights and config of "
+            "one drafter, trained for this target"
         )
-    ours = {stored: name for name, stored in stored_names.items()}
-    for stored, tensor in checkpoint.read(ours):
-        weights[ours[stored]].copy_(tensor)
+    for stored, tensor in checkpoint.read(targets):
+        targets[stored].copy_(tensor)
 
 
 def own_embedding(checkpoint: Checkpoint, name: str, target: CausalModel, path: Path) -> Tensor | None:
@@ -250,8 +241,3 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _sounds_like_a_head(architecture: str) -> bool:
     lowered = architecture.lower()
     return any(word in lowered for word in ("eagle", "medusa", "mtp", "hydra", "speculator", "draft", "dspark"))
-
-
-def _listed(what: str, names: Collection[str]) -> list[str]:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return [f"{what}: {', '.join(sorted(names)[:_SHOWN])}{more}"] if names else []
