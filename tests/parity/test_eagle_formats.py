@@ -18,6 +18,9 @@ from models.heads.eagle3 import Eagle3Model, default_taps
 from models.heads.eagle3_files import load_eagle3
 from models.kv_cache import KVCache
 from models.layers.ops import TorchOps
+from models.loader import load_model
+from models.target import CausalModel
+from models.transformers_model import load_transformers_model
 from tests.engines import tiny_decoder
 from tests.paged import PagedRun
 from tests.parity.eagle_files import (
@@ -31,6 +34,7 @@ from tests.parity.eagle_files import (
     layer_tensors,
     save,
 )
+from tests.parity.tiny import save_tiny
 
 DRAFTED = 20  # tokens of the draft vocabulary
 TARGET_LAYERS = 7
@@ -139,9 +143,9 @@ def written(name: str, folder: Path) -> tuple[Path, Eagle3Formula]:
     return save(folder, eagle3_config(case), tensors, case.form), formula
 
 
-def features_of(model: EagleModel | Eagle3Model, tokens: list[int]) -> Tensor:
+def features_of(model: EagleModel | Eagle3Model, tokens: list[int], of: CausalModel | None = None) -> Tensor:
     """[S, F] what the target makes of a text, as the drafter wants it."""
-    run = PagedRun(target())
+    run = PagedRun(of or target())
     out = run.forward(run.batch({0: tokens}), model.source.taps)
     parts = [out.taps[tap] for tap in model.source.taps] or [out.hidden]
     return torch.cat(parts, dim=1)
@@ -283,3 +287,22 @@ def test_packed_weights_agree(tmp_path: Path) -> None:
     got, _ = DraftRun(packed).catch_up(TOKENS[1:], features[:-1].float())
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-3)
+
+
+def test_a_transformers_target_serves_as_well(tmp_path: Path) -> None:
+    """Taps and embedding mean the same whoever runs the target."""
+    model = save_tiny(
+        "llama", tmp_path / "target", num_hidden_layers=TARGET_LAYERS, vocab_size=VOCAB, hidden_size=HIDDEN
+    )
+    native = load_model(model, dtype="float64")
+    other = load_transformers_model(
+        model, dtype="float64", device=torch.device("cpu"), attention="auto", max_model_len=None
+    )
+    folder, _ = written("reference", tmp_path / "drafter")
+    logits = []
+    for each in (native, other):
+        drafter = load_eagle3(folder, each)
+        drafted, _ = DraftRun(drafter).catch_up(TOKENS[1:], features_of(drafter, TOKENS, each)[:-1])
+        logits.append(drafted)
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-4)  # transformers' norms are in float32
+    assert torch.equal(native.embed(torch.tensor(TOKENS)), other.embed(torch.tensor(TOKENS)))
