@@ -298,7 +298,7 @@ def _same_head(checkpoint: Checkpoint, name: str, target: CausalModel) -> bool:
 
 
 def _check_copies(file: MTPFile, target: CausalModel, folder: Path) -> None:
-    """Raise CheckpointError if the modules bring another embedding or head than the target's, which they are to share."""
+    """Raise CheckpointError if modules bring another embedding or head than the target's, which they are to share."""
     differing = []
     if file.embedding and own_embedding(file.checkpoint, file.embedding, target, folder) is not None:
         differing.append("embedding")
