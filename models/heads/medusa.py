@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.checkpoint import Checkpoint, CheckpointError, Shape, read_json
+from models.checkpoint import Checkpoint, CheckpointError, Shape, misfits, read_json
 from models.heads.head_files import check_kind, write_head
 from models.layers.linear import Linear
 
@@ -234,17 +234,14 @@ def _infer(shapes: Mapping[str, Shape], stated: Mapping[str, Any], folder: Path)
 
 
 def _check(config: MedusaConfig, shapes: Mapping[str, Shape], stated: Mapping[str, Any], folder: Path) -> None:
-    wanted = config.shapes()
-    problems = [f"missing {name}" for name in sorted(wanted.keys() - shapes.keys())]
-    problems += [f"unexpected {name}" for name in sorted(shapes.keys() - wanted.keys())]
-    for name in sorted(wanted.keys() & shapes.keys()):
-        if shapes[name] != wanted[name]:
-            problems.append(f"{name} has shape {list(shapes[name])}, the others ask for {list(wanted[name])}")
+    fit = misfits(config.shapes(), shapes)
+    problems = [fit] if fit else []
     heads, layers = stated.get("medusa_num_heads", 1), stated.get("medusa_num_layers", config.num_layers)
     if not isinstance(heads, int) or heads > config.num_heads:  # fewer is a known slip of published ones
         problems.append(f"config.json says medusa_num_heads {heads}, there are {config.num_heads}")
     if layers != config.num_layers:
         problems.append(f"config.json says medusa_num_layers {layers}, there are {config.num_layers}")
     if problems:
-        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
-        raise CheckpointError(f"the Medusa heads in {folder} are incomplete: {'; '.join(shown)}. Download them again")
+        raise CheckpointError(
+            f"the Medusa heads in {folder} are incomplete: {'; '.join(problems)}. Download them again"
+        )

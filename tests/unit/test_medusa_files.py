@@ -180,9 +180,9 @@ def test_no_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("drop", "message"),
     [
-        ("1.0.linear.weight", r"missing 1\.0\.linear\.weight"),
-        ("1.0.linear.bias", r"missing 1\.0\.linear\.bias"),
-        ("1.1.weight", r"missing 1\.1\.weight"),
+        ("1.0.linear.weight", r"missing: 1\.0\.linear\.weight"),
+        ("1.0.linear.bias", r"missing: 1\.0\.linear\.bias"),
+        ("1.1.weight", r"missing: 1\.1\.weight"),
     ],
 )
 def test_missing_tensors_are_named(tmp_path: Path, drop: str, message: str) -> None:
@@ -195,7 +195,7 @@ def test_missing_tensors_are_named(tmp_path: Path, drop: str, message: str) -> N
 def test_wrong_shapes_and_counts(tmp_path: Path) -> None:
     weights = reference(2, 1).state_dict()
     weights["1.0.linear.weight"] = torch.zeros(H + 1, H)
-    with pytest.raises(CheckpointError, match=r"1\.0\.linear\.weight has shape \[13, 12\].*\[12, 12\]"):
+    with pytest.raises(CheckpointError, match=r"1\.0\.linear\.weight has shape \[13, 12\], not \[12, 12\]"):
         open_medusa(folder_of(tmp_path / "shape", config_of(2), weights))
     weights = reference(2, 1).state_dict()
     with pytest.raises(CheckpointError, match="medusa_num_heads 4, there are 2"):
