@@ -39,7 +39,7 @@ from tests.parity.tiny import save_tiny
 DRAFTED = 20  # tokens of the draft vocabulary
 TARGET_LAYERS = 7
 TOKENS = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(3)).tolist()
-EXACT = {"rtol": 0, "atol": 1e-9}
+EXACT: dict[str, Any] = {"rtol": 0, "atol": 1e-9}
 
 
 @cache
@@ -194,17 +194,16 @@ class DraftRun:
 Formulas = Eagle1Formula | Eagle3Formula
 
 
-def check_passes(model: EagleModel | Eagle3Model, formula: Formulas, head: Tensor, **close: float) -> None:
+def check_passes(model: EagleModel | Eagle3Model, formula: Formulas, head: Tensor) -> None:
     """Over a sequence in three pieces, then three levels of a tree of drafts."""
-    close = close or EXACT
     features = features_of(model, TOKENS)
     entered = formula.enter(features[:-1])
     hidden, carry = formula.run(TOKENS[1:], entered)
     run = DraftRun(model)
     parts = [run.catch_up(TOKENS[1 + a : 1 + b], features[a:b]) for a, b in ((0, 17), (17, 18), (18, 39))]
     assert (hidden @ head.T).std() > 0.5  # the comparison below is about something
-    torch.testing.assert_close(torch.cat([logits for logits, _ in parts]), hidden @ head.T, **close)
-    torch.testing.assert_close(torch.cat([own for _, own in parts]), carry, **close)
+    torch.testing.assert_close(torch.cat([logits for logits, _ in parts]), hidden @ head.T, **EXACT)
+    torch.testing.assert_close(torch.cat([own for _, own in parts]), carry, **EXACT)
 
     # two nodes below the root, then a child of each, then two children of the first of these
     nodes, parents = [TOKENS[-1], 4, 9, 30, 31, 7, 8], [-1, 0, 0, 1, 2, 3, 3]
@@ -219,8 +218,8 @@ def check_passes(model: EagleModel | Eagle3Model, formula: Formulas, head: Tenso
                 path.insert(0, parents[path[0]])
             before[node] = torch.cat([before[parents[node]], own[parents[node]]])
             want, carries = formula.run([*TOKENS[1:], *(nodes[at] for at in path)], before[node])
-            torch.testing.assert_close(logits[row], want[-1] @ head.T, **close)
-            torch.testing.assert_close(made[row], carries[-1], **close)
+            torch.testing.assert_close(logits[row], want[-1] @ head.T, **EXACT)
+            torch.testing.assert_close(made[row], carries[-1], **EXACT)
             own[node], drafted[node] = carries[-1:], made[row : row + 1]
 
 

@@ -94,7 +94,7 @@ def test_eagle3_is_read_as_it_was_written(
         given["input_norm.weight"] = draw("norm", (3 * HIDDEN,))
         given |= {f"fc_norm.{i}.weight": draw("norm", (HIDDEN,)) for i in range(3)}
     given = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
-    config = replace(PLAIN, draft_vocab_size=drafted, taps=(1, 3, 5), **dict.fromkeys(flags, True))
+    config = replace(PLAIN, draft_vocab_size=drafted, taps=(1, 3, 5), **dict[str, Any](dict.fromkeys(flags, True)))
     trained = {name: tensor for name, tensor in given.items() if name not in ("d2t", "t2d")}
     write_eagle3(tmp_path, config, trained, IDS if drafted < VOCAB else None, layout=layout)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
