@@ -39,14 +39,16 @@ def _judge(trees: Trees, nodes: Nodes, x: Tensor, sampling: Sampling) -> tuple[T
     table, row = sampling.table, nodes.row
     scaled = x / table.temperature[row][:, None]
     probs = scaled.softmax(dim=1)  # [W, V]
-    entropy = -(probs * (probs + SMALLEST).log()).sum(dim=1)
+    entropy = -(probs + SMALLEST).log_().mul_(probs).sum(dim=1)
     threshold = torch.minimum(table.rules.epsilon[row], table.rules.delta[row] * (-entropy).exp())
     parent = nodes.first[row] + trees.parents[row, nodes.column].clamp(min=0)  # [W] where p is; the root: itself
     token = trees.tokens[row, nodes.column]
     prob = probs[parent, token]
     likely = prob > threshold[parent]
     if table.filtered:
-        likely &= kept(scaled[parent], table.filters.at(row), token[:, None]).squeeze(1)
+        at = likely.nonzero().squeeze(1)  # few; the filters look at the whole vocabulary
+        if at.numel():
+            likely[at] = kept(scaled[parent[at]], table.filters.at(row[at]), token[at, None]).squeeze(1)
     accepted = torch.zeros_like(trees.tokens, dtype=torch.bool)
     accepted[row, nodes.column] = likely
     logprobs = torch.zeros_like(trees.confidence)

@@ -184,6 +184,8 @@ def test_tokens_that_the_filters_drop_are_not_accepted(params: SamplingParams) -
     for token, kept in enumerate([True, True, False, False]):
         case = Case([(0, token)], np.repeat(logits, 2, axis=0), params, Acceptance("typical", delta=0.1))
         assert int(judge([case]).accepted[0]) == kept
+        strict = replace(case, acceptance=Acceptance("typical", 1.0, 1.0))
+        assert int(judge([strict]).accepted[0]) == (token < 2)  # exp(-H) = 0.28
         unfiltered = replace(case, params=SamplingParams())
         assert int(judge([unfiltered]).accepted[0]) == 1
 
