@@ -190,7 +190,7 @@ B, L, H, HT, V = 2, 9, 6, 5, 12
 
 @pytest.fixture(autouse=True)
 def small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soft_labels, "PORTION", 4 * B * V)  # labels fall into several, the last one shorter
+    monkeypatch.setitem(soft_labels.PORTION, "cpu", 4 * B * V)  # labels fall into several, the last one shorter
 
 
 def make_passes(generator: torch.Generator) -> list[Pass]:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from training.modules.rollout import Pass
 
-PORTION = 2**22  # logits of one portion
+PORTION = {"cpu": 2**22, "cuda": 2**27}  # logits of one portion: in cache on a CPU, enough work for a GPU
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _gradients(
     sums[:, 2] = numbers
     scale = torch.tensor(weights, dtype=wide, device=weight.device) / numbers.clamp(min=1)
     rows, length = labels.counts.shape
-    span = max(1, PORTION // (rows * weight.shape[0]))
+    span = max(1, PORTION[weight.device.type] // (rows * weight.shape[0]))
     bounds = torch.arange(0, length + span, span, device=weight.device)
     places = [torch.searchsorted(w, bounds).tolist() for w in wanted]
     for number, first in enumerate(range(0, length, span)):
@@ -117,14 +118,15 @@ def _gradients(
             if place.start == place.stop:
                 continue
             seen = target if place.stop - place.start == target.counts.shape[1] else target.at(w[place] - first)
-            part = h[:, place].to(weight.dtype)  # [B, n, H]
-            found, by_logits = _portion(part @ weight.T, seen, train)
+            # matrices: a product with a batch of them would copy the weight for each
+            part = h[:, place].reshape(-1, h.shape[2]).to(weight.dtype)  # [N, H]
+            found, by_logits = _portion(F.linear(part, weight), seen, train)
             sums[step, [0, 1, 3]] += found
             if train:
-                by_logits = (by_logits.mul_(scale[step])).to(weight.dtype)
-                grads[step][:, place] = (by_logits @ weight).to(h.dtype)
+                by_logits = by_logits.mul_(scale[step]).to(weight.dtype)
+                grads[step][:, place] = (by_logits @ weight).view(rows, -1, h.shape[2]).to(h.dtype)
                 if grad_head is not None:
-                    grad_head += by_logits.flatten(0, 1).T @ part.flatten(0, 1)
+                    grad_head += by_logits.T @ part
     return sums, grad_head, grads
 
 
@@ -155,17 +157,17 @@ class _Target:
 
 
 def _portion(logits: Tensor, target: _Target, train: bool) -> tuple[Tensor, Tensor]:
-    """(cross-entropy, right, covered) [3] of draft logits [B, n, Vd], and the gradient of the first by the logits."""
-    wide = logits.to(target.probs.dtype)
+    """(cross-entropy, right, covered) [3] of draft logits [N, Vd], and the gradient of the first by the logits."""
+    probs, best, covered = target.probs.flatten(0, 1), target.best.flatten(), target.covered.flatten()
+    wide = logits.to(probs.dtype)
     peak = wide.max(dim=-1)
     wide -= peak.values.unsqueeze(-1)
-    chosen = torch.linalg.vecdot(target.probs, wide)
+    chosen = torch.bmm(probs[:, None, :], wide[:, :, None]).flatten()  # their product is never in memory
     exponential = wide.exp_()
     mass = exponential.sum(dim=-1)
-    right = (target.covered & (peak.indices == target.best)).sum()
-    loss = ((mass.log() - chosen) * target.covered).sum()
-    found = torch.stack([loss, right.to(loss.dtype), target.covered.sum().to(loss.dtype)])
+    right = (covered & (peak.indices == best)).sum()
+    loss = ((mass.log() - chosen) * covered).sum()
+    found = torch.stack([loss, right.to(loss.dtype), covered.sum().to(loss.dtype)])
     if not train:
         return found, wide
-    covered = target.covered.unsqueeze(-1)
-    return found, exponential.div_(mass.unsqueeze(-1)).sub_(target.probs).mul_(covered)
+    return found, exponential.div_(mass.unsqueeze(-1)).sub_(probs).mul_(covered.unsqueeze(-1))
