@@ -55,6 +55,9 @@ def _add_recipe(parser: argparse.ArgumentParser, kind: RecipeKind) -> None:
         )
         parser.add_argument("--distill-tokens", type=int, default=256, help="written after each prompt")
         parser.add_argument("--distill-temperature", type=float, default=1.0)
+        parser.add_argument(
+            "--distill-speculate", action="append", metavar="DRAFTER", help="as --speculate; changes the time only"
+        )
     else:
         parser.add_argument("--tokenizer", metavar="FOLDER", help="default: --init's, else one is trained on the data")
         parser.add_argument("--vocab-size", type=int, default=8192, help="of a tokenizer that is trained")
@@ -151,6 +154,8 @@ def _data_files(args: argparse.Namespace, kind: RecipeKind) -> list[Path]:
                 max_tokens=args.distill_tokens,
                 temperature=args.distill_temperature,
                 seed=args.seed,
+                speculate=tuple(args.distill_speculate or ()),
+                device=args.device,
             )
         )
     if not files:

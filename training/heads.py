@@ -154,13 +154,10 @@ class _Sums:
         x = x.to(head.dtype)
         logits = F.linear(x, head)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        probs = logits.softmax(1)
-        likeliest = probs.max(1)
-        # log-sum-exp without another pass over the vocabulary
-        log_sum = logits.gather(1, likeliest.indices[:, None]).squeeze(1) - likeliest.values.log()
+        probs, log_sum = _softmax(logits)
         counted = self._job.counted[depth, rows]
         self._losses[depth] += (_loss(logits, log_sum, wanted) * counted).sum()
-        self._hits[depth] += ((likeliest.indices == wanted.first) & counted).sum()
+        self._hits[depth] += ((logits.argmax(1) == wanted.first) & counted).sum()
         into_x, into_head = self._gradients[depth], self._gradients[len(self._inputs) + which]
         if into_x is None and into_head is None:
             return
@@ -184,16 +181,23 @@ def _wanted(job: _Job, rows: slice) -> _Wanted:
     if job.taught is None:
         return _Wanted(job.labels[rows])
     hidden, to_logits = job.taught
-    log_probs = to_logits(hidden[rows]).log_softmax(1)
-    probs = log_probs.exp()
-    return _Wanted(probs.argmax(1), probs, _row_dot(probs, log_probs))
+    logits = to_logits(hidden[rows])
+    probs, log_sum = _softmax(logits)
+    return _Wanted(logits.argmax(1), probs, torch.linalg.vecdot(probs, logits) - log_sum)
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(softmax [C, V], log-sum-exp [C]) of logits [C, V]."""
+    probs = logits.softmax(1)
+    return probs, logits.amax(1) - probs.amax(1).log()  # the exponentials are not computed twice
 
 
 def _loss(logits: Tensor, log_sum: Tensor, wanted: _Wanted) -> Tensor:
     """[C] cross-entropy of the label, or KL(target || draft)."""
     if wanted.probs is None or wanted.negative_entropy is None:
         return log_sum - logits.gather(1, wanted.first[:, None]).squeeze(1)
-    return wanted.negative_entropy - _row_dot(wanted.probs, logits) + log_sum
+    expected: Tensor = torch.linalg.vecdot(wanted.probs, logits)
+    return wanted.negative_entropy - expected + log_sum
 
 
 def _slope(probs: Tensor, wanted: _Wanted) -> Tensor:
@@ -202,8 +206,3 @@ def _slope(probs: Tensor, wanted: _Wanted) -> Tensor:
         at = wanted.first[:, None]
         return probs.scatter_add_(1, at, probs.new_full(at.shape, -1.0))
     return probs.sub_(wanted.probs)
-
-
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """[C, V] and [C, V] -> [C], without their product in memory."""
-    return torch.bmm(a[:, None, :], b[:, :, None]).flatten()

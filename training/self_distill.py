@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,14 +19,12 @@ from tqdm import tqdm
 from decoding.engine import Engine
 from decoding.messages import TokenEvent
 from decoding.request import GenerateRequest, SamplingParams
-from training import distributed
 from training.data import read_documents
 from training.errors import TrainError
 
 PROMPT_TOKENS = 64  # of the prompts cut from plain text
 _SEED_STRIDE = 2**32  # prompts a seed; beyond it the seeds of two runs would meet
 _OPEN_BATCHES = 2  # requests that wait so that no place in the batch stays empty
-_POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -71,10 +68,6 @@ def distill(
     """
     writing = Writing(str(target), _digest(prompts), max_tokens, temperature, seed)
     part = out.with_name(out.name + ".part")
-    if not distributed.is_main():
-        while not out.exists():  # the main process's error ends this one, too
-            time.sleep(_POLL_SECONDS)
-        return out
     try:
         _claim(out, writing)
         if not out.exists():
