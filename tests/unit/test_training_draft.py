@@ -75,6 +75,19 @@ def test_a_draft_that_is_the_target_has_nothing_to_learn(tmp_path: Path) -> None
     assert one.metrics["loss@1"] > 0.1
 
 
+def test_a_draft_model_is_trained_on(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "target")
+    first = build_draft(DraftOptions(), context(folder))
+    (tmp_path / "draft").mkdir()
+    first.save(tmp_path / "draft")
+    again = build_draft(DraftOptions(init=str(tmp_path / "draft"), dtype="float32"), context(folder))
+    ours = again.module.state_dict()
+    assert all(torch.equal(ours[name], w.bfloat16().float()) for name, w in first.module.state_dict().items())
+    other = save_tiny("qwen2", tmp_path / "other", vocab_size=V + 1)
+    with pytest.raises(TrainError, match="vocabulary"):
+        build_draft(DraftOptions(init=str(other)), context(folder))
+
+
 def test_distillation_brings_the_draft_closer(tmp_path: Path) -> None:
     recipe = build_draft(DraftOptions(), context(save_tiny("llama", tmp_path)))
     optimizer = torch.optim.Adam(recipe.module.parameters(), lr=3e-3)

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.checkpoint import CheckpointError
 from models.loader import DTYPES
+from models.transformers_checkpoint import load_checkpoint
 from training.capture import FrozenTarget
 from training.errors import TrainError
 from training.heads import LABELS, Depth, Teacher, depth_losses
@@ -27,6 +29,7 @@ _BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists in con
 
 @dataclass(frozen=True)
 class DraftOptions:
+    init: str = ""  # folder of a draft model to train on; the layers are then its own
     layers: int = 1
     from_layers: str = ""  # the target's layers it begins as, such as 0,4; default: evenly spread, the first included
     labels: str = "target"  # target: its distributions; text: the tokens that came
@@ -95,7 +98,10 @@ def build_draft(options: DraftOptions, context: TrainContext) -> DraftRecipe:
     """
     assert context.target is not None
     target = FrozenTarget.load(context.target, device=context.device, dtype=context.autocast or torch.float32)
-    draft = cut_down(context.target, options.chosen(target.model.num_layers))
+    if options.init:
+        draft = load_draft(Path(options.init), target.vocab_size)
+    else:
+        draft = cut_down(context.target, options.chosen(target.model.num_layers))
     if not _plain_head(draft):
         raise TrainError(
             f"a {draft.config.model_type} model scales, caps or shifts its logits after the LM head, which drafts are "
@@ -103,6 +109,24 @@ def build_draft(options: DraftOptions, context: TrainContext) -> DraftRecipe:
         )
     draft = draft.to(context.device)
     return DraftRecipe(options, context, target, draft)
+
+
+def load_draft(folder: Path, vocab_size: int) -> Any:
+    """The draft model in ``folder``, in float32.
+
+    Raises:
+        TrainError: it cannot be loaded, or has another vocabulary than the target.
+    """
+    try:
+        draft = load_checkpoint(folder, "float32")
+    except CheckpointError as error:
+        raise TrainError(f"--init {folder} cannot be trained on: {error}") from error
+    if draft.config.vocab_size != vocab_size:
+        raise TrainError(
+            f"--init {folder} has {draft.config.vocab_size} tokens and the target {vocab_size}; choose a draft model "
+            "of the target's vocabulary"
+        )
+    return draft
 
 
 @torch.no_grad()
@@ -120,9 +144,6 @@ def cut_down(folder: Path, layers: list[int]) -> Any:
         TrainError: transformers has no such model, or it has other weights by layer than layers.
     """
     from transformers import AutoModelForCausalLM
-
-    from models.checkpoint import CheckpointError
-    from models.transformers_checkpoint import load_checkpoint
 
     try:
         whole = load_checkpoint(folder, "float32")
