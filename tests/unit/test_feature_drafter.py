@@ -13,6 +13,7 @@ from torch import Tensor
 from decoding.drafters.base import Drafter, DrafterContext
 from decoding.drafters.expansion import TreeOptions
 from decoding.drafters.feature_drafter import PENDING, FeatureDrafter
+from decoding.drafters.features import LOOSE_PIECES
 from decoding.engine import Engine
 from decoding.plan import Plan, Quota
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
@@ -159,6 +160,17 @@ def test_beside_a_drafter_that_is_right_and_wrong_by_turns(number: int) -> None:
     assert sizes(outcome)[:-1] == [6 if turn % 2 == 0 else 3 for turn in range(len(outcome.events) - 1)]
 
 
+def test_what_it_keeps_with_each_page_is_in_the_price_of_a_page() -> None:
+    for continues in (False, True):
+        served = Served(ToyFeatureModel(target(), continues=continues), kv_cache_memory=2**22, num_pages=None)
+        drafter, pages = served.made[0], served.engine.stats().pages_total
+        kept = drafter._features._pages.nbytes + drafter._page_carry.nbytes
+        assert kept == pages * drafter.needs.page_bytes
+        caches = (served.engine._stepper.cache.kv, drafter._cache)
+        spent = kept + sum(kv.keys.nbytes + kv.values.nbytes for kv in caches)
+        assert 2**22 - spent // pages < spent <= 2**22
+
+
 # gaps ----------------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +234,9 @@ def test_after_a_pause(paused: int) -> None:
         steps += [len(event.token_ids) for event in engine.step()]
         if engine.has_work:
             valid.append(made[0].valid_length(sequence))
+            pieces = made[0]._features._pieces[sequence.id]
+            assert len(pieces) <= LOOSE_PIECES + 2
+            assert sum(len(piece.features) for piece in pieces) <= PENDING + 4, "what waits is bounded"
     assert valid == sorted(valid)
     assert set(steps[1:-1]) == {1, 4}
     silent = steps[1:-1].count(1)
@@ -238,6 +253,47 @@ def test_after_a_pause(paused: int) -> None:
     assert [bool(flags) for flags in found.valid] == [n < valid[-1] // PAGE_SIZE for n in range(len(found.pages))]
     outcome = run(engine, [again])["again", 0]
     drafts_again(outcome, 3, PAGE_SIZE)
+
+
+def test_rows_that_pass_its_last_position_among_others() -> None:
+    """A row that is caught up with and cannot reach its root stands beside those that can."""
+    weights = OracleWeights(remembers=True, fades=True)
+
+    def build(context: DrafterContext) -> Drafter:
+        model = OracleFeatureModel(weights, continues=True)
+        model.max_positions = 50
+        return FeatureDrafter(TreeOptions("", depth=3, top_k=1, beam=1, min_confidence=0.0), context, model)
+
+    engine = engine_with(3, {"feature": build})
+    outcomes = run(engine, [request(number, 40 - 5 * number, max_tokens=20) for number in range(5)])
+    stats = [outcome.last.speculation for outcome in outcomes.values()]
+    assert all(each and each.drafted == each.accepted > 0 for each in stats)
+    assert len({each.steps for each in stats if each}) > 2, "the longer ones go on without drafts"
+
+
+def test_k_v_behind_a_gap() -> None:
+    """It is that of a text which begins at the gap, at the positions where it stands."""
+    model = ToyFeatureModel(target(), continues=True)
+    served = Served(model)
+    params = SamplingParams(30, 0.8, seed=1, ignore_eos=True)
+    prompt = request(0, 40).prompt_ids
+    run(served.engine, [GenerateRequest("without", prompt, params, SpeculationParams(enabled=False))])
+    for name in ("a", "b"):
+        served.engine.submit(GenerateRequest(name, prompt, params))
+    while served.engine.has_work:
+        served.engine.step()
+        for sequence in served.engine._sequences.values():
+            progress = served.made[0]._progress[sequence.id]
+            assert progress.base == 2
+            assert served.made[0].valid_length(sequence) == 0
+            text = sequence.tokens[: progress.end].tolist()
+            _, (keys, values), _ = computed_anew(model, text, gap=32)
+            slots = [sequence.pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for at in range(33, progress.end)]
+            for ours, theirs in zip(
+                (served.made[0]._cache.keys, served.made[0]._cache.values), (keys, values), strict=True
+            ):
+                torch.testing.assert_close(ours[:, slots], theirs[:, 1 : progress.end - 32], rtol=0, atol=1e-9)
+    assert served.engine.stats().by_drafter["toy"].accepted > 0
 
 
 def test_contexts_beyond_its_positions_are_not_drafted() -> None:
@@ -311,29 +367,30 @@ class Served:
         return len(hit.pages), len(drafted)
 
 
-def computed_anew(model: ToyFeatureModel, text: list[int]) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """The target's features of a text, then the entries 1 .. of one pass over it: K/V by slot, and carries."""
+def computed_anew(
+    model: ToyFeatureModel, text: list[int], gap: int = 0
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """The target's features of a text; of one pass over its entries gap + 1 .. their K/V from slot 1 on, and carries."""
     alone = PagedRun(target(), capacity=len(text))
     out = alone.forward(alone.batch({0: text}), model.source.taps)
     features = torch.cat([out.taps[tap] for tap in model.source.taps], dim=1)
     theirs = PagedRun(model, capacity=len(text))  # type: ignore[arg-type]
     theirs.pages[0].sort()
     theirs.lengths[0] = 1
-    batch = theirs.batch({0: text[1:]})
-    batch.positions.sub_(1)
+    batch = theirs.batch({0: text[gap + 1 :]})
+    batch.positions.add_(gap - 1)
     with torch.inference_mode():
         before = torch.zeros(1, model.carry_size, dtype=torch.float64) if model.continues else None
-        carry = model.catch_up(batch, features[:-1], before, theirs.cache).carry
+        carry = model.catch_up(batch, features[gap:-1], before, theirs.cache).carry
     kv = theirs.cache.keys[:, PAGE_SIZE:], theirs.cache.values[:, PAGE_SIZE:]  # page 0 is not used
     return features, kv, carry
 
 
 def workload(chance: random.Random, count: int) -> list[GenerateRequest]:
-    base = [3 * i % VOCAB for i in range(60)]
     return [
         GenerateRequest(
             f"r{number}",
-            (*base[: chance.randrange(1, 60)], number),
+            (*[(3 * i + number % 2) % VOCAB for i in range(chance.randrange(1, 60))], number),
             SamplingParams(
                 max_tokens=chance.randrange(1, 40),
                 temperature=chance.choice([0.0, 0.8]),
