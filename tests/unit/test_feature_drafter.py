@@ -370,7 +370,7 @@ class Served:
 def computed_anew(
     model: ToyFeatureModel, text: list[int], gap: int = 0
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """The target's features of a text; of one pass over its entries gap + 1 .. their K/V from slot 1 on, and carries."""
+    """The target's features of a text; K/V (from slot 1 on) and carries of one pass over its entries gap + 1 .."""
     alone = PagedRun(target(), capacity=len(text))
     out = alone.forward(alone.batch({0: text}), model.source.taps)
     features = torch.cat([out.taps[tap] for tap in model.source.taps], dim=1)
