@@ -102,11 +102,12 @@ def test_distillation_brings_the_draft_closer(tmp_path: Path) -> None:
 
 
 def test_one_command_makes_a_drafter_that_is_served(tmp_path: Path) -> None:
-    text = tmp_path / "text.py"
-    text.write_text("def add(a, b):\n    return a + b\n\n" * 200)
-    flags = ["--steps", "2", "--window", "64", "--batch", "2", "--device", "cpu"]
+    prompts = tmp_path / "prompts.py"
+    prompts.write_text("".join(f"def add_{n}(a, b):\n    return a + b * {n}\n\n" for n in range(40)))
+    flags = ["--steps", "2", "--window", "64", "--batch", "2", "--device", "cpu", "--distill-tokens", "24"]
     out = tmp_path / "draft"
-    assert main(["draft", "--target", str(DEMO / "target"), "--data", str(text), "--out", str(out), *flags]) == 0
+    target = ["--target", str(DEMO / "target")]
+    assert main(["draft", *target, "--self-distill", str(prompts), "--out", str(out), *flags]) == 0
     engine = Engine.load(str(DEMO / "target"), device="cpu", speculate=(f"draft={out}",), min_probability=0.0)
     (drafted,) = engine.generate("def add(", SamplingParams(max_tokens=12, temperature=0))
     assert drafted.speculation.drafted > 0

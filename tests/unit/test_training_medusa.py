@@ -16,6 +16,7 @@ from tests.parity.tiny import SHAPE, load_reference, save_tiny
 from training.capture import FrozenTarget
 from training.cli import main
 from training.errors import TrainError
+from training.optim import OptimizerOptions, Optimizers
 from training.recipe import Windows
 from training.recipes.medusa import MedusaModule, MedusaOptions, MedusaRecipe
 
@@ -98,6 +99,15 @@ def test_heads_begin_as_the_targets(folder: Path) -> None:
     for state, weight in zip(recipe.module(hidden), recipe.module.lm_heads, strict=True):
         assert torch.equal(state, hidden)
         assert torch.equal(weight, reference.get_output_embeddings().weight)
+
+
+def test_muon_takes_the_blocks_and_leaves_the_outputs_to_adamw(folder: Path) -> None:
+    module = build(folder).module
+    muon, adamw = (part for part, _ in Optimizers(module, OptimizerOptions(optimizer="muon")).parts)
+    assert isinstance(module, MedusaModule)
+    outputs = {id(weight) for weight in module.lm_heads}
+    assert {id(p) for group in muon.param_groups for p in group["params"]}.isdisjoint(outputs)
+    assert {id(p) for group in adamw.param_groups for p in group["params"]} >= outputs
 
 
 @pytest.mark.parametrize("share_head", [False, True])
