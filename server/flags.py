@@ -91,7 +91,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--speculate",
         action="append",
         metavar="DRAFTER",
-        help="a drafter: ngram, draft=PATH, medusa=PATH, mtp=PATH, eagle=PATH or eagle3=PATH; with options after a colon. "
+        help="ngram, draft=PATH, medusa=PATH, mtp=PATH, eagle=PATH or eagle3=PATH; with options after a colon. "
         "Give it several times for several drafters",
     )
     add("--tokenizer", metavar="PATH", help="folder of another tokenizer than the model's")
