@@ -33,7 +33,7 @@ from models.kv_cache import KVCache
 from models.target import ForwardOutput
 from models.tree import Trees, roots_only
 
-PENDING = 256  # tokens that a row may commit without drafting before it loses what came before
+PENDING = 128  # tokens that a row may commit without drafting before it loses what came before; they cost memory
 
 
 @dataclass
