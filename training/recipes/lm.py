@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,12 +110,14 @@ def build_lm(options: LMOptions, context: TrainContext) -> LMRecipe:
 
 def save_model(module: Any, folder: Path, dtype: str, tokenizer_folder: Path) -> None:
     """A model folder as transformers and vLLM read it."""
-    kept = {name: tensor.dtype for name, tensor in module.state_dict().items()}
-    config = module.config
-    config.dtype = dtype
-    state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in module.state_dict().items()}
-    module.save_pretrained(folder, state_dict=state)
-    assert all(tensor.dtype == kept[name] for name, tensor in module.state_dict().items())
+    converted: dict[int, Tensor] = {}  # by the address of what they were: tied weights stay tied, and are stored once
+    state = module.state_dict()
+    for tensor in state.values():
+        converted.setdefault(tensor.data_ptr(), tensor.to(getattr(torch, dtype)))
+    module.save_pretrained(folder, state_dict={name: converted[tensor.data_ptr()] for name, tensor in state.items()})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = dtype  # transformers writes that of the module, which trains in float32
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (tokenizer_folder / name).is_file():
             shutil.copyfile(tokenizer_folder / name, folder / name)
