@@ -62,8 +62,8 @@ def eagle3(target: Path, corpus: np.ndarray | None = None, **options: Any) -> Ea
     "options",
     [
         {},
-        {"norm_output": True},
-        {"norm_before_residual": True},
+        {"norm_output": False},
+        {"norm_before_residual": False},
         {"layers": 2, "mlp": 40},
         {"draft_vocab": 20},
     ],
@@ -104,6 +104,17 @@ def test_eagle_1_is_the_served_one(target: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         run = recipe._rollouts.run(windows())
     check_alignment(run.passes, frozen.head(), load_eagle(tmp_path, frozen.model), frozen, windows(), ())
+
+
+def test_eagle_3_begins_with_its_eyes_on_its_own_token(target: Path) -> None:
+    module = eagle3(target, unroll=1).module
+    first = module.layers[0].self_attn  # type: ignore[union-attr, index]
+    inputs = torch.randn(1, 20, 2 * 64, generator=torch.Generator().manual_seed(0))
+    own = first.o_proj(first.v_proj(inputs).unflatten(-1, (2, -1)).repeat_interleave(2, dim=2).flatten(2))
+    with torch.no_grad():
+        attended, _ = first(inputs, module._rope[:20], None, None)  # type: ignore[index]
+    assert float(F.cosine_similarity(attended, own.detach(), dim=-1).min()) > 0.6
+    assert float(F.cosine_similarity(attended, own.detach().roll(1, dims=1), dim=-1).mean()) < 0.3
 
 
 # what is learnt ------------------------------------------------------------------------------------------------------

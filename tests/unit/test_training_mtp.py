@@ -73,16 +73,16 @@ def test_a_text_learnt_by_heart_is_drafted_and_accepted(tmp_path: Path) -> None:
     assert rate == pytest.approx(40 / (2 + 10), abs=0.4)
 
 
-def test_the_layer_begins_as_the_targets_last(tmp_path: Path) -> None:
-    target = save_target(tmp_path)
-    begun, own = mtp(target), mtp(target, mlp=40)
-    names = ["self_attn.q_proj.weight", "self_attn.o_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight"]
-    stored = dict(Checkpoint.open(target).read(f"model.layers.3.{name}" for name in names))
+def test_the_norms_begin_as_those_of_the_targets_end(tmp_path: Path) -> None:
+    target = save_target(tmp_path, "qwen3")
+    module = mtp(target, mlp=40).module
+    names = ["input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"]
+    stored = dict(Checkpoint.open(target).read(f"model.layers.3.{name}.weight" for name in names))
     for name in names:
-        assert torch.equal(begun.module.get_parameter(name), stored[f"model.layers.3.{name}"])
-    assert own.module.get_parameter("mlp.down_proj.weight").shape == (64, 40)
+        assert torch.equal(module.get_parameter(f"{name}.weight"), stored[f"model.layers.3.{name}.weight"])
     ((_, norm),) = Checkpoint.open(target).read(["model.norm.weight"])
-    assert torch.equal(begun.module.get_parameter("final_layernorm.weight"), norm)
+    assert torch.equal(module.get_parameter("final_layernorm.weight"), norm)
+    assert module.get_parameter("mlp.down_proj.weight").shape == (64, 40)
 
 
 def test_the_weights_of_the_steps_add_up_to_one(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from models.loader import DTYPES
 from training.capture import FrozenTarget
 from training.errors import TrainError
 from training.modules.eagle import EagleModule
+from training.modules.start import start_small
 from training.recipe import Losses, TrainContext, Windows
 from training.recipes.rollout import Rollouts, check_dtype, like_target, rope_for
 
@@ -45,6 +46,7 @@ class EagleRecipe:
         layer = like_target(target)
         self.config = EagleConfig(replace(layer, mlp_size=options.mlp or layer.mlp_size))
         module = EagleModule(self.config.layer, rope_for(layer, context), bias=self.config.bias)
+        start_small(module)
         self.module: nn.Module = module.to(context.device)
         head = target.head()
         self._weights = [options.step_decay**step for step in range(options.unroll)]

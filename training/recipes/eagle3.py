@@ -16,6 +16,7 @@ from models.loader import DTYPES
 from training.capture import FrozenTarget
 from training.errors import TrainError
 from training.modules.eagle3 import Eagle3Module
+from training.modules.start import start_at_own_token, start_small
 from training.recipe import Losses, TrainContext, Windows
 from training.recipes.rollout import Rollouts, check_dtype, like_target, rope_for
 
@@ -29,8 +30,8 @@ class Eagle3Options:
     taps: str = ""  # layers of the target whose input is read, such as 2,4,5; default: 2, middle, last but two
     layers: int = 1
     mlp: int = 0  # width of the MLP; 0: the target's
-    norm_before_residual: bool = False
-    norm_output: bool = False  # feed back the normed output (EAGLE-3.1)
+    norm_before_residual: bool = True  # the paper: no; it learns faster
+    norm_output: bool = True  # feed back the normed output (EAGLE-3.1); the paper: no
     dtype: str = "bfloat16"  # of the written weights
 
     def __post_init__(self) -> None:
@@ -77,6 +78,8 @@ class Eagle3Recipe:
             norm_output=options.norm_output,
         )
         module = Eagle3Module(self.config, rope_for(layer, context))
+        start_small(module)
+        start_at_own_token(module.layers[0].self_attn, layer.hidden_size)  # type: ignore[arg-type]
         _start_from_target(module, target, vocabulary)
         self.module: nn.Module = module.to(context.device)
         self._rollouts = Rollouts(

@@ -19,6 +19,7 @@ from models.loader import DTYPES
 from training.capture import FrozenTarget
 from training.errors import TrainError
 from training.modules.mtp import MTPModule
+from training.modules.start import start_small
 from training.recipe import Losses, TrainContext, Windows
 from training.recipes.rollout import Rollouts, check_dtype, last_layer, like_target, rope_for
 
@@ -30,7 +31,7 @@ class MTPOptions:
     unroll: int = 4  # drafted tokens that training unrolls
     beta: float = 0.7  # weight of a step's loss, relative to the step before it
     keep: float = 0.7  # share of the positions that draft on after each step; 1: all
-    mlp: int = 0  # width of the MLP; 0: the target's, whose last layer the module then begins as
+    mlp: int = 0  # width of the MLP; 0: the target's
     recycle: str = "post"  # the output that a further step takes: after the last norm, or before ("pre")
     dtype: str = "bfloat16"  # of the written weights
 
@@ -52,8 +53,8 @@ class MTPRecipe:
         layer = replace(layer, mlp_size=options.mlp or layer.mlp_size)
         self.config = MTPConfig(layer, recycle="pre" if options.recycle == "pre" else "post")
         module = MTPModule(self.config, rope_for(layer, context))
-        if layer.mlp_size == like_target(target).mlp_size:
-            _start_from_target(module, target)
+        start_small(module)
+        _start_from_target(module, target)
         self.module: nn.Module = module.to(context.device)
         head = target.head()
         powers = [options.beta**step for step in range(options.unroll)]
@@ -86,9 +87,10 @@ def build_mtp(options: MTPOptions, context: TrainContext) -> MTPRecipe:
 
 @torch.no_grad()
 def _start_from_target(module: MTPModule, target: FrozenTarget) -> None:
-    """The layer begins as the target's last, the last norm as the target's: the head reads what it is used to."""
+    """The norms begin as those of the target's end: the head reads what it is used to."""
     named = dict(module.named_parameters())
     for name, weight in last_layer(target).items():
-        named[name].copy_(weight)
+        if "norm" in name:
+            named[name].copy_(weight)
     if isinstance(target.model, Decoder):
         module.final_layernorm.weight.copy_(target.model.final_norm)
