@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, inputs: int) -> None:
         super().__init__()
-        self._dim, self._scale = config.head_dim, config.attention_scale or config.head_dim**-0.5
+        self.head_dim, self._scale = config.head_dim, config.attention_scale or config.head_dim**-0.5
         query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(inputs, query, config.qkv_bias)
         self.k_proj = nn.Linear(inputs, kv, config.qkv_bias)
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         """
         cos, sin = rope.unsqueeze(2).unbind(1)  # [A, 1, rot / 2] each
         query, key, value = (
-            project(x).unflatten(-1, (-1, self._dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)

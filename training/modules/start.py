@@ -29,7 +29,7 @@ def start_small(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def start_on_itself(attention: Attention, embedding: int, head_dim: int) -> None:
+def start_at_own_token(attention: Attention, embedding: int) -> None:
     """Begin with attention to the query's own token, whose embedding then goes into the stream.
 
     EAGLE-3's first layer gets the embedding by its attention alone, and learns slowly that it has to look there: after
@@ -44,6 +44,6 @@ def start_on_itself(attention: Attention, embedding: int, head_dim: int) -> None
     nn.init.normal_(key[:, :embedding], std=deviation)
     nn.init.normal_(attention.v_proj.weight[:, :embedding], std=deviation)
     nn.init.normal_(attention.o_proj.weight, std=attention.o_proj.in_features**-0.5)
-    heads = key[:, :embedding].view(-1, head_dim, embedding)  # [Hkv, D, H]
+    heads = key[:, :embedding].view(-1, attention.head_dim, embedding)  # [Hkv, D, H]
     groups = query.shape[0] // key.shape[0]
     query[:, :embedding] = heads.repeat_interleave(groups, dim=0).flatten(0, 1)
