@@ -62,6 +62,19 @@ def heads_by_hand(tensors: dict[str, Tensor], hidden: Tensor, head: int, layers:
     return state @ output.T
 
 
+@pytest.mark.parametrize("share_head", [False, True])
+def test_heads_are_trained_on(folder: Path, tmp_path: Path, share_head: bool) -> None:
+    first = build(folder, share_head=share_head)
+    stir(first)
+    first.save(tmp_path)
+    again = build(folder, share_head=share_head, init=str(tmp_path)).module.state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in first.module.state_dict().items())
+    with pytest.raises(TrainError, match="--heads"):
+        build(folder, share_head=share_head, init=str(tmp_path), heads=HEADS + 1)
+    with pytest.raises(TrainError, match="--init"):
+        build(folder, share_head=share_head, init=str(folder))
+
+
 @pytest.mark.parametrize("labels", ["target", "text"])
 @pytest.mark.parametrize("share_head", [False, True])
 def test_the_loss_is_that_of_each_head_at_its_own_distance(folder: Path, labels: str, share_head: bool) -> None:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.heads.medusa import MedusaConfig, write_medusa
+from models.checkpoint import CheckpointError
+from models.heads.medusa import MedusaConfig, open_medusa, write_medusa
 from models.loader import DTYPES
 from training.capture import FrozenTarget
 from training.errors import TrainError
@@ -27,6 +28,7 @@ FIRST_OFFSET = 2  # head 0 at token t guesses token t + 2
 
 @dataclass(frozen=True)
 class MedusaOptions:
+    init: str = ""  # folder of heads to train on, of the same number and kind
     heads: int = 4
     layers: int = 1  # residual blocks of a head
     share_head: bool = False  # the heads use the target's LM head and have none of their own (version 2 of the format)
@@ -95,6 +97,8 @@ class MedusaRecipe:
         self._shared = lm_head if options.share_head else None
         self._medusa = MedusaModule(target.hidden_size, options.heads, options.layers, own).to(target.model.device)
         self.module: nn.Module = self._medusa
+        if options.init:
+            self._begin_with(Path(options.init))
 
     def loss(self, windows: Windows) -> Losses:
         """See ``Recipe.loss``: loss@d and accuracy@d are of head d - 1."""
@@ -110,16 +114,34 @@ class MedusaRecipe:
 
     def save(self, folder: Path) -> None:
         """See ``Recipe.save``."""
+        dtype = DTYPES[self._options.dtype]
+        tensors = {name: weight.to(dtype) for name, weight in self._medusa.tensors().items()}
+        write_medusa(folder, self._config(), tensors)
+
+    def _config(self) -> MedusaConfig:
         options = self._options
-        config = MedusaConfig(
+        return MedusaConfig(
             hidden_size=self._target.hidden_size,
             num_heads=options.heads,
             num_layers=options.layers,
             vocab_size=None if options.share_head else self._target.vocab_size,
             base_model=self._target.folder.name,
         )
-        dtype = DTYPES[options.dtype]
-        write_medusa(folder, config, {name: weight.to(dtype) for name, weight in self._medusa.tensors().items()})
+
+    @torch.no_grad()
+    def _begin_with(self, folder: Path) -> None:
+        try:
+            file = open_medusa(folder)
+            if file.config.shapes() != self._config().shapes():
+                raise TrainError(
+                    f"--init {folder} has {file.config}, and the options ask for {self._config()}; give the same "
+                    "--heads, --layers and --share-head as made it"
+                )
+            own = {file.prefix + name: weight for name, weight in self._medusa.tensors().items()}
+            for name, weight in file.checkpoint.read(own):
+                own[name].copy_(weight)
+        except CheckpointError as error:
+            raise TrainError(f"--init {folder} cannot be trained on: {error}") from error
 
 
 def build_medusa(options: MedusaOptions, context: TrainContext) -> MedusaRecipe:
