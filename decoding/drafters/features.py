@@ -78,13 +78,15 @@ class FeatureStore:
         heads = _Heads(plan, self._keeps)
         parts = [out.taps[tap] for tap in self._taps] or [out.hidden]
         tail = 1 + verdict.path.shape[1]  # the root and the path below it, as long as the longest
-        index = batch.wanted[
-            nodes.first[:, None] + torch.nn.functional.pad(verdict.path.clamp(min=0), (1, 0))
-        ].flatten()
+        at = nodes.first
+        if tail > 1:
+            at = (at[:, None] + torch.nn.functional.pad(verdict.path.clamp(min=0), (1, 0))).flatten()
+        index = batch.wanted[at]
         if heads.rows:
-            where = torch.from_numpy(np.stack([heads.row, heads.offset])).to(index.device)
+            where = torch.from_numpy(heads.where()).to(index.device)
             index = torch.cat([index, batch.row_starts[where[0]] + where[1]])
-        gathered = torch.cat([part.index_select(0, index) for part in parts], dim=1)  # [n, F]
+        taken = [part.index_select(0, index) for part in parts]
+        gathered = torch.cat(taken, dim=1) if len(taken) > 1 else taken[0]  # [n, F]
         tails = gathered[: tail * len(plan.deciding)].view(len(plan.deciding), tail, gathered.shape[1]).unbind(0)
         for number, row in enumerate(plan.rows):
             if self._keeps(row.sequence):
@@ -161,7 +163,7 @@ class _Heads:
         self.rows: dict[int, tuple[int, int]] = {}  # row -> (first, count) of what is gathered
         self.page_ends: list[int] = []  # which of the gathered tokens end a page,
         self.pages: list[int] = []  # and which page
-        offsets: list[np.ndarray] = []
+        self._offsets: list[np.ndarray] = []
         total = 0
         for number, row in enumerate(plan.rows):
             end = row.end - 1 if number < len(plan.deciding) else row.end
@@ -172,7 +174,10 @@ class _Heads:
             self.page_ends += (total + np.searchsorted(positions, last)).tolist()
             self.pages += [row.sequence.pages[page] for page in (last // PAGE_SIZE).tolist()]
             self.rows[number] = (total, len(positions))
-            offsets.append(positions - row.start)
+            self._offsets.append(positions - row.start)
             total += len(positions)
-        self.row = np.repeat(list(self.rows), [count for _, count in self.rows.values()]).astype(np.int64)
-        self.offset = np.concatenate(offsets) if offsets else np.zeros(0, dtype=np.int64)
+
+    def where(self) -> np.ndarray:
+        """[2, n] the row of each gathered token, and how far it stands behind the row's first; there must be rows."""
+        row = np.repeat(list(self.rows), [count for _, count in self.rows.values()])
+        return np.stack([row, np.concatenate(self._offsets)])
