@@ -101,13 +101,13 @@ class OracleWeights:
     """What both models know.
 
     Args:
-        remembers: the sum over all tokens counts.
+        remembers: the sum over all tokens counts, and the position. Behind a gap nobody can know either.
         fades: the fading sum counts.
     """
 
     def __init__(self, remembers: bool, fades: bool) -> None:
         self.token, self.summed, self.faded = (drawn(VOCAB, BLOCK, seed=seed) for seed in range(3))
-        self.frequency = torch.linspace(0.1, 1.7, BLOCK, dtype=torch.float64)
+        self.frequency = torch.linspace(0.1, 1.7, BLOCK, dtype=torch.float64) * remembers
         self.summed = self.summed * remembers
         self.faded = self.faded * fades
         self._inner, self._outer = drawn(5 * BLOCK, 64, seed=3), drawn(64, VOCAB, seed=4)

@@ -6,8 +6,8 @@ Chunks of prompts are caught up with as soon as the target has run them; the tok
 ``propose``, m + 1 of them at the price of one pass. Then the tree grows, see expansion.py.
 
 A row may have a *gap*: pages found in the prefix cache without this drafter's K/V, or features that were dropped since
-the row did not draft for long. It then begins anew at the first page after the gap: the model sees a page table that
-starts there. Positions stay those of the text. Pages behind a gap are never offered to others.
+the row did not draft for long. The model then sees the text with the gap cut out, from page to page: in its page table
+as in its positions. Pages behind a gap are never offered to others.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ PENDING = 128  # tokens that a row may commit without drafting before it loses w
 class Progress:
     """How far a sequence's entries reach."""
 
-    end: int  # entries of tokens before this one are written, from the first page on or, after a gap, from ``base`` on
-    base: int = 0  # the page where the model's page table begins
-    whole: int = 0  # after a gap: up to where the entries from the text's beginning reach
+    end: int  # entries of tokens before this one are written, but for those in the gap
+    kept: int = 0  # pages before the gap that the model sees; the gap reaches from there ...
+    base: int = 0  # ... to this page; 0: no gap
+    whole: int = 0  # if there is one: up to where the entries from the text's beginning reach
     carry: Tensor | None = None  # [C] of entry end - 1, for models that continue from it
 
 
@@ -53,13 +54,14 @@ class Run:
     sequence: Sequence
     start: int
     end: int
+    kept: int
     base: int
 
     def chain(self) -> Chain:
-        """What the model sees: the text from ``base`` on."""
-        pages = self.sequence.pages
-        first = self.base * PAGE_SIZE
-        return Chain(self.sequence.tokens[self.start : self.end], self.start - first, pages[self.base :])
+        """What the model sees: the text without the pages from ``kept`` to ``base``."""
+        pages, tokens = self.sequence.pages, self.sequence.tokens[self.start : self.end]
+        gone = (self.base - self.kept) * PAGE_SIZE
+        return Chain(tokens, self.start - gone, [*pages[: self.kept], *pages[self.base :]] if gone else pages)
 
 
 class FeatureDrafter:
@@ -149,14 +151,16 @@ class FeatureDrafter:
             progress, known = self._progress[sequence.id], self._features.first(sequence.id)
             if known is None:
                 continue
-            start, base = max(progress.end, 1), progress.base
-            if start - 1 < known:  # a gap: go on at the first page of which all features are known
-                base = pages_for(known)
-                start = base * PAGE_SIZE + 1
+            start, kept, base = max(progress.end, 1), progress.kept, progress.base
+            if start - 1 < known:  # a gap: go on at the first page all of whose entries can be written
+                kept = kept if base else progress.end // PAGE_SIZE
+                first = 0 if kept else 1  # the model's slot 0 has no entry
+                base = pages_for(known + 1 - first)
+                start = base * PAGE_SIZE + first
             end = min(end, start + budget, self._model.max_positions + 1)
             if start < end:
                 budget -= end - start
-                runs.append(Run(sequence, start, end, base))
+                runs.append(Run(sequence, start, end, kept, base))
         return runs
 
     def _catch_up(self, runs: list[Run], count: int) -> tuple[RaggedBatch, Trees, Drafted]:
@@ -165,16 +169,14 @@ class FeatureDrafter:
         last = [int(run.sequence.tokens[-1]) for run in runs[:count]]
         trees = roots_only(torch.tensor(last, dtype=torch.int64, device=device))
         batch, _ = build([run.chain() for run in runs], trees, torch.ones_like(trees.parents), [1] * count)
-        shift: int | Tensor = -1
-        if any(run.base for run in runs):
-            shift = torch.tensor([run.base * PAGE_SIZE - 1 for run in runs], device=device)[batch.row_of]
-        batch = replace(batch, positions=batch.positions + shift)
+        batch = replace(batch, positions=batch.positions - 1)
         features = [part for run in runs for part in self._features.take(run.sequence.id, run.start - 1, run.end - 1)]
         drafted = self._model.catch_up(batch, torch.cat(features), self._before(runs), self._cache)
         for run in runs:
             progress = self._progress[run.sequence.id]
             if run.base != progress.base:
-                progress.whole, progress.base = progress.whole if progress.base else progress.end, run.base
+                progress.whole = progress.whole if progress.base else progress.end
+                progress.kept, progress.base = run.kept, run.base
             progress.end = run.end
             self._features.drop(run.sequence.id, run.end - 1)
         if self._model.continues:

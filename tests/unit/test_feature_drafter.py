@@ -182,7 +182,7 @@ def drafts_again(outcome: Outcome, depth: int, silent: int) -> None:
 
 
 def test_pages_found_without_its_k_v() -> None:
-    """The model begins anew behind them, at the positions of the text."""
+    """The model goes on behind them."""
     engine = engine_with(3, remembers=False, continues=False)
     prompt = request(0, 43).prompt_ids
     params = SamplingParams(40, 0.0, ignore_eos=True)
@@ -217,7 +217,7 @@ def paused_drafter(paused: int, weights: OracleWeights, made: list[Lazy]) -> Bui
 
 @pytest.mark.parametrize("paused", [20, PENDING - 2, PENDING + 30])
 def test_after_a_pause(paused: int) -> None:
-    """What waits is caught up with; what waits for too long is lost, and the drafter begins anew."""
+    """What waits is caught up with; what waits for too long is lost, and the drafter goes on behind it."""
     waits = paused <= PENDING
     weights = OracleWeights(remembers=waits, fades=waits)
     made: list[Lazy] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -69,20 +70,21 @@ class Served:
 
 
 def computed_anew(
-    model: ToyFeatureModel, text: list[int], gap: int = 0
+    model: ToyFeatureModel, text: list[int], gap: range = range(0)
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """The target's features of a text; K/V (from slot 1 on) and carries of one pass over its entries gap + 1 .."""
+    """The target's features of a text; K/V (from slot 1 on) and carries of one pass over its entries beside a gap."""
     alone = PagedRun(target(), capacity=len(text))
     out = alone.forward(alone.batch({0: text}), model.source.taps)
     features = torch.cat([out.taps[tap] for tap in model.source.taps], dim=1)
     theirs = PagedRun(model, capacity=len(text))  # type: ignore[arg-type]
     theirs.pages[0].sort()
     theirs.lengths[0] = 1
-    batch = theirs.batch({0: text[gap + 1 :]})
-    batch.positions.add_(gap - 1)
+    entries = [at for at in range(len(text)) if at not in gap][1:]
+    batch = theirs.batch({0: [text[at] for at in entries]})
+    batch.positions.sub_(1)
     with torch.inference_mode():
         before = torch.zeros(1, model.carry_size, dtype=torch.float64) if model.continues else None
-        carry = model.catch_up(batch, features[gap:-1], before, theirs.cache).carry
+        carry = model.catch_up(batch, features[torch.tensor(entries) - 1], before, theirs.cache).carry
     kv = theirs.cache.keys[:, PAGE_SIZE:], theirs.cache.values[:, PAGE_SIZE:]  # page 0 is not used
     return features, kv, carry
 
@@ -136,12 +138,16 @@ def test_shared_pages_hold_what_their_key_says(seed: int, continues: bool) -> No
     assert not served.made[0]._features._pieces
 
 
-def test_k_v_behind_a_gap() -> None:
-    """It is that of a text which begins at the gap, at the positions where it stands."""
-    model = ToyFeatureModel(target(), continues=True)
+@pytest.mark.parametrize(("kept", "continues", "window"), [(0, True, None), (1, False, None), (1, False, 12)])
+def test_k_v_behind_a_gap(kept: int, continues: bool, window: int | None) -> None:
+    """It is that of a text without the gap, whose positions close up: windows reach over it."""
+    model = ToyFeatureModel(target(), continues=continues)
+    for layer in model.body.layers:
+        layer.spec = replace(layer.spec, window=window)
     served = Served(model)
     params = SamplingParams(30, 0.8, seed=1, ignore_eos=True)
     prompt = tuple(5 * i * i % VOCAB for i in range(40))
+    run(served.engine, [GenerateRequest("with", prompt[: kept * PAGE_SIZE], SamplingParams(1))] if kept else [])
     run(served.engine, [GenerateRequest("without", prompt, params, SpeculationParams(enabled=False))])
     for name in ("a", "b"):
         served.engine.submit(GenerateRequest(name, prompt, params))
@@ -149,15 +155,17 @@ def test_k_v_behind_a_gap() -> None:
         served.engine.step()
         for sequence in served.engine._sequences.values():
             progress = served.made[0]._progress[sequence.id]
-            assert progress.base == 2
-            assert served.made[0].valid_length(sequence) == 0
+            assert (progress.kept, progress.base) == (kept, 2)
+            assert served.made[0].valid_length(sequence) == kept * PAGE_SIZE
             text = sequence.tokens[: progress.end].tolist()
-            _, (keys, values), _ = computed_anew(model, text, gap=32)
-            slots = [sequence.pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for at in range(33, progress.end)]
+            gap = range(kept * PAGE_SIZE, 32)
+            _, (keys, values), _ = computed_anew(model, text, gap)
+            entries = [at for at in range(progress.end) if at not in gap][1:]
+            slots = [sequence.pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for at in entries]
             for ours, theirs in zip(
                 (served.made[0]._cache.keys, served.made[0]._cache.values), (keys, values), strict=True
             ):
-                torch.testing.assert_close(ours[:, slots], theirs[:, 1 : progress.end - 32], rtol=0, atol=1e-9)
+                torch.testing.assert_close(ours[:, slots], theirs[:, 1 : 1 + len(entries)], rtol=0, atol=1e-9)
     assert served.engine.stats().by_drafter["toy"].accepted > 0
 
 
