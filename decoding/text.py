@@ -256,10 +256,12 @@ def _converted(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         return tokenizer.backend_tokenizer
     except (ImportError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+        if reason.endswith(":"):  # transformers goes on with a list of all that it can read
+            reason = "none of the known files is there."
         raise ModelError(
             f"{folder} has no tokenizer.json, and its tokenizer cannot be converted: {reason} "
-            "Save a tokenizer.json there, or name another tokenizer with --tokenizer."
+            "Give the folder of a complete model, or save a tokenizer.json there."
         ) from error
 
 

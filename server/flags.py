@@ -8,34 +8,21 @@ import argparse
 import contextlib
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 from decoding.acceptance import Acceptance
+from decoding.command_line import StrictParser, whole_from
 from decoding.config import Dtype, EngineConfig
-from decoding.errors import nearest
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations and answers a wrong word with the nearest right one."""
+class Parser(StrictParser):
+    """Leaves out what is not given."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        """End with the message alone: all flags above it would hide it."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-    def refuse(self, extra: Sequence[str]) -> NoReturn:
-        """End with an error about arguments that no flag has taken."""
-        wrong = next((word for word in extra if word.startswith("-")), None)
-        if wrong is None:
-            self.error(f"unexpected argument {extra[0]!r}: there can be one MODEL, and every other word needs its flag")
-        flags = sorted(flag for flag in self._option_string_actions if flag.startswith("--"))
-        self.error(f"unknown argument {wrong}: {nearest(wrong.partition('=')[0], flags)}")
+        super().__init__(argument_default=argparse.SUPPRESS, **kwargs)
 
 
 def size(text: str) -> int:
@@ -46,18 +33,8 @@ def size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def whole(text: str) -> int:
-    """A whole number of at least 0."""
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
+positive = whole_from(1)
+whole = whole_from(0)
 
 
 def share(text: str) -> float:

@@ -87,11 +87,7 @@ class FrozenTarget:
             TrainError: windows longer than the target's context, or no such layer.
         """
         rows, length = tokens.shape
-        if length > self.model.max_model_len:
-            raise TrainError(
-                f"windows of {length} tokens are longer than the target's context of {self.model.max_model_len}; "
-                "lower --window"
-            )
+        check_window(length, self.model.max_model_len)
         wrong = [tap for tap in taps if not 0 <= tap < self.model.num_layers]
         if wrong:
             raise TrainError(f"there is no tap {wrong[0]}: the target has layers 0 .. {self.model.num_layers - 1}")
@@ -151,6 +147,15 @@ class FrozenTarget:
                 "head's weight alone; choose another recipe or target"
             )
         return head
+
+
+def check_window(window: int, context: int) -> None:
+    """Raise TrainError for windows that are longer than the target's context."""
+    if window > context:
+        raise TrainError(
+            f"windows of {window} tokens are longer than the target's context of {context}; lower --window to "
+            f"{context} or less"
+        )
 
 
 def _lay_out(model: CausalModel, rows: int, length: int) -> _Layout:

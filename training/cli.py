@@ -1,4 +1,4 @@
-"""``saccade train``: flags from the recipe's options, then data, recipe, trainer."""
+"""``saccade train``: data, recipe, trainer."""
 
 from __future__ import annotations
 
@@ -6,27 +6,30 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from decoding.assemble import resolve_device
 from decoding.errors import ModelError
 from decoding.text import Tokenizer
+from models.families import NATIVE_FAMILIES, supports_natively
+from models.loader import CheckpointError, read_config, resolve
 from training import distributed
-from training.checkpoint import forget_state
+from training.arguments import OPTION_GROUPS, PRECISIONS, parse
+from training.capture import check_window
+from training.checkpoint import STATE_FILE, forget_state
 from training.data import Corpus, WindowSampler, read_documents
 from training.errors import TrainError
-from training.optim import OptimizerOptions
+from training.history import History
 from training.recipe import RecipeKind, TrainContext
 from training.recipes import RECIPES
-from training.trainer import RunOptions, Trainer
+from training.trainer import Trainer
 
 logger = logging.getLogger("saccade.train")
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": None}
-OPTION_GROUPS: tuple[type, ...] = (RunOptions, OptimizerOptions)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,68 +38,23 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         SaccadeError: naming what is wrong and how to mend it.
     """
-    parser = argparse.ArgumentParser(
-        prog="saccade train",
-        description="Train a drafter for any target, or a small model. On several devices: torchrun -m training ...",
-        allow_abbrev=False,
-    )
-    recipes = parser.add_subparsers(dest="recipe", metavar="RECIPE", required=True)
-    for name, kind in RECIPES.items():
-        _add_recipe(recipes.add_parser(name, help=kind().help, allow_abbrev=False), kind())
+    args = parse(argv)
     logger.setLevel(logging.INFO)
-    return run(parser.parse_args(argv))
-
-
-def _add_recipe(parser: argparse.ArgumentParser, kind: RecipeKind) -> None:
-    if kind.needs_target:
-        parser.add_argument("--target", required=True, metavar="MODEL", help="folder or hub id of the target")
-        parser.add_argument(
-            "--self-distill", type=Path, metavar="PROMPTS", help="the target continues these prompts (JSONL), as data"
-        )
-        parser.add_argument("--distill-tokens", type=int, default=256, help="written after each prompt")
-        parser.add_argument("--distill-temperature", type=float, default=1.0)
-        parser.add_argument(
-            "--distill-speculate", action="append", metavar="DRAFTER", help="as --speculate; changes the time only"
-        )
-    else:
-        parser.add_argument("--tokenizer", metavar="FOLDER", help="default: --init's, else one is trained on the data")
-        parser.add_argument("--vocab-size", type=int, default=8192, help="of a tokenizer that is trained")
-    parser.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="text files, or JSONL with text")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the result; checkpoints lie in it, too")
-    parser.add_argument("--window", type=int, default=512, help="tokens of a training window")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=sorted(PRECISIONS), default="bf16", help="of the forward pass")
-    parser.add_argument("--checkpointing", action="store_true", help="less memory, more computing")
-    parser.add_argument("--restart", action="store_true", help="drop an unfinished run in --out")
-    for group in (kind.options, *OPTION_GROUPS):
-        _add_options(parser.add_argument_group(group.__name__), group)
-
-
-def _add_options(group: Any, options: type) -> None:
-    """A flag for each field of a dataclass; its default comes from there."""
-    for field in dataclasses.fields(options):
-        flag, default = "--" + field.name.replace("_", "-"), field.default
-        if isinstance(default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
-        elif isinstance(default, tuple):
-            group.add_argument(flag, type=type(default[0]), nargs=len(default), default=default)
-        else:
-            kind = type(default) if default is not None else {"int | None": int, "float | None": float}[str(field.type)]
-            group.add_argument(flag, type=kind, default=default, help=f"(default: {default})")
+    return run(args)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train as the command line says."""
     kind = RECIPES[args.recipe]()
-    device = distributed.start(_device(args.device))
+    device = distributed.start(resolve_device(args.device))
     try:
         with distributed.main_first():
+            _make_folder(args.out)
             _forget_unfinished(args)
         trainer = _prepare(args, kind, device)
         if trainer.resume(_fingerprint(args)):
             logger.info("going on from step %d", trainer.position.step)
-        history = trainer.run()
+        history = _run(trainer)
     finally:
         distributed.stop()
     logger.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in history.last().items()))
@@ -104,10 +62,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run(trainer: Trainer) -> History:
+    try:
+        return trainer.run()
+    except KeyboardInterrupt:
+        logger.info("interrupted at step %d; the same command goes on from there", trainer.position.step)
+        raise
+
+
 def _prepare(args: argparse.Namespace, kind: RecipeKind, device: torch.device) -> Trainer:
-    options, run_options, optimizer = (_picked(args, group) for group in (kind.options, *OPTION_GROUPS))
-    _check_folder(args.out)
-    target = _target_folder(args.target) if kind.needs_target else None
+    options, run_options, optimizer = (_picked(args, group) for group in (kind.options, *OPTION_GROUPS.values()))
+    target = _target_folder(args.target, args.window) if kind.needs_target else None
     with distributed.main_first():
         tokenizer_folder = target or _tokenizer_folder(args)
         files = _data_files(args, kind)
@@ -163,38 +128,41 @@ def _data_files(args: argparse.Namespace, kind: RecipeKind) -> list[Path]:
     return files
 
 
-def _target_folder(model: str) -> Path:
-    from models.loader import CheckpointError, resolve
-
+def _target_folder(model: str, window: int) -> Path:
+    """The target's folder, after what can be known before its weights are read and its text is written."""
     try:
-        return resolve(model)
+        folder = resolve(model)
+        hf = read_config(folder)
+        native = NATIVE_FAMILIES[str(hf["model_type"])].configure(hf) if supports_natively(hf) else None
     except CheckpointError as error:
         raise ModelError(str(error)) from error
+    except (KeyError, TypeError, ValueError):  # the loader says what is wrong with it
+        return folder
+    if native is not None:
+        check_window(window, native.max_len)
+    return folder
 
 
 def _tokenizer_folder(args: argparse.Namespace) -> Path:
     if args.tokenizer or args.init:
         return Path(args.tokenizer or args.init)
     folder: Path = args.out / ".train" / "tokenizer"
-    if not (folder / "tokenizer.json").is_file():
+    # that of an unfinished run, whose options must be the same; another one would be of other data
+    mine = (folder.parent / STATE_FILE).is_file() or not distributed.is_main()
+    if not (mine and (folder / "tokenizer.json").is_file()):
         from training.tokenizer import train_tokenizer
 
         train_tokenizer(read_documents(_data_files(args, RECIPES[args.recipe]())), args.vocab_size, folder)
     return folder
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise TrainError(f"unknown device {name!r}; use cpu, cuda, cuda:N or auto") from None
-
-
-def _check_folder(out: Path) -> None:
+def _make_folder(out: Path) -> None:
+    """Make sure that the result can be written before hours are spent on it."""
     if out.exists() and not out.is_dir():
         raise TrainError(f"--out {out} is a file; give a folder")
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise TrainError(f"--out {out} cannot be made: {there} is not a folder that you may write to; give another one")
 
 
 def _forget_unfinished(args: argparse.Namespace) -> None:

@@ -18,12 +18,12 @@ class OptimizerOptions:
 
     optimizer: str = "muon"  # muon: Muon for matrices, AdamW for everything else; adamw: AdamW for all
     lr: float = 3e-3  # of AdamW
-    muon_lr: float = 0.02
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    muon_lr: float = 0.02  # of Muon
+    weight_decay: float = 0.0  # of matrices
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     clip: float = 1.0  # of the gradient's norm; 0: none
-    warmup: float = 0.02  # share of the run
-    decay: float = 0.55  # share of the run
+    warmup: float = 0.02  # share of the run in which the learning rates rise
+    decay: float = 0.55  # share of the run in which they fall
 
     def __post_init__(self) -> None:
         """Raise TrainError for values that cannot work."""
@@ -31,6 +31,10 @@ class OptimizerOptions:
             raise TrainError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
         if not (self.lr > 0 and self.muon_lr > 0):
             raise TrainError("--lr and --muon-lr must be positive")
+        if not (self.clip >= 0 and self.weight_decay >= 0):
+            raise TrainError("--clip and --weight-decay must be 0 or more")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise TrainError("--betas must be at least 0 and less than 1")
         if not (0 <= self.warmup < 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
             raise TrainError("--warmup and --decay are shares of the run, together at most 1")
 

@@ -96,7 +96,9 @@ def _claim(out: Path, writing: Writing) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     note = out.with_name(out.name + ".settings")
     text = json.dumps(asdict(writing), indent=2) + "\n"
-    if not note.exists():
+    part = out.with_name(out.name + ".part")
+    written = out.exists() or (part.exists() and part.stat().st_size > 0)
+    if not (note.exists() and written):  # a call that failed before it wrote anything binds nobody
         note.write_text(text, encoding="utf-8")
     elif note.read_text(encoding="utf-8") != text:
         raise TrainError(

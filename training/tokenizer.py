@@ -11,6 +11,7 @@ from training.data import Document
 END = "<|endoftext|>"
 PAD = "<|pad|>"
 SPECIAL = (END, "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", PAD)
+SMALLEST = 256 + len(SPECIAL)  # all bytes are tokens, so that any text can be spelled
 
 
 def train_tokenizer(documents: Iterable[Document], vocab_size: int, folder: Path) -> None:

@@ -32,8 +32,8 @@ class RunOptions:
     batch: int = 16  # windows a step, over all devices
     micro_batch: int = 16  # windows a forward pass
     save_every: float = 5.0  # minutes between checkpoints
-    validate_every: int = 200  # steps
-    log_every: int = 10  # steps
+    validate_every: int = 200  # steps between validations
+    log_every: int = 10  # steps between noted losses
 
     def __post_init__(self) -> None:
         """Raise TrainError for values that cannot work."""
@@ -122,13 +122,12 @@ class Trainer:
                     if time.monotonic() - saved > 60 * self._run.save_every:
                         self.save_state()
                         saved = time.monotonic()
+            self._validate()
         except KeyboardInterrupt:
             self.save_state()
             raise
-        self._validate()
         if distributed.is_main():
-            replace_folder(self._out, self._write)
-            forget_state(self._state_folder)
+            self._finish()
         return self.position.history
 
     def save_state(self) -> None:
@@ -143,6 +142,14 @@ class Trainer:
             "position": position,
         }
         save_state(self._state_folder, state)
+
+    def _finish(self) -> None:
+        try:
+            replace_folder(self._out, self._write)
+        except (TrainError, KeyboardInterrupt):
+            self.save_state()  # the same command has nothing left to do but to write
+            raise
+        forget_state(self._state_folder)
 
     def _write(self, folder: Path) -> None:
         self.recipe.save(folder)

@@ -30,7 +30,7 @@ _BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists in con
 @dataclass(frozen=True)
 class DraftOptions:
     init: str = ""  # folder of a draft model to train on; the layers are then its own
-    layers: int = 1
+    layers: int = 1  # number of layers
     from_layers: str = ""  # the target's layers it begins as, such as 0,4; default: evenly spread, the first included
     labels: str = "target"  # target: its distributions; text: the tokens that came
     dtype: str = "bfloat16"  # of the written weights

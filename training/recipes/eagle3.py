@@ -28,7 +28,7 @@ class Eagle3Options:
     keep: float = 0.7  # share of the positions that draft on after each step; the paper: all (1)
     draft_vocab: int = 32_000  # most frequent tokens of the data, which can be drafted; 0: all
     taps: str = ""  # layers of the target whose input is read, such as 2,4,5; default: 2, middle, last but two
-    layers: int = 1
+    layers: int = 1  # number of layers
     mlp: int = 0  # width of the MLP; 0: the target's
     norm_before_residual: bool = True  # the paper: no; it learns faster
     norm_output: bool = True  # feed back the normed output (EAGLE-3.1); the paper: no

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.loader import DTYPES
 from training.errors import TrainError
 from training.recipe import Losses, TrainContext, Windows
 
@@ -25,14 +26,24 @@ class LMOptions:
     """The defaults are those of the demo's target."""
 
     init: str = ""  # model folder to train on; the sizes are then its own
-    layers: int = 8
-    hidden: int = 256
-    heads: int = 4
-    kv_heads: int = 2
-    mlp: int = 704
+    layers: int = 8  # number of layers
+    hidden: int = 256  # size of the hidden states
+    heads: int = 4  # of the attention
+    kv_heads: int = 2  # key and value heads
+    mlp: int = 704  # width of the MLP
     context: int = 1024  # the longest text that the model is for
     dtype: str = "bfloat16"  # of the written weights
     compile: bool = False  # torch.compile; pays on long runs
+
+    def __post_init__(self) -> None:
+        """Raise TrainError for values that cannot work."""
+        for name in ("layers", "hidden", "heads", "kv_heads", "mlp", "context"):
+            if getattr(self, name) < 1:
+                raise TrainError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.hidden % self.heads or self.heads % self.kv_heads:
+            raise TrainError("--hidden must be a multiple of --heads, and --heads of --kv-heads")
+        if self.dtype not in DTYPES:
+            raise TrainError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
 
 
 class LMRecipe:
@@ -82,8 +93,6 @@ def build_lm(options: LMOptions, context: TrainContext) -> LMRecipe:
                 f"{context.tokenizer.vocab_size}; use its own tokenizer"
             )
     else:
-        if options.hidden % options.heads or options.heads % options.kv_heads:
-            raise TrainError("--hidden must be a multiple of --heads, and --heads of --kv-heads")
         end = context.tokenizer.eos_token_id
         module = LlamaForCausalLM(
             LlamaConfig(
@@ -103,7 +112,9 @@ def build_lm(options: LMOptions, context: TrainContext) -> LMRecipe:
         )
     if context.window > module.config.max_position_embeddings:
         raise TrainError(
-            f"--window {context.window} is longer than the model's {module.config.max_position_embeddings}"
+            f"--window {context.window} is longer than the model's context of "
+            f"{module.config.max_position_embeddings}; lower --window"
+            + ("" if options.init else ", or raise --context")
         )
     return LMRecipe(options, context, module)
 

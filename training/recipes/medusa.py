@@ -29,7 +29,7 @@ FIRST_OFFSET = 2  # head 0 at token t guesses token t + 2
 @dataclass(frozen=True)
 class MedusaOptions:
     init: str = ""  # folder of heads to train on, of the same number and kind
-    heads: int = 4
+    heads: int = 4  # number of heads, each a token further on
     layers: int = 1  # residual blocks of a head
     share_head: bool = False  # the heads use the target's LM head and have none of their own (version 2 of the format)
     labels: str = "target"  # target: its distributions; text: the tokens that came
