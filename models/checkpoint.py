@@ -151,6 +151,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
+        if not _is_pickle(path):
+            raise _damaged(path, ValueError("it is no file of PyTorch")) from error
         raise CheckpointError(
             f"{path} holds Python objects beside tensors, which could run code, so it is not loaded; convert the "
             "checkpoint to safetensors where you trust it"
@@ -160,6 +162,11 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{path} must hold a dictionary of tensors; convert the checkpoint to safetensors")
     return weights
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        return zipfile.is_zipfile(path) or file.read(1) == pickle.PROTO
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:

@@ -17,6 +17,7 @@ from models.checkpoint import misfits, read_json
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.families import NATIVE_FAMILIES, Family, supports_natively
+from models.heads.head_files import check_model
 from models.layers.ops import LayerOps, load_ops
 from models.meta_checkpoint import is_meta, meta_config, open_meta
 from models.target import CausalModel
@@ -94,6 +95,7 @@ def load_model(
         ValueError: for an unknown attention backend.
     """
     hf, place = read_config(path), torch.device(device)
+    check_model(hf, path)
     try:
         native = supports_natively(hf)
         config = NATIVE_FAMILIES[str(hf["model_type"])].configure(hf) if native else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -51,8 +52,10 @@ def load_state(folder: Path) -> dict[str, Any] | None:
 
 
 def forget_state(folder: Path) -> None:
-    """Drop the run's state, where there is one."""
+    """Drop the run's state, where there is one, and the folder if nothing else is in it."""
     (folder / STATE_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def replace_folder(folder: Path, write: Any) -> None:

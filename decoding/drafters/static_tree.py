@@ -69,8 +69,9 @@ def read_choices(path: Path, heads: int, vocab_size: int) -> list[RankPath]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        hint = "; `saccade calibrate` makes it" if path.name == CHOICES_FILE else ""
-        raise ConfigError(f"medusa: there is no tree file {path}{hint}") from None
+        makes_it = "`saccade calibrate` makes it"
+        hint = makes_it if path.name == CHOICES_FILE else "tree is probability, calibrated or the path of a list"
+        raise ConfigError(f"medusa: there is no tree file {path}; {hint}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"medusa: the tree file {path} cannot be read ({error}); restore it") from error
     listed = content.get("medusa_choices") if isinstance(content, dict) else content

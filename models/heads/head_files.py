@@ -70,9 +70,11 @@ def head_kind(config: Mapping[str, Any], path: Path) -> str | None:
     stated = config.get("speculators_model_type")
     listed = config.get("architectures") or []
     for name, kind in HEAD_KINDS.items():
-        if stated in kind.speculators or any(one in kind.architectures for one in listed):
+        if stated in kind.speculators:
             return name
-        if stated is None and any(config.get(key) for key in kind.keys):
+        if stated is not None:
+            continue  # where a config names its kind, nothing else in it counts
+        if any(one in kind.architectures for one in listed) or any(config.get(key) for key in kind.keys):
             return name
     unknown = [str(stated)] if stated else [str(one) for one in listed if _sounds_like_a_head(str(one))]
     if unknown:
@@ -97,6 +99,18 @@ def check_kind(wanted: str, config: Mapping[str, Any], path: Path) -> None:
         else f"there is no drafter for these; use a checkpoint of one that is served: {served_kinds()}"
     )
     raise CheckpointError(f"{path} holds {kind.title}, not {HEAD_KINDS[wanted].title}: {remedy}")
+
+
+def check_model(config: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError, with what to do, if a config.json is a drafter's and no model's.
+
+    Those of published drafters that pass for a model's are found by their weights.
+    """
+    if "model_type" in config or (name := head_kind(config, path)) is None:
+        return
+    kind = HEAD_KINDS[name]
+    use = f": use it beside its target, with --speculate {kind.drafter}={path}" if kind.drafter else ""
+    raise CheckpointError(f"{path} holds a drafter ({kind.title}) and no model{use}")
 
 
 def served_kinds() -> str:

@@ -317,6 +317,10 @@ def test_kinds_are_recognised_and_others_refused_by_name(
     [
         ({"speculators_model_type": "eagle4"}, "unknown kind 'eagle4'.* 'eagle"),
         (
+            {"speculators_model_type": "eagle4", "architectures": ["Eagle3Speculator"], "draft_vocab_size": 9},
+            "unknown kind 'eagle4'.* 'eagle",
+        ),
+        (
             {"architectures": ["LlamaForCausalLMEagle9"]},
             "unknown kind 'LlamaForCausalLMEagle9'.*'LlamaForCausalLMEag",
         ),

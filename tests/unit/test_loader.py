@@ -314,3 +314,17 @@ def test_layer_operations_are_chosen_by_name() -> None:
     assert load_ops(device, torch.float32, "torch") is not None
     with pytest.raises(ValueError, match=r"unknown layer operations 'tocrh'; there are: torch"):
         load_ops(device, torch.float32, "tocrh")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"speculators_model_type": "eagle3"}, r"EAGLE-3\) and no model: use it .* --speculate eagle3="),
+        ({"medusa_num_heads": 4}, r"Medusa\) and no model: use it .* --speculate medusa="),
+        ({"speculators_model_type": "dflash"}, r"DFlash\) and no model$"),
+    ],
+)
+def test_a_drafter_in_place_of_a_model_says_what_it_is(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path)

@@ -225,6 +225,13 @@ def test_a_truncated_file(tmp_path: Path, name: str) -> None:
             load_medusa(open_medusa(folder), lambda states: states, CPU, torch.float32)
 
 
+def test_a_file_that_is_none_of_pytorch(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "medusa_lm_head.pt").write_bytes(b"<html>not found</html>")
+    with pytest.raises(CheckpointError, match=r"damaged or cut short \(it is no file of PyTorch\)"):
+        open_medusa(tmp_path)
+
+
 def test_code_in_a_pickle_never_runs(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
 
