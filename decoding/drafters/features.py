@@ -87,7 +87,10 @@ class FeatureStore:
             index = torch.cat([index, batch.row_starts[where[0]] + where[1]])
         taken = [part.index_select(0, index) for part in parts]
         gathered = torch.cat(taken, dim=1) if len(taken) > 1 else taken[0]  # [n, F]
-        tails = gathered[: tail * len(plan.deciding)].view(len(plan.deciding), tail, gathered.shape[1]).unbind(0)
+        ends = gathered[: tail * len(plan.deciding)]
+        if heads.rows:
+            ends = ends.clone()  # they are kept for longer than the chains of prompts, which may be large
+        tails = ends.view(len(plan.deciding), tail, gathered.shape[1]).unbind(0)
         for number, row in enumerate(plan.rows):
             if self._keeps(row.sequence):
                 new = []
@@ -115,6 +118,9 @@ class FeatureStore:
         pieces = self._pieces.get(sequence, [])
         while pieces and pieces[0].end <= before:
             del pieces[0]
+        if pieces and before - pieces[0].start >= PAGE_SIZE:  # the end of a chunk is not to keep all of it alive
+            rest = pieces[0].between(before, pieces[0].end)
+            pieces[0] = Piece(rest.start, rest.features.clone())
 
     def last(self, sequence: Sequence) -> Tensor | None:
         """[F] the feature of the token before the last one, whose own is not computed yet.

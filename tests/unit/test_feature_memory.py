@@ -169,6 +169,25 @@ def test_k_v_behind_a_gap(kept: int, continues: bool, window: int | None) -> Non
     assert served.engine.stats().by_drafter["toy"].accepted > 0
 
 
+def test_chunks_of_prompts_do_not_stay_in_memory() -> None:
+    """While chunks take the whole budget nobody drafts, and what decoding rows keep piles up: it is theirs alone."""
+    model = ToyFeatureModel(target())
+    served = Served(model, max_num_batched_tokens=64, prefix_caching=False)
+    params = SamplingParams(40, 0.8, seed=1, ignore_eos=True)
+    for number, length in enumerate((5, 250, 250, 250)):
+        prompt = tuple((5 * i * i + number) % VOCAB for i in range(length))
+        served.engine.submit(GenerateRequest(f"r{number}", prompt, params))
+    most = 0
+    while served.engine.has_work:
+        served.engine.step()
+        pieces = [piece for each in served.made[0]._features._pieces.values() for piece in each]
+        most = max(most, len(pieces))
+        for piece in pieces:
+            alive = piece.features.untyped_storage().nbytes() // (model.feature_size * model.dtype.itemsize)
+            assert alive < 40, "the paths of its step, not the chunk of 60 tokens beside them"
+    assert most > 10
+
+
 def test_what_it_keeps_with_each_page_is_in_the_price_of_a_page() -> None:
     for continues in (False, True):
         served = Served(ToyFeatureModel(target(), continues=continues), kv_cache_memory=2**22, num_pages=None)
