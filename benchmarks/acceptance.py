@@ -26,6 +26,7 @@ from decoding.assemble import load_target
 from decoding.config import Dtype, EngineConfig
 from decoding.drafters import DrafterChoice
 from decoding.errors import ConfigError, nearest
+from training.checkpoint import replace_folder
 
 
 @dataclass(frozen=True)
@@ -222,8 +223,19 @@ def settings_of(options: Options, prompts: Sequence[Prompt], scripts: Sequence[S
 
 
 def write(folder: Path, done: Report) -> None:
-    """Tables to standard output; JSON, Markdown and plots to the folder."""
+    """Tables to standard output; JSON, Markdown and plots to the folder, all or none of them.
+
+    Raises:
+        TrainError: the folder cannot be written to, or the disk is full; the tables are printed all the same.
+    """
     print(render(done.source, done.measured, done.oracles, markdown=False))
+    names: list[str] = []
+    replace_folder(folder, lambda draft: names.extend(file.name for file in write_files(draft, done)))
+    print("\nwritten: " + ", ".join(str(folder / name) for name in names))
+
+
+def write_files(folder: Path, done: Report) -> list[Path]:
+    """JSON, Markdown and plots; the files that were written."""
     document = {
         **{"provenance": done.source},
         "measured": [summary(m, done.measured) for m in done.measured],
@@ -233,8 +245,7 @@ def write(folder: Path, done: Report) -> None:
     json_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     page = render(done.source, done.measured, done.oracles, markdown=True)
     (folder / "acceptance.md").write_text(page, encoding="utf-8")
-    files = [json_file, folder / "acceptance.md", *plots.draw(folder, done.measured, done.oracles)]
-    print("\nwritten: " + ", ".join(str(file) for file in files))
+    return [json_file, folder / "acceptance.md", *plots.draw(folder, done.measured, done.oracles)]
 
 
 def summary(m: Measured, everything: Sequence[Measured]) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def git_state(root: Path) -> dict[str, Any]:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+            # asking must not lock the index: status would write it anew, and a full disk would leave the lock behind
+            command = ["git", "--no-optional-locks", "-C", str(root), *words]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None

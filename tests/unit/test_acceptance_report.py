@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.acceptance import Options, check_limits, parse_sets, variants
+from benchmarks.acceptance import Options, Report, check_limits, parse_sets, settings_of, variants, write
 from benchmarks.acceptance_runs import Measured, Variant, accepted_in, speculation, summarise_ranks
 from benchmarks.acceptance_tables import comparison, depths, overview, same_texts
+from benchmarks.provenance import provenance
 from benchmarks.rates import Counts, Estimate, by_depth, conditional, gain, ratio, tokens_per_step
 from benchmarks.replay import LISTED
 from benchmarks.report_cli import main, parse
@@ -22,6 +23,8 @@ from benchmarks.texts import START, Room, load_prompts, load_scripts
 from decoding.errors import ConfigError
 from decoding.messages import TokenEvent
 from tests.engines import ROOT, VOCAB
+from tests.unit.test_training import limited_files
+from training.errors import TrainError
 
 DEPTH = 4
 ROOM = Room(context=64, least=DEPTH + 2)
@@ -195,6 +198,18 @@ def test_tables() -> None:
         ["a", "replay", "given", "0.50", "1.00"],
     ]
     assert same_texts(results) == (1, 2)
+
+
+def test_a_full_disk_leaves_the_previous_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "acceptance.json").write_text("old")
+    source = {**provenance(["saccade"], {}, {"saccade": "float32"}), "settings": settings_of(options(), [], [])}
+    done = Report(source, [measured("a", Variant(0.0), [[1, 1], [1, 0]])], [])
+    with limited_files(500), pytest.raises(TrainError, match="unharmed"):
+        write(tmp_path / "out", done)
+    assert "Tokens per step" in capsys.readouterr().out  # hours of measuring are not lost
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert [file.read_text() for file in (tmp_path / "out").iterdir()] == ["old"]
 
 
 # the command ---------------------------------------------------------------------------------------------------------

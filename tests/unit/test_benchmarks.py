@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -223,3 +224,17 @@ def test_the_command_measures_every_system(tmp_path: Path) -> None:
     assert "--prompts 1" in source["command"]
     assert all(len(model["sha256"]) == 64 for model in source["models"].values())
     assert all(name in done.stdout for name in SYSTEMS)
+
+
+def test_asking_git_does_not_write_the_index(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "file").write_text("x")
+    git("add", "file")
+    git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-m", "t")
+    os.utime(tmp_path / "file", (1, 1))  # a plain status would note this in the index
+    before = (tmp_path / ".git" / "index").read_bytes()
+    assert git_state(tmp_path)["dirty"] is False
+    assert (tmp_path / ".git" / "index").read_bytes() == before
