@@ -261,7 +261,8 @@ def _converted(folder: Path) -> Any:
             reason = "none of the known files is there."
         raise ModelError(
             f"{folder} has no tokenizer.json, and its tokenizer cannot be converted: {reason} "
-            "Give the folder of a complete model, or save a tokenizer.json there."
+            "Give the folder of a complete model, save a tokenizer.json there, or name another tokenizer: serve and "
+            "generate have --tokenizer."
         ) from error
 
 

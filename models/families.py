@@ -143,7 +143,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_new"}[config.activation],
+        "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation),
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": rope.trained_len,
         "rope_theta": rope.theta,

@@ -26,26 +26,20 @@ from models.batch import RaggedBatch
 from models.target import ForwardOutput
 from models.tree import Trees, is_node
 from tests.doubles import GarbageDrafter
-from tests.eagle import demo_eagle, demo_eagle3
+from tests.eagle import demo_eagle
 from tests.engines import ROOT, run
-from tests.medusa import demo_heads
-from tests.mtp import demo_module
 
 DRAFT = f"draft={ROOT}/demo/draft"
-
-
-def _medusa() -> str:
-    return f"medusa={demo_heads()}:tau=0.3"  # its heads are sure of too little
 
 
 # how each drafter is asked for on the command line; it must draft for the demo target
 EXAMPLES: dict[str, Callable[[], str]] = {
     "ngram": lambda: "ngram",
     "draft": lambda: DRAFT,
-    "medusa": _medusa,
-    "mtp": lambda: f"mtp={demo_module()}",
+    "medusa": lambda: f"medusa={ROOT}/demo/medusa:tau=0.3",
+    "mtp": lambda: f"mtp={ROOT}/demo/mtp",
     "eagle": lambda: f"eagle={demo_eagle()}:tau=0.5",
-    "eagle3": lambda: f"eagle3={demo_eagle3()}:tau=0.5",
+    "eagle3": lambda: f"eagle3={ROOT}/demo/eagle3",
 }
 
 

@@ -16,7 +16,7 @@ from decoding.request import SamplingParams
 from models import kernels
 from tests.engines import ROOT
 
-SPECULATE = (f"draft={ROOT / 'demo/draft'}", "ngram")
+SPECULATE = (*(f"{name}={ROOT}/demo/{name}" for name in ("eagle3", "mtp", "medusa", "draft")), "ngram")
 PAGES = 2000
 
 

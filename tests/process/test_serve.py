@@ -251,7 +251,7 @@ def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
     ("args", "parts"),
     [
         (("no/such/folder",), ["'no/such/folder'", "folder"]),
-        (("demo/target", "--speculate", "eagle"), ["unknown drafter 'eagle'", "ngram, draft"]),
+        (("demo/target", "--speculate", "eagel"), ["unknown drafter 'eagel'", "did you mean 'eagle'"]),
         (("demo/target", "--speculate", "ngram:max_mach=3"), ["no option 'max_mach'", "max_match"]),
         (("demo/target", "--speculate", "draft=no/such"), ["'no/such'"]),
         (("demo/target", "--chat-template", "nowhere.jinja"), ["--chat-template", "nowhere.jinja"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from tests.eagle import demo_eagle, demo_eagle3
 from tests.engines import ROOT, run
 from tests.parity.eagle_files import LLAMA, save
 
-TEXT = "import os\nimport sys\n\n\ndef main(args):\n    for name in args:\n        print(name)\n"
 PATHS = {"eagle": demo_eagle, "eagle3": demo_eagle3}
 
 
@@ -27,8 +27,13 @@ def demo() -> LoadedModel:
     return load_target(EngineConfig(f"{ROOT}/demo/target", dtype="float32"))
 
 
+def prompts() -> list[tuple[int, ...]]:
+    lines = (ROOT / "demo/prompts.jsonl").read_text().splitlines()[:8]
+    return [tuple(demo().tokenizer.encode(json.loads(line)["prompt"]))[:100] for line in lines]
+
+
 def built(*speculate: str) -> Engine:
-    config = EngineConfig(f"{ROOT}/demo/target", dtype="float32", speculate=speculate, num_pages=200, max_nodes=16)
+    config = EngineConfig(f"{ROOT}/demo/target", dtype="float32", speculate=speculate, num_pages=400, max_nodes=16)
     return Engine(config, demo(), build_stepper(config, demo(), build_drafters(config, demo())))
 
 
@@ -36,13 +41,14 @@ def built(*speculate: str) -> Engine:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_its_guesses_are_often_right(name: str, temperature: float) -> None:
     engine = built(f"{name}={PATHS[name]()}:tau=0.5,min_confidence=0.0,depth=3")
-    prompt = tuple(demo().tokenizer.encode(TEXT))
-    params = SamplingParams(60, temperature, seed=4, ignore_eos=True)
-    outcome = run(engine, [GenerateRequest("r", prompt, params)])["r", 0]
-    stats = outcome.last.speculation
-    assert stats is not None
-    assert stats.by_drafter[name].accepted == stats.accepted >= 15
-    assert outcome.tokens == run(built(), [GenerateRequest("r", prompt, params)])["r", 0].tokens
+    params = SamplingParams(40, temperature, seed=4, ignore_eos=True)
+    requests = [GenerateRequest(f"r{i}", prompt, params) for i, prompt in enumerate(prompts())]
+    outcomes, plain = run(engine, requests), run(built(), requests)
+    assert {key: outcome.tokens for key, outcome in outcomes.items()} == {key: o.tokens for key, o in plain.items()}
+    stats = [outcome.last.speculation for outcome in outcomes.values()]
+    accepted = sum(each.accepted for each in stats if each is not None)
+    assert accepted == sum(each.by_drafter[name].accepted for each in stats if each is not None)
+    assert accepted >= 0.15 * sum(each.steps for each in stats if each is not None)
 
 
 def test_eagle3_reads_the_targets_taps_and_eagle1_its_output() -> None:
