@@ -19,10 +19,10 @@ from tests.engines import ROOT
 LENGTH = 48
 WHOLE_TREES = "depth=6,beam=4,top_k=8,min_confidence=0"
 FAMILY = {
-    "medusa": (f"medusa={ROOT}/demo/medusa", 1.0, 1.0),
-    "mtp": (f"mtp={ROOT}/demo/mtp:{WHOLE_TREES}", 1.0, 1.0),
-    "eagle3": (f"eagle3={ROOT}/demo/eagle3:{WHOLE_TREES}", 1.0, 1.0),
-    "draft": (f"draft={ROOT}/demo/draft:{WHOLE_TREES}", 1.0, 1.0),
+    "medusa": (f"medusa={ROOT}/demo/medusa", 2.0, 1.75),
+    "mtp": (f"mtp={ROOT}/demo/mtp:{WHOLE_TREES}", 3.9, 3.2),
+    "eagle3": (f"eagle3={ROOT}/demo/eagle3:{WHOLE_TREES}", 4.1, 3.0),
+    "draft": (f"draft={ROOT}/demo/draft:{WHOLE_TREES}", 3.25, 2.7),
 }
 
 
