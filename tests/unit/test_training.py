@@ -244,8 +244,10 @@ def interrupted_after(steps: int) -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
         return original(self, step)
 
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore ctrl-C
     Sampler.batch = batch  # type: ignore[method-assign]
     try:
         yield
     finally:
         Sampler.batch = original  # type: ignore[method-assign]
+        signal.signal(signal.SIGINT, handler)
