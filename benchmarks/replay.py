@@ -10,6 +10,7 @@ a replay costs the target one token per row. Two measurements:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -29,7 +30,7 @@ from models.tree import Trees, mask_depths, walk
 LISTED = 8  # guesses among which the right token is looked for
 
 
-class Dictation(DrafterTeam):
+class Dictation(DrafterTeam, ABC):
     """Drafters that see known texts come into being; their proposals go no further.
 
     A position is scored if it is not the first, which belongs to the prompt's own step, and the text goes on from it
@@ -60,13 +61,13 @@ class Dictation(DrafterTeam):
             super().propose(plan, quota, sampling)
         return []
 
+    @abstractmethod
     def listen(self, plan: Plan, quota: Quota, sampling: Sampling, future: Tensor, scored: list[bool]) -> None:
         """Let the drafters propose for the rows that decide, and note what is to be measured at those to be scored.
 
         Args:
             future: [S, D + 1] int64, each row's next tokens, padded with -1.
         """
-        raise NotImplementedError
 
     def dictate(self, trees: Trees, nodes: Nodes, x: Tensor, sampling: Sampling, deepest: int) -> Verdict:
         """The rule of the dictation, see ``Rule``: whatever the logits say, the text's next token is drawn."""

@@ -163,7 +163,9 @@ class OracleTarget:
         return ForwardOutput(hidden, {tap: hidden * (tap + 1) for tap in taps})
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        raise NotImplementedError
+        embedded = torch.zeros(len(token_ids), self.hidden_size, dtype=self.dtype)
+        embedded[:, TOKEN] = self.weights.token[token_ids]
+        return embedded
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.weights.logits(hidden)
