@@ -14,7 +14,7 @@ from models.attention import AttentionBackend, AttentionSpec
 from models.batch import MAX_TREE, RaggedBatch
 from models.config import ModelConfig
 from models.kv_cache import KVCache, KVSpec
-from models.layers.linear import Linear
+from models.layers.linear import Linear, Packing
 from models.layers.ops import LayerOps
 from models.layers.rope import rope_table
 from models.target import ForwardOutput
@@ -110,10 +110,10 @@ class DecoderLayer:
                     named |= {f"{part}.{kind}": view for part, view in self._parts(name, fused).items()}
         return named
 
-    def pack(self) -> None:
+    def pack(self, packing: Packing | None = None) -> None:
         """See ``Linear.pack``."""
         for linear in self._linears().values():
-            linear.pack()
+            linear.pack(packing)
 
     def _linears(self) -> dict[str, Linear]:
         return {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
@@ -246,8 +246,8 @@ class Decoder:
             named |= {f"layers.{index}.{name}": weight for name, weight in layer.weights().items()}
         return named
 
-    def pack(self) -> None:
-        """Reorder the filled weights for the device; ``weights`` is not available afterwards where that happened."""
+    def pack(self, packing: Packing | None = None) -> None:
+        """Pack the filled weights (``Linear.pack``); ``weights`` is not available afterwards where that happened."""
         for layer in self.layers:
-            layer.pack()
-        self.head.pack()
+            layer.pack(packing)
+        self.head.pack(packing)

@@ -1,13 +1,15 @@
-"""A linear layer without autograd: weights packed once for oneDNN where that pays."""
+"""A linear layer without autograd: its weight is packed once, in a format that is fast to multiply by."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]  # x [T, I] -> x W^T + b [T, O]
+Packing = Callable[[Tensor, Tensor | None], Product]  # weight [O, I] and bias [O] -> the product with them
 
 # Up to this many inputs oneDNN sums one row in the same order as many; beyond it, only from two rows on.
 _SAME_ORDER_INPUTS = 1024
@@ -26,27 +28,33 @@ class Linear:
         self.outputs = outputs
         self.weight: Tensor | None = torch.empty(outputs, inputs, device=device, dtype=dtype)  # None once packed
         self.bias = torch.empty(outputs, device=device, dtype=dtype) if bias else None
-        self._packed: Tensor | None = None
-        self._packed_linear: Callable[..., Any] | None = None
-        self._pad_one_row = inputs > _SAME_ORDER_INPUTS
+        self.product: Product | None = None  # once packed
 
-    def pack(self) -> None:
-        """Reorder the weight for oneDNN where the device and dtype allow; the plain one is given up."""
-        if self.weight is None or not packs(self.weight.device, self.weight.dtype):
+    def pack(self, packing: Packing | None = None) -> None:
+        """Turn the weight into a product; the plain weight is given up.
+
+        Args:
+            packing: a format; default: the fastest that keeps the weight's values and serves its device and dtype. If
+                there is none, the layer stays as it is.
+        """
+        if self.weight is None:
             return
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-        self._packed_linear = torch.ops.mkldnn._linear_pointwise.default
+        packing = packing or exact_packing(self.weight.device, self.weight.dtype)
+        if packing is None:
+            return
+        self.product = packing(self.weight, self.bias)
         self.weight = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._packed_linear is None:
-            assert self.weight is not None
-            return F.linear(x, self.weight, self.bias)
-        if self._pad_one_row and x.shape[0] == 1:
-            padded: Tensor = self._packed_linear(x.repeat(2, 1), self._packed, self.bias, "none", [], "")
-            return padded[:1]
-        result: Tensor = self._packed_linear(x, self._packed, self.bias, "none", [], "")
-        return result
+        if self.product is not None:
+            return self.product(x)
+        assert self.weight is not None
+        return F.linear(x, self.weight, self.bias)
+
+
+def exact_packing(device: torch.device, dtype: torch.dtype) -> Packing | None:
+    """The format that ``Linear.pack`` takes by default; None where weights stay plain."""
+    return OneDnnProduct if packs(device, dtype) else None
 
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
@@ -56,3 +64,20 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
+
+
+class OneDnnProduct:
+    """A ``Product`` by oneDNN, on a weight in oneDNN's order."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._linear = torch.ops.mkldnn._linear_pointwise.default
+        self._bias = bias
+        self._pad_one_row = weight.shape[1] > _SAME_ORDER_INPUTS
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._pad_one_row and x.shape[0] == 1:
+            padded: Tensor = self._linear(x.repeat(2, 1), self._packed, self._bias, "none", [], "")
+            return padded[:1]
+        result: Tensor = self._linear(x, self._packed, self._bias, "none", [], "")
+        return result
