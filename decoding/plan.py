@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from decoding.sequence import Sequence
 
@@ -48,10 +49,32 @@ class RowQuota:
 
 
 @dataclass(frozen=True)
+class Guide:
+    """What the planner tells one drafter about drafting in this step."""
+
+    depth: int | None = None  # of its trees, at most
+    taus: tuple[float, ...] = ()  # factors on the drafter's tau at depth 1, 2, ...; the last one goes on
+    least_gain: float | None = (
+        None  # tokens, over all rows, that another pass must promise; None: the drafter's own rule
+    )
+
+    def tau(self, level: int) -> float:
+        """The factor for the children of nodes at depth ``level``."""
+        return self.taus[min(level, len(self.taus) - 1)] if self.taus else 1.0
+
+
+UNGUIDED = Guide()
+
+
+@dataclass(frozen=True)
 class Quota:
-    """Limits of a step: one RowQuota per deciding row."""
+    """Limits of a step: one RowQuota per deciding row, and a word to each drafter."""
 
     rows: tuple[RowQuota, ...]
+    guides: Mapping[str, Guide] = field(default_factory=dict)
+
+    def guide(self, drafter: str) -> Guide:
+        return self.guides.get(drafter, UNGUIDED)
 
     @property
     def nodes(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from decoding.cache import scratch_slots
 from decoding.errors import ConfigError
+from decoding.plan import UNGUIDED, Guide
 from decoding.sampling import Sampling
 from models.batch import MAX_TREE, PAGE_SIZE, RaggedBatch
 from models.tree import NO_PARENT, Trees
@@ -75,6 +76,7 @@ class Growth(Protocol):
         row: Tensor,
         depth: int,
         sampling: Sampling,
+        guide: Guide = UNGUIDED,
     ) -> Trees:
         """The trees of candidates of S rows.
 
@@ -86,6 +88,7 @@ class Growth(Protocol):
             carry: [S, C] of the roots, if the model has any.
             row: [S] the rows' numbers in ``sampling``.
             depth: of the trees, at least 1.
+            guide: its taus and least gain hold here.
         """
         ...
 
@@ -110,6 +113,7 @@ class Expansion:
         row: Tensor,
         depth: int,
         sampling: Sampling,
+        guide: Guide = UNGUIDED,
     ) -> Trees:
         """See ``Growth.grow``."""
         rows, device = len(row), row.device
@@ -119,11 +123,11 @@ class Expansion:
         columns = [(roots.tokens, roots.parents, roots.confidence)]
         width, scratch = 1, 0
         for level in range(depth):
-            tokens, confidence = self._guess(hidden, row, level, beam, sampling)  # [S, B, K]
+            tokens, confidence = self._guess(hidden, row, level, beam, sampling, guide.tau(level))  # [S, B, K]
             parents = beam.columns[:, :, None].expand_as(tokens)
             columns.append((tokens.flatten(1), parents.flatten(1), confidence.flatten(1)))
             chance = (beam.chance[:, :, None] * confidence).flatten(1)
-            if level + 1 == depth or (device.type == "cpu" and float(chance.max()) < self.options.min_confidence):
+            if level + 1 == depth or (device.type == "cpu" and self._ends(chance, guide)):
                 break
             beam = self._choose(beam, tokens.flatten(1), chance, carry, width, scratch)
             hidden, carry = self._forward(batch, rows, beam, level + 1, scratch)
@@ -132,6 +136,12 @@ class Expansion:
         all_tokens, all_parents, all_confidence = (torch.cat(parts, dim=1) for parts in zip(*columns, strict=True))
         source = torch.where(all_parents == NO_PARENT, 0, self.source)
         return Trees(all_tokens, all_parents, all_confidence, source)
+
+    def _ends(self, chance: Tensor, guide: Guide) -> bool:
+        """Whether another pass is not worth it, by the last level's path probabilities [S, B * K]."""
+        if guide.least_gain is None:
+            return float(chance.max()) < self.options.min_confidence
+        return float(chance.amax(dim=1).sum()) < guide.least_gain
 
     def _choose(
         self, beam: Beam, tokens: Tensor, chance: Tensor, carry: Tensor | None, first: int, scratch: int
@@ -180,7 +190,9 @@ class Expansion:
         )
         return self.forward(step, beam.carry, level)
 
-    def _guess(self, hidden: Tensor, row: Tensor, level: int, beam: Beam, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    def _guess(
+        self, hidden: Tensor, row: Tensor, level: int, beam: Beam, sampling: Sampling, tau: float
+    ) -> tuple[Tensor, Tensor]:
         """(tokens, confidence) [S, B, K]: the drafter's most probable next tokens after each node of the beam."""
         size = beam.tokens.shape[1]
         node_row = row.repeat_interleave(size)
@@ -188,5 +200,5 @@ class Expansion:
         paths = beam.paths.flatten(0, 1) if beam.paths is not None else None
         x = sampling.process(self.logits(hidden), node_row, depth, paths, self.token_ids)
         options = self.options
-        tokens, confidence = sampling.guess(x, node_row, depth, options.top_k, options.tau, self.token_ids)
+        tokens, confidence = sampling.guess(x, node_row, depth, options.top_k, tau * options.tau, self.token_ids)
         return tokens.view(-1, size, tokens.shape[1]), confidence.view(-1, size, tokens.shape[1])

@@ -137,9 +137,11 @@ class FeatureDrafter:
         if not drafting:
             return None
         row = torch.tensor(drafting, device=self._model.device)
-        depth = min(self._options.depth, max(quota.rows[number].depth for number in drafting))
+        guide = quota.guide(self.name)
+        limits = [self._options.depth, max(quota.rows[number].depth for number in drafting)]
+        depth = min(limits if guide.depth is None else [*limits, guide.depth])
         hidden, carry = drafted.hidden[batch.wanted], drafted.carry[batch.wanted]
-        return spread(self._growth.grow(trees, batch, hidden, carry, row, depth, sampling), row, plan)
+        return spread(self._growth.grow(trees, batch, hidden, carry, row, depth, sampling, guide), row, plan)
 
     def _may_draft(self, sequence: Sequence) -> bool:
         return may_draft(self.name, sequence)

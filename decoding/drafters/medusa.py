@@ -147,8 +147,9 @@ class MedusaDrafter:
         last = [int(plan.deciding[index].sequence.tokens[-1]) for index in drafting]
         roots, row = torch.tensor([last, drafting], device=self._device)
         limits = [quota.rows[index] for index in drafting]
-        depth = min(self._shape.depth, max(limit.depth for limit in limits))
+        guide = quota.guide(self.name)
+        depth = min(self._shape.depth, max(limit.depth for limit in limits), guide.depth or self._shape.depth)
         logits = self._heads.logits(torch.stack(features), depth)
-        candidates = guess_depths(logits, roots, row, self._shape.ranks, self._tau, sampling)
+        candidates = guess_depths(logits, roots, row, self._shape.ranks, self._tau, sampling, guide)
         trees = self._shape.grow(candidates, max(limit.nodes for limit in limits), self._source)
         return spread(trees, row, plan)

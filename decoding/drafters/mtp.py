@@ -16,6 +16,7 @@ from decoding.drafters.expansion import TreeOptions
 from decoding.drafters.feature_drafter import FeatureDrafter
 from decoding.drafters.product_tree import ProbableTrees, guess_depths
 from decoding.errors import ConfigError, ModelError, nearest
+from decoding.plan import UNGUIDED, Guide
 from decoding.sampling import Sampling
 from models.attention import load_backend
 from models.batch import MAX_TREE, RaggedBatch
@@ -81,10 +82,11 @@ class ParallelGrowth:
         row: Tensor,
         depth: int,
         sampling: Sampling,
+        guide: Guide = UNGUIDED,
     ) -> Trees:
         """See ``Growth.grow``."""
         assert carry is not None  # the outputs of all heads
         states = torch.stack([self._heads.of_depth(carry, 1 + level) for level in range(depth)], dim=1)  # [S, D, H]
         logits = self._heads.logits(states.flatten(0, 1)).view(len(states), depth, -1)
-        candidates = guess_depths(logits, roots.tokens[:, 0], row, self._shape.ranks, self._tau, sampling)
+        candidates = guess_depths(logits, roots.tokens[:, 0], row, self._shape.ranks, self._tau, sampling, guide)
         return self._shape.grow(candidates, MAX_TREE - 1, self._source)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from decoding.plan import UNGUIDED, Guide
 from decoding.sampling import Sampling
 from models.tree import CERTAIN, IMPOSSIBLE, NO_PARENT, Trees
 
@@ -124,7 +125,15 @@ class FixedTrees:
         return self._paths[candidates.tokens.shape[1]].hang(wanted, source)
 
 
-def guess_depths(logits: Tensor, roots: Tensor, row: Tensor, ranks: int, tau: float, sampling: Sampling) -> Candidates:
+def guess_depths(
+    logits: Tensor,
+    roots: Tensor,
+    row: Tensor,
+    ranks: int,
+    tau: float,
+    sampling: Sampling,
+    guide: Guide = UNGUIDED,
+) -> Candidates:
     """The best ``ranks`` guesses of every depth under the rows' own rules and noise.
 
     What stands between the root and a guess is not known, so penalties count the tokens up to the root.
@@ -133,15 +142,21 @@ def guess_depths(logits: Tensor, roots: Tensor, row: Tensor, ranks: int, tau: fl
         logits: [S, D, V] of depths 1 .. D.
         roots: [S] the rows' last tokens.
         row: [S] the rows' numbers in ``sampling``.
+        guide: its taus hold here.
     """
     count, depth, _ = logits.shape
     node_row = row.repeat_interleave(depth)
     above = torch.arange(depth, device=row.device).repeat(count)  # the depth of the node that draws the token
     unknown = above.new_full((len(above), 1), -1) if sampling.needs_paths() else None
     x = sampling.process(logits.flatten(0, 1), node_row, above, unknown)
-    tokens, confidence = sampling.guess(x, node_row, above, ranks, tau)
-    size = (count, depth, tokens.shape[1])
-    return Candidates(roots, tokens.view(size), confidence.view(size))
+    levels = range(depth) if len(set(guide.taus)) > 1 else [0]  # one call where all depths have the same tau
+    step = len(levels)
+    parts = [
+        sampling.guess(x[level::step], node_row[level::step], above[level::step], ranks, tau * guide.tau(level))
+        for level in levels
+    ]
+    tokens, confidence = (torch.stack(part, dim=1).view(count, depth, -1) for part in zip(*parts, strict=True))
+    return Candidates(roots, tokens, confidence)
 
 
 def eligible_paths(depth: int, ranks: int, nodes: int) -> list[RankPath]:
