@@ -1,0 +1,248 @@
+"""Never slower: ``auto`` against plain decoding and against fixed trees, by concurrency and temperature.
+
+    python -m benchmarks.matrix [--family demo] [--concurrency 1 2 4 8 16 32] [--temperatures 0 1] [--resume FILE] ...
+
+Every setting is an engine in this process, all around the same loaded target. In each cell of the matrix:
+
+1. Warm-up, not measured: plain decoding, whose rate fixes how many tokens a run has (``--seconds`` of it); each fixed
+   setting; then ``auto`` for ``--warm-up`` seconds, since a planner learns from what it serves. It keeps what it has
+   learned from cell to cell, as a server does.
+2. Selection: the fixed settings take turns in ``--select-runs`` rounds; the highest median is the best of the cell.
+3. Paired runs: plain, the best fixed setting and ``auto`` take turns in ``--runs`` rounds. Ratios are formed within a
+   round, the median over the rounds counts.
+
+A run is a window of a closed loop (closed_loop.py). All systems of a round serve the same requests in the same order;
+the order of systems is by chance, but the same in every measurement. Prompts are in every engine's prefix cache: what
+is compared is decoding, and a run is short. The result is written after every cell.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from benchmarks import documents
+from benchmarks.cells import Cell, Trial, best_fixed, from_json, never_slower, rates, systems, to_json
+from benchmarks.closed_loop import Load, run_loop
+from benchmarks.documents import RESULTS, Document
+from benchmarks.environment import begin_again
+from benchmarks.family import Family, load_prompts
+from benchmarks.measure import Case
+from benchmarks.settings import AUTO, FIXED, PLAIN, SETTINGS, Engines, load_engines
+from decoding.config import Dtype, EngineConfig
+from decoding.errors import ConfigError, SaccadeError, nearest
+from decoding.request import GenerateRequest, SamplingParams
+from server.flags import Parser, positive
+
+KIND = "matrix"
+TREE_SLOTS = 64  # of a request, beside prompt and text
+PATIENCE = 3  # a run closes after so many times its seconds, whatever has come out
+LEAST_TOKENS = 16  # of a run, each row
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    family: Path
+    systems: tuple[str, ...]
+    drafters: tuple[str, ...]
+    concurrency: tuple[int, ...]
+    temperatures: tuple[float, ...]
+    seconds: float
+    warm_up: float
+    select_runs: int
+    runs: int
+    tokens: int
+    prompts: int
+    prompt_tokens: int
+    dtype: Dtype
+    device: str
+    threads: int
+    resume: bool
+    out: Path
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The command line; ends the process, with a message, if it is wrong."""
+    parser = Parser(
+        prog="python -m benchmarks.matrix",
+        description="Compare auto with plain decoding and with fixed trees, by concurrency and temperature.",
+        epilog=f"systems: {', '.join(SETTINGS)}",
+    )
+    add = parser.add_argument
+    add("--family", type=Path, default=Path("demo"), metavar="FOLDER", help="target and drafters (default: demo)")
+    add("--systems", nargs="+", default=list(SETTINGS), metavar="NAME", help="plain and auto always run")
+    add("--drafters", nargs="+", default=[], metavar="NAME", help="auto's (default: all of the family, and ngram)")
+    add("--concurrency", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="N", help="requests at once")
+    add("--temperatures", type=float, nargs="+", default=[0.0, 1.0], metavar="T", help="(default: 0 1)")
+    add("--seconds", type=float, default=1.5, help="of a run, if it decodes plainly (default: %(default)s)")
+    add("--warm-up", type=float, default=3.0, metavar="SECONDS", help="of auto in each cell (default: %(default)s)")
+    add("--select-runs", type=positive, default=2, metavar="N", help="rounds that choose (default: %(default)s)")
+    add("--runs", type=positive, default=5, metavar="N", help="paired rounds (default: %(default)s)")
+    add("--tokens", type=positive, default=48, metavar="N", help="of every request (default: %(default)s)")
+    add("--prompts", type=positive, default=40, metavar="N", help="the first N (default: %(default)s)")
+    add("--prompt-tokens", type=positive, default=128, metavar="N", help="the last N of each (default: %(default)s)")
+    add("--dtype", default="auto", choices=get_args(Dtype), help="(default: the checkpoint's)")
+    add("--device", default="cpu", help="(default: %(default)s)")
+    add("--threads", type=positive, default=2, metavar="N", help="CPU threads (default: %(default)s)")
+    add("--out", type=Path, metavar="FILE", help=f"(default: {RESULTS}/matrix-FAMILY-DATE.json)")
+    add("--resume", action="store_true", default=False, help="measure only the cells that --out does not have")
+    args, extra = parser.parse_known_args(argv)
+    if extra:
+        parser.refuse(extra)
+    for name in args.systems:
+        if name not in SETTINGS:
+            parser.error(f"unknown system {name!r}: {nearest(name, SETTINGS)}")
+    if args.resume and "out" not in args:
+        parser.error("--resume goes on with a file; name it with --out")
+    default = RESULTS / f"matrix-{args.family.name}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}.json"
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
+    return Options(**{"out": default, **given})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write.
+
+    Returns:
+        0; 1 when a model cannot be served.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv)
+    begin_again(options.threads)
+    try:
+        document = bench(options, ["python", "-m", "benchmarks.matrix", *argv])
+    except SaccadeError as error:
+        print(f"bench-matrix: {error}", file=sys.stderr)
+        return 1
+    from benchmarks.speed_tables import matrix_text
+
+    print(matrix_text([from_json(piece) for piece in document.pieces]))
+    print(f"\nwritten to {options.out}")
+    return 0
+
+
+def bench(options: Options, command: Sequence[str]) -> Document:
+    """All cells; the document is in ``options.out`` after each of them.
+
+    Raises:
+        ConfigError: a family without the drafters that a system needs, a model that cannot be loaded, a document to be
+            resumed that is of another kind.
+    """
+    import torch
+
+    from benchmarks.provenance import provenance
+
+    torch.set_num_threads(options.threads)
+    family = Family.find(options.family)
+    document = _document(options)
+    done = {from_json(piece).place for piece in document.pieces}
+    places = [(t, c) for c in options.concurrency for t in options.temperatures if (family.name, t, c) not in done]
+    if not places:
+        return document
+    cases = load_prompts(family.target, options.prompts, options.prompt_tokens)
+    engines = load_engines(_names(options), family, _base(options, family, cases), options.drafters)
+    source = provenance(command, family.models, {"saccade": engines.dtype})
+    document.sessions.append(source)
+    fill_prefix_caches(engines, cases)
+    gc.collect()
+    gc.freeze()  # what is loaded need not be looked through again in somebody's measured time
+    for temperature, concurrency in places:
+        cell = measure_cell(engines, cases, family.name, concurrency, temperature, options)
+        document.pieces.append({**to_json(cell), "session": len(document.sessions) - 1})
+        document.save(options.out)
+        print(_line(cell), file=sys.stderr)
+    return document
+
+
+def _document(options: Options) -> Document:
+    if not (options.resume and options.out.exists()):
+        return Document(KIND)
+    document = documents.load(options.out)
+    if document.kind != KIND:
+        raise ConfigError(f"{options.out} is the result of another benchmark ({document.kind}); name another --out")
+    return document
+
+
+def _names(options: Options) -> list[str]:
+    return [name for name in SETTINGS if name in (PLAIN, AUTO, *options.systems)]
+
+
+def _base(options: Options, family: Family, cases: Sequence[Case]) -> EngineConfig:
+    """Room for all rows, so that none is preempted, and for all prompts and texts: finished texts are kept, too."""
+    from decoding.cache import pages_for
+
+    row = pages_for(max(len(case.ids) for case in cases) + options.tokens + TREE_SLOTS)
+    kept = sum(pages_for(len(case.ids) + options.tokens) for case in cases) * len(options.temperatures)
+    pages = kept + 2 * row * max(options.concurrency)
+    return EngineConfig(str(family.target), dtype=options.dtype, device=options.device, num_pages=pages)
+
+
+def fill_prefix_caches(engines: Engines, cases: Sequence[Case]) -> None:
+    """Every engine sees every prompt once."""
+    for engine in engines.by_name.values():
+        for case in cases:
+            engine.submit(GenerateRequest(f"prefix-{case.index}", case.ids, SamplingParams(max_tokens=1)))
+        while engine.has_work:
+            engine.step()
+
+
+def measure_cell(
+    engines: Engines, cases: Sequence[Case], family: str, concurrency: int, temperature: float, options: Options
+) -> Cell:
+    """Warm-up, selection, paired runs."""
+    window = _warm_up(engines, cases, concurrency, temperature, options)
+    load = Load(concurrency, temperature, options.tokens, window, PATIENCE * options.seconds)
+    fixed = [name for name in engines.by_name if name in FIXED]
+    trials = list(_rounds(engines, cases, load, "select", fixed, range(options.select_runs)))
+    best = best_fixed(trials)
+    paired = range(options.select_runs, options.select_runs + options.runs)  # other requests than before
+    trials += _rounds(engines, cases, load, "paired", [PLAIN, best, AUTO], paired)
+    return Cell(family, concurrency, temperature, best, window, tuple(trials))
+
+
+def _warm_up(engines: Engines, cases: Sequence[Case], concurrency: int, temperature: float, options: Options) -> int:
+    """Run everything unmeasured; returns the tokens of a run."""
+
+    def warm(name: str, seconds: float) -> float:
+        load = Load(concurrency, temperature, options.tokens, sys.maxsize, seconds, first=len(cases) // 2)
+        return run_loop(engines.by_name[name], cases, load).rate
+
+    rate = warm(PLAIN, options.seconds)
+    for name in engines.by_name:
+        if name != PLAIN:
+            warm(name, options.warm_up if name == AUTO else options.seconds / 2)
+    return max(LEAST_TOKENS * concurrency, round(rate * options.seconds))
+
+
+def _rounds(
+    engines: Engines, cases: Sequence[Case], load: Load, stage: Any, names: Sequence[str], rounds: range
+) -> Iterator[Trial]:
+    for number in rounds:
+        # by chance, but the same in every measurement: who follows whom must not matter
+        key = f"{stage} {number} {load.concurrency} {load.temperature}"
+        first = random.Random(key).randrange(len(cases))
+        this = Load(load.concurrency, load.temperature, load.tokens, load.window, load.limit, first)
+        for name in random.Random(key).sample(names, len(names)):
+            gc.collect()
+            yield Trial(name, stage, number, run_loop(engines.by_name[name], cases, this))
+
+
+def _line(cell: Cell) -> str:
+    from statistics import median
+
+    shown = ", ".join(f"{name} {median(rates(cell, name)):.0f}" for name in systems(cell))
+    spread = never_slower(cell)
+    found = "" if spread is None else f"; auto / max(plain, {cell.best}) = {spread.median:.3f}"
+    return f"{time.strftime('%H:%M:%S')} {cell.family} T={cell.temperature:g} x{cell.concurrency}: {shown}{found}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

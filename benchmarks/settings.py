@@ -1,0 +1,87 @@
+"""The named ways to decode that are compared: plain, three fixed trees, and the planner's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.family import Family
+from decoding.config import EngineConfig
+
+if TYPE_CHECKING:  # it imports torch, which must not be there before the environment is
+    from decoding.engine import Engine
+
+PLAIN = "plain"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class FixedTree:
+    """The same drafters and the same limits in every step, as a server without a planner is set up by hand."""
+
+    drafters: tuple[str, ...]
+    nodes: int
+    depth: int
+    min_probability: float
+
+    @property
+    def plan(self) -> str:
+        return f"fixed:nodes={self.nodes},depth={self.depth},min_probability={self.min_probability:g}"
+
+
+# one that costs nothing to draft, the chain that most servers run, and a tree as published ones are
+FIXED: dict[str, FixedTree] = {
+    "ngram-8": FixedTree(("ngram",), nodes=8, depth=8, min_probability=0.08),
+    "draft-chain-4": FixedTree(("draft:depth=4,beam=1,top_k=1",), nodes=4, depth=4, min_probability=0.0),
+    "tree-24": FixedTree(("draft", "ngram"), nodes=24, depth=8, min_probability=0.08),
+}
+SETTINGS = (PLAIN, *FIXED, AUTO)
+
+
+def config_of(name: str, family: Family, base: EngineConfig, drafters: Sequence[str] = ()) -> EngineConfig:
+    """The engine's settings that a name stands for.
+
+    Args:
+        base: everything but the drafters and the plan.
+        drafters: of ``auto``, with options; default: all of the family, and n-grams.
+
+    Raises:
+        ConfigError: the family lacks a drafter.
+    """
+    if name == PLAIN:
+        return replace(base, speculate=())
+    if name == AUTO:
+        return replace(base, speculate=family.speculate(drafters or (*family.drafters, "ngram")))
+    tree = FIXED[name]
+    limits = {"max_nodes": tree.nodes, "max_depth": tree.depth, "min_probability": tree.min_probability}
+    return replace(base, speculate=family.speculate(tree.drafters), **limits)
+
+
+def load_engines(names: Sequence[str], family: Family, base: EngineConfig, drafters: Sequence[str] = ()) -> Engines:
+    """An engine for each name, all around one loaded target: the same weights at the same place in memory.
+
+    Raises:
+        ConfigError: a model that cannot be loaded, settings that cannot work.
+    """
+    from decoding.assemble import build_drafters, build_stepper, load_target
+    from decoding.engine import Engine
+
+    loaded = load_target(base)
+    engines = {}
+    for name in names:
+        config = config_of(name, family, base, drafters)
+        engines[name] = Engine(config, loaded, build_stepper(config, loaded, build_drafters(config, loaded)))
+    return Engines(engines, loaded.target)
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Engines by the name of their setting, and the target that they share."""
+
+    by_name: dict[str, Engine]
+    target: Any  # models.target.CausalModel
+
+    @property
+    def dtype(self) -> str:
+        return str(self.target.dtype).removeprefix("torch.")
