@@ -168,7 +168,13 @@ def merge(trees: list[Trees]) -> Trees:
 
 
 def best_nodes(
-    trees: Trees, max_nodes: Tensor, max_depth: Tensor, width: int, min_probability: float = 0.0, spared: int = 0
+    trees: Trees,
+    max_nodes: Tensor,
+    max_depth: Tensor,
+    width: int,
+    min_probability: float = 0.0,
+    spared: int = 0,
+    price: Tensor | None = None,
 ) -> Trees:
     """The most probable ``max_nodes`` [R] nodes of each row no deeper than ``max_depth`` [R], in tree order.
 
@@ -180,6 +186,7 @@ def best_nodes(
         width: columns of the result, root included; at least 1 + max(max_nodes).
         spared: sources (bits) whose nodes are kept although they are less probable. They reach up to the root, as a
             node's ancestors have its source, too.
+        price: what nodes cost; of those that are left, the ``worthwhile`` ones are kept.
     """
     score = path_confidence(trees)
     lowest = torch.where(trees.source & spared != 0, IMPOSSIBLE, max(min_probability, IMPOSSIBLE))
@@ -189,6 +196,8 @@ def best_nodes(
     order = score.argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(trees.width, device=order.device).expand_as(order))
     kept = (allowed & (rank <= max_nodes[:, None])) | (rank == 0)
+    if price is not None:
+        kept &= rank <= worthwhile(torch.where(kept & (rank > 0), score, -1.0), price)[:, None]
     # move the kept columns to the left, in their old order
     column = kept.long().cumsum(1) - 1
     target = torch.where(kept, column, width)  # everything else lands in a column that is cut off
@@ -199,6 +208,27 @@ def best_nodes(
 
     hung = torch.where(trees.parents == NO_PARENT, NO_PARENT, column.gather(1, trees.parents.clamp(min=0)))
     return Trees(pack(trees.tokens, -1), pack(hung, NO_PARENT), pack(trees.confidence, 0.0), pack(trees.source, 0))
+
+
+def worthwhile(probability: Tensor, price: Tensor) -> Tensor:
+    """[R] how many nodes of each row are worth their price: those of the k most probable of all rows together.
+
+    k is such that the expected tokens a second, (R + sum of the k path probabilities) / price[k], are the most.
+
+    Args:
+        probability: [R, N] of each node's path; negative for what is not offered.
+        price: [K + 1] float64, seconds of the whole step with k nodes, K at least the nodes on offer.
+    """
+    rows, width = probability.shape
+    offers = probability.flatten().sort(descending=True, stable=True)
+    there = offers.values >= 0
+    tokens = rows + torch.where(there, offers.values, 0.0).double().cumsum(0)
+    number = torch.arange(1, len(tokens) + 1, device=tokens.device)
+    rate = torch.where(there, tokens / price[number.clamp(max=len(price) - 1)], -1.0)
+    best = torch.cat([(rows / price[:1]), rate]).argmax()
+    row = torch.div(offers.indices, width, rounding_mode="floor")
+    bought = (number <= best).long()
+    return torch.zeros(rows, dtype=torch.int64, device=tokens.device).scatter_add(0, row, bought)
 
 
 def path_columns(masks: Tensor, longest: int) -> Tensor:

@@ -43,8 +43,9 @@ class TreeOps(Protocol):
         max_depth: list[int],
         min_probability: float,
         spared: int = 0,
+        price: Tensor | None = None,
     ) -> ChosenTrees:
-        """Merge R >= 1 rows of proposals and keep each row's best nodes: ``merge`` and ``best_nodes``.
+        """Merge R >= 1 rows of proposals and keep each row's best nodes: ``merge``, ``best_nodes``, ``worthwhile``.
 
         Args:
             proposals: at least one, all with the same roots.
@@ -52,6 +53,9 @@ class TreeOps(Protocol):
             max_depth: [R].
             min_probability: nodes whose path is less probable are left out.
             spared: sources (bits) whose nodes are not; of these, impossible ones alone are.
+            price: [K + 1] float64, seconds of the whole step with k nodes in all rows together, k = 0 .. K, K at least
+                the sum of ``max_nodes``; of the nodes that are left, those are kept that make the most expected
+                tokens a second, see ``worthwhile``.
 
         Raises:
             ValueError: more than 63 nodes are asked for.
@@ -83,10 +87,12 @@ class TorchTreeOps:
         max_depth: list[int],
         min_probability: float,
         spared: int = 0,
+        price: Tensor | None = None,
     ) -> ChosenTrees:
         device = proposals[0].tokens.device
         limits = torch.tensor([max_nodes, max_depth], device=device)
-        trees = best_nodes(merge(proposals), limits[0], limits[1], 1 + max(max_nodes), min_probability, spared)
+        width = 1 + max(max_nodes)
+        trees = best_nodes(merge(proposals), limits[0], limits[1], width, min_probability, spared, price)
         masks = ancestor_masks(trees.parents)
         nodes = is_node(trees)
         deepest = (mask_depths(masks) * nodes).amax()
@@ -121,6 +127,7 @@ class CpuTreeOps:
         max_depth: list[int],
         min_probability: float,
         spared: int = 0,
+        price: Tensor | None = None,
     ) -> ChosenTrees:
         *arrays, masks, counts, deepest = self._choose(
             [trees.tokens for trees in proposals],
@@ -131,6 +138,7 @@ class CpuTreeOps:
             max_depth,
             min_probability,
             spared,
+            price,
         )
         return ChosenTrees(Trees(*arrays), masks, counts, deepest)
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from decoding.drafters.base import DrafterContext, TokenDrafter
 from decoding.errors import ConfigError
 from decoding.plan import Plan, Quota, RowQuota
 from decoding.sampling import Sampling
+from models import kernels
 from models.batch import MAX_TREE
 from models.tree import NO_PARENT, Trees
 
@@ -51,8 +53,31 @@ class NgramDrafter(TokenDrafter):
         self._bit = context.bit
         self._device = context.device
         self._chance = [_confidence(match) for match in range(options.max_match + MAX_TREE)]
+        self._search = (
+            self._search_fused if kernels.serves(torch.device("cpu"), torch.float32) else self._search_anywhere
+        )
 
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
+        arrays = self._search(plan, quota)
+        if arrays is None:
+            return None
+        tokens, parents, confidence = arrays
+        source = (parents != NO_PARENT).long() << self._bit
+        return Trees(*(array.to(self._device) for array in (tokens, parents, confidence, source)))
+
+    def _search_fused(self, plan: Plan, quota: Quota) -> tuple[Tensor, Tensor, Tensor] | None:
+        """``search_anywhere`` in one call: see models/kernels/ngram.cpp."""
+        options, limits = self._options, quota.rows
+        nodes = [limit.nodes if self.name in limit.drafters else 0 for limit in limits]
+        texts = [torch.from_numpy(row.sequence.tokens) for row in plan.deciding]
+        matching = (options.max_match, options.min_match, options.branches)
+        arrays = torch.ops.saccade.ngram_trees(
+            texts, nodes, [limit.depth for limit in limits], *matching, self._chance, RIVAL
+        )
+        return arrays if arrays[0].shape[1] > 1 else None
+
+    def search_anywhere(self, plan: Plan, quota: Quota) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(tokens, parents, confidence) of all rows' trees; None if there is nothing to propose."""
         tries = [self._trie(row.sequence.tokens, limit) for row, limit in zip(plan.deciding, quota.rows, strict=True)]
         if not any(tries):
             return None
@@ -64,9 +89,7 @@ class NgramDrafter(TokenDrafter):
             if trie:
                 used = slice(1, 1 + len(trie))
                 parents[row, used], tokens[row, used], confidence[row, used] = zip(*trie, strict=True)
-        source = (parents != NO_PARENT).astype(np.int64) << self._bit
-        arrays = (tokens, parents, confidence, source)
-        return Trees(*(torch.from_numpy(array).to(self._device) for array in arrays))
+        return torch.from_numpy(tokens), torch.from_numpy(parents), torch.from_numpy(confidence)
 
     def _trie(self, tokens: np.ndarray, limit: RowQuota) -> list[tuple[int, int, float]]:
         """(parent column, token, confidence) of each node, parents first."""

@@ -29,7 +29,9 @@ SOURCES: dict[str, list[str]] = {  # file: flags of its own
     "bindings.cpp": [],
     "attention.cpp": [],
     "batch.cpp": [],
+    "calibration.cpp": [],
     "layer_ops.cpp": [],
+    "ngram.cpp": [],
     "sampling.cpp": ["-ffp-contract=off"],  # it says why
     "tree.cpp": [],
 }

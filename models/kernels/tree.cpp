@@ -4,7 +4,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "tensors.h"
@@ -106,30 +108,73 @@ std::vector<float> path_probabilities(const std::vector<Node>& nodes) {
   return probability;
 }
 
-Chosen choose_row(const std::vector<Proposal>& proposals, int64_t row, int64_t max_nodes, int64_t max_depth,
-                  float lowest, int64_t spared) {
-  const std::vector<Node> nodes = merged(proposals, row);
-  const std::vector<float> probability = path_probabilities(nodes);
-  std::vector<int64_t> depth(nodes.size(), 0), kept, column(nodes.size(), 0);
-  for (size_t i = 1; i < nodes.size(); ++i) {
-    depth[i] = depth[nodes[i].parent] + 1;
-    const float floor = nodes[i].source & spared ? kImpossible : lowest;
-    if (depth[i] <= max_depth && probability[i] >= floor) kept.push_back(i);
-  }
-  if (static_cast<int64_t>(kept.size()) > max_nodes) {
-    std::nth_element(kept.begin(), kept.begin() + max_nodes, kept.end(), [&](int64_t a, int64_t b) {
+// A row's merged nodes, and those that may be kept: within the row's own limits, in tree order.
+struct Candidates {
+  std::vector<Node> nodes;
+  std::vector<float> probability;
+  std::vector<int64_t> depth, kept;
+
+  // Keeps the `count` most probable; of equals those that stand first.
+  void keep_best(int64_t count) {
+    if (static_cast<int64_t>(kept.size()) <= count) return;
+    std::nth_element(kept.begin(), kept.begin() + count, kept.end(), [&](int64_t a, int64_t b) {
       return probability[a] != probability[b] ? probability[a] > probability[b] : a < b;
     });
-    kept.resize(max_nodes);
+    kept.resize(count);
     std::sort(kept.begin(), kept.end());
   }
+};
+
+Candidates candidates_of(const std::vector<Proposal>& proposals, int64_t row, int64_t max_nodes, int64_t max_depth,
+                         float lowest, int64_t spared) {
+  Candidates row_of{merged(proposals, row), {}, {}, {}};
+  const std::vector<Node>& nodes = row_of.nodes;
+  row_of.probability = path_probabilities(nodes);
+  row_of.depth.assign(nodes.size(), 0);
+  for (size_t i = 1; i < nodes.size(); ++i) {
+    row_of.depth[i] = row_of.depth[nodes[i].parent] + 1;
+    const float floor = nodes[i].source & spared ? kImpossible : lowest;
+    if (row_of.depth[i] <= max_depth && row_of.probability[i] >= floor) row_of.kept.push_back(i);
+  }
+  row_of.keep_best(max_nodes);
+  return row_of;
+}
+
+// How many nodes of each row are worth their price: the k most probable of all rows together, for the k with the most
+// expected tokens a second, (rows + their probabilities) / price[k].
+void buy(std::vector<Candidates>& rows, const Tensor& price) {
+  const double* seconds = price.const_data_ptr<double>();
+  std::vector<std::pair<float, int64_t>> offers;  // probability, row
+  for (size_t row = 0; row < rows.size(); ++row)
+    for (const int64_t i : rows[row].kept) offers.emplace_back(rows[row].probability[i], row);
+  TORCH_CHECK_VALUE(price.numel() > static_cast<int64_t>(offers.size()), "a price is missing: ", offers.size(),
+                    " nodes are offered");
+  std::stable_sort(offers.begin(), offers.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  const double roots = rows.size();
+  double gained = 0, best = roots / seconds[0];
+  size_t bought = 0;
+  for (size_t k = 0; k < offers.size(); ++k) {
+    gained += offers[k].first;
+    if ((roots + gained) / seconds[k + 1] > best) {
+      best = (roots + gained) / seconds[k + 1];
+      bought = k + 1;
+    }
+  }
+  std::vector<int64_t> count(rows.size(), 0);
+  for (size_t k = 0; k < bought; ++k) ++count[offers[k].second];
+  for (size_t row = 0; row < rows.size(); ++row) rows[row].keep_best(count[row]);
+}
+
+Chosen built(const Candidates& row) {
+  const std::vector<Node>& nodes = row.nodes;
+  std::vector<int64_t> column(nodes.size(), 0);
   Chosen chosen;
   chosen.tokens[0] = nodes[0].token;
   chosen.parents[0] = kNoParent;
   chosen.confidence[0] = nodes[0].confidence;
   chosen.source[0] = nodes[0].source;
   chosen.masks[0] = 1;
-  for (const int64_t i : kept) {  // a parent is more probable than its child, so it is kept and stands before it
+  for (const int64_t i : row.kept) {  // a parent is more probable than its child, so it is kept and stands before it
     const int64_t at = chosen.count++, parent = column[nodes[i].parent];
     column[i] = at;
     chosen.tokens[at] = nodes[i].token;
@@ -137,7 +182,7 @@ Chosen choose_row(const std::vector<Proposal>& proposals, int64_t row, int64_t m
     chosen.confidence[at] = nodes[i].confidence;
     chosen.source[at] = nodes[i].source;
     chosen.masks[at] = chosen.masks[parent] | bit(at);
-    chosen.deepest = std::max(chosen.deepest, depth[i]);
+    chosen.deepest = std::max(chosen.deepest, row.depth[i]);
   }
   return chosen;
 }
@@ -180,7 +225,8 @@ Packed packed(const std::vector<Chosen>& chosen) {
 }  // namespace
 
 Packed choose_nodes(at::TensorList tokens, at::TensorList parents, at::TensorList confidence, at::TensorList source,
-                    at::IntArrayRef max_nodes, at::IntArrayRef max_depth, double min_probability, int64_t spared) {
+                    at::IntArrayRef max_nodes, at::IntArrayRef max_depth, double min_probability, int64_t spared,
+                    const std::optional<Tensor>& price) {
   TORCH_CHECK_VALUE(!tokens.empty(), "there must be a proposal");
   const int64_t rows = tokens[0].size(0);
   std::vector<Proposal> proposals;
@@ -195,10 +241,16 @@ Packed choose_nodes(at::TensorList tokens, at::TensorList parents, at::TensorLis
     TORCH_CHECK_VALUE(limit >= 0 && limit < kMaxTree, "a tree has at most ", kMaxTree, " nodes, root included, not ",
                       limit + 1);
   const float lowest = std::max(min_probability, kImpossible);
+  std::vector<Candidates> offered(rows);
   std::vector<Chosen> chosen(rows);
   parallel_tasks(rows, rows * columns * 20, [&](int64_t row) {
-    chosen[row] = choose_row(proposals, row, max_nodes[row], max_depth[row], lowest, spared);
+    offered[row] = candidates_of(proposals, row, max_nodes[row], max_depth[row], lowest, spared);
   });
+  if (price) {
+    TORCH_CHECK_VALUE(price->scalar_type() == at::kDouble && price->is_contiguous(), "prices must be dense float64");
+    buy(offered, *price);
+  }
+  for (int64_t row = 0; row < rows; ++row) chosen[row] = built(offered[row]);
   return packed(chosen);
 }
 
@@ -244,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> walk_trees(const Tensor& tokens, cons
 TORCH_LIBRARY_FRAGMENT(saccade, m) {
   m.def(
       "choose_nodes(Tensor[] tokens, Tensor[] parents, Tensor[] confidence, Tensor[] source, int[] max_nodes, "
-      "int[] max_depth, float min_probability, int spared=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, int[], int)");
+      "int[] max_depth, float min_probability, int spared=0, Tensor? price=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, int[], int)");
   m.def(
       "walk_trees(Tensor tokens, Tensor parents, Tensor drawn, Tensor first, int deepest) "
       "-> (Tensor, Tensor, Tensor, Tensor)");

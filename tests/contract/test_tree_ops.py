@@ -105,6 +105,40 @@ def test_choose(ops: TreeOps, trees: list[Trees], data: st.DataObject) -> None:
     assert chosen.deepest <= max(max_depth)
 
 
+@given(proposals(), st.data())
+@settings(max_examples=150, deadline=None)
+def test_choose_at_a_price(ops: TreeOps, trees: list[Trees], data: st.DataObject) -> None:
+    rows = trees[0].num_rows
+    max_nodes = data.draw(st.lists(st.sampled_from([0, 1, 3, 24, 63]), min_size=rows, max_size=rows))
+    max_depth = data.draw(st.lists(st.sampled_from([1, 2, 63]), min_size=rows, max_size=rows))
+    base, slope, stair = (data.draw(st.sampled_from(each)) for each in ([0.1, 1.0], [0.0, 0.05, 3.0], [1, 8]))
+    price = base + slope * (torch.arange(sum(max_nodes) + 1, dtype=torch.float64) // stair)
+    chosen = ops.choose(trees, max_nodes, max_depth, 0.0, 0, price)
+    assert_same(chosen, DEFINITION.choose(trees, max_nodes, max_depth, 0.0, 0, price))
+    chosen.trees.validate()
+    if slope == 3.0 and stair == 1 and base == 0.1:
+        assert chosen.counts == [1] * rows  # a node at thirty times the price of the step
+
+
+@pytest.mark.parametrize("name", list(TREE_OPS))
+def test_nodes_are_bought_while_they_pay(name: str) -> None:
+    chain = Trees(
+        torch.tensor([[9, 1, 2, 3], [9, 4, 5, 6]]),
+        torch.tensor([[NO_PARENT, 0, 1, 2]] * 2),
+        torch.tensor([[1.0, 0.9, 0.9, 0.9], [1.0, 0.1, 0.9, 0.9]]),
+        torch.tensor([[0, 1, 1, 1]] * 2),
+    )
+    ops = load_tree_ops(CPU, name)
+    flat = torch.ones(7, dtype=torch.float64)
+    assert ops.choose([chain], [3, 3], [8, 8], 0.0, 0, flat).counts == [4, 4]  # what costs nothing is taken
+    dear = torch.tensor([1.0, 1.1, 1.2, 1.3, 1.6, 1.9, 2.2], dtype=torch.float64)
+    assert ops.choose([chain], [3, 3], [8, 8], 0.0, 0, dear).counts == [4, 1]  # 4.44 / 1.3 beats 4.54 / 1.6
+    stairs = torch.tensor([1.0, 1.5, 1.5, 1.5, 1.5, 3.0, 3.0], dtype=torch.float64)
+    assert ops.choose([chain], [3, 3], [8, 8], 0.0, 0, stairs).counts == [4, 2]  # up to the edge of a step
+    ruinous = torch.tensor([1.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0], dtype=torch.float64)
+    assert ops.choose([chain], [3, 3], [8, 8], 0.0, 0, ruinous).counts == [1, 1]
+
+
 def draws(trees: Trees, counts: list[int], luck: Tensor) -> tuple[Tensor, Tensor]:
     """(drawn [W], first [S]): at each node the token of one of its children, or of none."""
     drawn = []
