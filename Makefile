@@ -10,10 +10,13 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin
+LLAMA := build/llama.cpp
+LLAMA_PACKAGE := llama-cpp-python==0.3.36
+LLAMA_SOURCES := build/llama-source
 KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kernels/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench-quick clean
+.PHONY: help setup serve test lint bench-quick llama-cpp clean
 
 help:
 	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
@@ -22,6 +25,7 @@ help:
 	@echo "make test          set up, then lint, types and all tests; this is what CI runs"
 	@echo "make lint          set up, then lint and types only"
 	@echo "make bench-quick   set up, then measure the demo model against plain decoding and transformers"
+	@echo "make llama-cpp     set up, then build llama.cpp's server, which benchmarks compare with"
 	@echo "make clean         remove $(VENV) and everything that was built"
 
 setup: $(VENV)/.kernels
@@ -58,6 +62,19 @@ test: lint
 
 bench-quick: setup
 	$(BIN)/python -m benchmarks.quick $(ARGS)
+
+# llama.cpp's releases are on no package index; its whole source lies in the source package of its Python binding.
+llama-cpp: $(LLAMA)/bin/llama-server
+
+$(LLAMA)/bin/llama-server: | $(VENV)/.packages
+	mkdir -p $(LLAMA_SOURCES)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+	    --dest $(LLAMA_SOURCES) $(LLAMA_PACKAGE)
+	tar -xzf $(LLAMA_SOURCES)/*.tar.gz -C $(LLAMA_SOURCES) --strip-components 1
+	$(BIN)/cmake -S $(LLAMA_SOURCES)/vendor/llama.cpp -B $(LLAMA) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF \
+	    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+	$(BIN)/cmake --build $(LLAMA) --target llama-server
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

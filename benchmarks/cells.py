@@ -15,8 +15,8 @@ Stage = Literal["select", "paired"]
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One window of one system. Trials of the same stage and round saw the same requests."""
+class Turn:
+    """One window of one system. Turns of the same stage and round saw the same requests."""
 
     system: str
     stage: Stage  # select: the runs on which the best fixed setting is chosen; paired: those that are judged
@@ -33,7 +33,7 @@ class Cell:
     temperature: float
     best: str  # the fixed setting with the highest median rate in the runs for selection
     window: int  # tokens of a run
-    trials: tuple[Trial, ...]
+    turns: tuple[Turn, ...]
     session: int = 0
 
     @property
@@ -56,25 +56,25 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values), len(values))
 
 
-def best_fixed(trials: Iterable[Trial]) -> str:
+def best_fixed(turns: Iterable[Turn]) -> str:
     """The fixed setting with the highest median rate; plain and auto do not stand for election.
 
     Raises:
-        ValueError: none was tried.
+        ValueError: none took a turn.
     """
     rates: dict[str, list[float]] = defaultdict(list)
-    for trial in trials:
-        if trial.stage == "select" and trial.system not in (PLAIN, AUTO):
-            rates[trial.system].append(trial.window.rate)
+    for turn in turns:
+        if turn.stage == "select" and turn.system not in (PLAIN, AUTO):
+            rates[turn.system].append(turn.window.rate)
     if not rates:
-        raise ValueError("no fixed setting was tried")
+        raise ValueError("no fixed setting took a turn")
     return max(rates, key=lambda name: statistics.median(rates[name]))
 
 
 def rates(cell: Cell, system: str) -> list[float]:
     """Tokens per second of a system, run by run: the paired runs, or those for selection if it has no others."""
     for stage in ("paired", "select"):
-        found = [t.window.rate for t in cell.trials if t.system == system and t.stage == stage]
+        found = [t.window.rate for t in cell.turns if t.system == system and t.stage == stage]
         if found:
             return found
     return []
@@ -82,16 +82,16 @@ def rates(cell: Cell, system: str) -> list[float]:
 
 def systems(cell: Cell) -> list[str]:
     """Those that ran, in the order of the report."""
-    ran = {trial.system for trial in cell.trials}
+    ran = {turn.system for turn in cell.turns}
     return [name for name in SETTINGS if name in ran]
 
 
 def ratio(cell: Cell, system: str, references: Sequence[str]) -> Spread | None:
     """system / max(references), each round for itself; None when they have no paired round in common."""
     by_round: dict[int, dict[str, float]] = defaultdict(dict)
-    for trial in cell.trials:
-        if trial.stage == "paired":
-            by_round[trial.round][trial.system] = trial.window.rate
+    for turn in cell.turns:
+        if turn.stage == "paired":
+            by_round[turn.round][turn.system] = turn.window.rate
     found = [
         rate[system] / max(rate[name] for name in references)
         for rate in by_round.values()
@@ -111,7 +111,7 @@ def never_slower(cell: Cell) -> Spread | None:
 
 def tokens_per_step(cell: Cell, system: str) -> float | None:
     """Of one row: tokens / (steps * concurrency), over the paired runs, or those for selection."""
-    windows = [t.window for t in cell.trials if t.system == system]
+    windows = [t.window for t in cell.turns if t.system == system]
     steps = sum(w.steps for w in windows)
     return sum(w.tokens for w in windows) / (steps * cell.concurrency) if steps else None
 
@@ -129,5 +129,5 @@ def to_json(cell: Cell) -> dict[str, Any]:
 
 def from_json(piece: dict[str, Any]) -> Cell:
     """The inverse of ``to_json``."""
-    trials = tuple(Trial(**{**trial, "window": Window(**trial["window"])}) for trial in piece["trials"])
-    return Cell(**{field.name: piece[field.name] for field in fields(Cell)} | {"trials": trials})
+    turns = tuple(Turn(**{**turn, "window": Window(**turn["window"])}) for turn in piece["turns"])
+    return Cell(**{field.name: piece[field.name] for field in fields(Cell)} | {"turns": turns})

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks import documents
-from benchmarks.cells import Cell, Trial, best_fixed, from_json, never_slower, rates, systems, to_json
+from benchmarks.cells import Cell, Turn, best_fixed, from_json, never_slower, rates, systems, to_json
 from benchmarks.closed_loop import Load, run_loop
 from benchmarks.documents import RESULTS, Document
 from benchmarks.environment import begin_again
@@ -201,11 +201,11 @@ def measure_cell(
     window = _warm_up(engines, cases, concurrency, temperature, options)
     load = Load(concurrency, temperature, options.tokens, window, PATIENCE * options.seconds)
     fixed = [name for name in engines.by_name if name in FIXED]
-    trials = list(_rounds(engines, cases, load, "select", fixed, range(options.select_runs)))
-    best = best_fixed(trials)
+    turns = list(_rounds(engines, cases, load, "select", fixed, range(options.select_runs)))
+    best = best_fixed(turns)
     paired = range(options.select_runs, options.select_runs + options.runs)  # other requests than before
-    trials += _rounds(engines, cases, load, "paired", [PLAIN, best, AUTO], paired)
-    return Cell(family, concurrency, temperature, best, window, tuple(trials))
+    turns += _rounds(engines, cases, load, "paired", [PLAIN, best, AUTO], paired)
+    return Cell(family, concurrency, temperature, best, window, tuple(turns))
 
 
 def _warm_up(engines: Engines, cases: Sequence[Case], concurrency: int, temperature: float, options: Options) -> int:
@@ -224,7 +224,7 @@ def _warm_up(engines: Engines, cases: Sequence[Case], concurrency: int, temperat
 
 def _rounds(
     engines: Engines, cases: Sequence[Case], load: Load, stage: Any, names: Sequence[str], rounds: range
-) -> Iterator[Trial]:
+) -> Iterator[Turn]:
     for number in rounds:
         # by chance, but the same in every measurement: who follows whom must not matter
         key = f"{stage} {number} {load.concurrency} {load.temperature}"
@@ -232,7 +232,7 @@ def _rounds(
         this = Load(load.concurrency, load.temperature, load.tokens, load.window, load.limit, first)
         for name in random.Random(key).sample(names, len(names)):
             gc.collect()
-            yield Trial(name, stage, number, run_loop(engines.by_name[name], cases, this))
+            yield Turn(name, stage, number, run_loop(engines.by_name[name], cases, this))
 
 
 def _line(cell: Cell) -> str:

@@ -53,13 +53,21 @@ def build(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -
 
 def _build_fused(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -> tuple[RaggedBatch, Nodes]:
     """``build_anywhere`` in one call: see models/kernels/batch.cpp."""
-    table = torch.from_numpy(page_table([c.pages for c in chains]))
-    tokens = chains[0].tokens if len(chains) == 1 else np.concatenate([c.tokens for c in chains])
-    starts, lengths = [c.start for c in chains], [len(c.tokens) for c in chains]
-    made = torch.ops.saccade.build_batch(torch.from_numpy(tokens), starts, lengths, counts, table, trees.tokens, masks)
-    wanted, row, column, depth, first, max_query, max_keys = made[8:]
-    batch = RaggedBatch(*(*made[:8], table.int(), wanted, max_query, max_keys))
-    return batch, Nodes(row, column, depth, first, masks)
+    if len(chains) == 1:
+        tokens, pages = chains[0].tokens, chains[0].pages
+    else:
+        tokens, pages = np.concatenate([c.tokens for c in chains]), [page for c in chains for page in c.pages]
+    made = torch.ops.saccade.build_batch.default(
+        torch.from_numpy(tokens),
+        [c.start for c in chains],
+        [len(c.tokens) for c in chains],
+        counts,
+        pages,
+        [len(c.pages) for c in chains],
+        trees.tokens,
+        masks,
+    )
+    return RaggedBatch(*made[:12]), Nodes(*made[12:], masks)
 
 
 def build_anywhere(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -> tuple[RaggedBatch, Nodes]:

@@ -22,9 +22,11 @@ LOW = 0xFFFFFFFF
 
 
 class NoiseKernel(Protocol):
-    """Fills ``out`` [M, V] float32 from seeds, positions and choices [M] int64."""
+    """Fills the rows ``places`` [M] of ``bank`` [N, V] float32 from seeds (as int64), positions and choices [M]."""
 
-    def __call__(self, out: Tensor, seeds: Tensor, positions: Tensor, choices: Tensor) -> None: ...
+    def __call__(
+        self, bank: Tensor, places: list[int], seeds: list[int], positions: list[int], choices: list[int]
+    ) -> None: ...
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -45,8 +47,16 @@ def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & LOW, product & LOW
 
 
-def gumbel(out: Tensor, seeds: Tensor, positions: Tensor, choices: Tensor) -> None:
+def fill_rows(bank: Tensor, places: list[int], seeds: list[int], positions: list[int], choices: list[int]) -> None:
     """The reference NoiseKernel, in PyTorch on any device."""
+    index = torch.tensor([places, seeds, positions, choices], device=bank.device)
+    made = bank.new_empty(len(places), bank.shape[1])
+    gumbel(made, index[1], index[2], index[3])
+    bank[index[0]] = made
+
+
+def gumbel(out: Tensor, seeds: Tensor, positions: Tensor, choices: Tensor) -> None:
+    """Fill ``out`` [M, V] float32 from seeds, positions and choices [M] int64."""
     vocab = out.shape[1]
     block = torch.arange((vocab + 3) // 4, device=out.device)
     key = (seeds[:, None] & LOW, (seeds[:, None] >> 32) & LOW)
@@ -75,45 +85,44 @@ class NoiseBank:
         kernel: fills the vectors.
     """
 
-    def __init__(self, vocab_size: int, ring: int, device: torch.device, kernel: NoiseKernel = gumbel) -> None:
-        self._ring = ring
+    def __init__(self, vocab_size: int, ring: int, device: torch.device, kernel: NoiseKernel = fill_rows) -> None:
+        self.ring = ring
         self._kernel = kernel
         self._device = device
         self.vectors = torch.zeros(0, vocab_size, device=device)  # [slots * ring, V] float32
         self._free_slots: list[int] = []
         self._slot: dict[SequenceId, int] = {}
-        self._held: dict[SequenceId, range] = {}  # positions whose vectors are in the ring
+        self._held: dict[SequenceId, tuple[int, int]] = {}  # first and last + 1 of the positions that are in the ring
 
     def fill(self, sequences: list[Sequence], depth: int) -> None:
         """Make the noise of the next ``depth`` + 1 positions of each sampled sequence."""
-        places, seeds, positions, choices = [], [], [], []
+        places: list[int] = []
+        seeds: list[int] = []
+        positions: list[int] = []
+        choices: list[int] = []
         for sequence in sequences:
             if sequence.is_greedy:
                 continue
-            slot = self._slot_of(sequence.id)
-            held = self._held[sequence.id]
-            wanted = range(sequence.length, sequence.length + depth + 1)
-            for position in wanted:
-                if position not in held:
-                    places.append(slot * self._ring + position % self._ring)
-                    seeds.append(as_int64(sequence.seed))
-                    positions.append(position)
-                    choices.append(sequence.choice)
-            last = max(wanted.stop, held.stop) if held.stop > wanted.start else wanted.stop
-            self._held[sequence.id] = range(max(wanted.start, last - self._ring), last)
+            first = self._slot_of(sequence.id) * self.ring
+            for position in self._missing(sequence, depth):
+                places.append(first + position % self.ring)
+                seeds.append(as_int64(sequence.seed))
+                positions.append(position)
+                choices.append(sequence.choice)
         if places:
-            made = torch.empty(len(places), self.vectors.shape[1], device=self._device)
-            index = torch.tensor([places, seeds, positions, choices], device=self._device)
-            self._kernel(made, index[1], index[2], index[3])
-            self.vectors[index[0]] = made
+            self._kernel(self.vectors, places, seeds, positions, choices)
+
+    def _missing(self, sequence: Sequence, depth: int) -> list[int]:
+        """The wanted positions whose vectors are not in the ring; from now on they are."""
+        start, stop = sequence.length, sequence.length + depth + 1
+        low, high = self._held[sequence.id]
+        last = max(stop, high) if high > start else stop
+        self._held[sequence.id] = max(start, last - self.ring), last
+        return [position for position in range(start, stop) if not low <= position < high]
 
     def first_rows(self, sequences: list[Sequence]) -> list[int]:
         """First row of each sequence's ring in ``vectors``; -1 for greedy ones."""
-        return [-1 if s.is_greedy else self._slot[s.id] * self._ring for s in sequences]
-
-    def row(self, first_row: Tensor, position: Tensor) -> Tensor:
-        """Row of ``vectors`` for a position, -1 where ``first_row`` is -1."""
-        return torch.where(first_row < 0, -1, first_row + position % self._ring)
+        return [-1 if s.is_greedy else self._slot[s.id] * self.ring for s in sequences]
 
     def forget(self, sequence: SequenceId) -> None:
         if sequence in self._slot:
@@ -125,9 +134,9 @@ class NoiseBank:
             if not self._free_slots:
                 count = len(self._slot)
                 grown = max(4, 2 * count)
-                more = torch.zeros((grown - count) * self._ring, self.vectors.shape[1], device=self._device)
+                more = torch.zeros((grown - count) * self.ring, self.vectors.shape[1], device=self._device)
                 self.vectors = torch.cat([self.vectors, more])
                 self._free_slots = list(range(grown - 1, count - 1, -1))
             self._slot[sequence] = self._free_slots.pop()
-            self._held[sequence] = range(0)
+            self._held[sequence] = (0, 0)
         return self._slot[sequence]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from decoding.noise import NoiseBank
 from decoding.plan import Plan, Quota
 from decoding.sampling import Sampling, SamplingTable, count, make_table
 from decoding.sampling_ops import SamplingOps
-from decoding.sequence import SequenceId
+from decoding.sequence import Sequence, SequenceId
 
 
 class Sampler:
@@ -27,29 +28,31 @@ class Sampler:
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
         self._device = device
-        self._key: tuple[SequenceId, ...] = ()
+        self._sequences: list[Sequence] = []  # of the table
         self._table: SamplingTable | None = None
 
     def prepare(self, plan: Plan, quota: Quota) -> Sampling:
         """Everything that drafting and verifying this plan's deciding rows need."""
         sequences = [row.sequence for row in plan.deciding]
-        self.noise.fill(sequences, quota.depth)
-        key = tuple(s.id for s in sequences)
-        if self._table is None or key != self._key:
+        if self._table is None or sequences != self._sequences:
+            self.noise.fill(sequences, 0)  # gives each its place
             first = self.noise.first_rows(sequences)
             self._table = make_table(sequences, first, self._vocab_size, self._eos_ids, self._device)
-            self._key = key
-        positions = [] if self._table.all_greedy else [s.length for s in sequences]
+            self._sequences = sequences
+        positions = self._table.first_noise  # not read; no tensor is made for it
+        if not self._table.all_greedy:
+            self.noise.fill(sequences, quota.depth)
+            positions = torch.from_numpy(np.array([s.length for s in sequences])).to(self._device)
         return Sampling(
             table=self._table,
             counts=count(sequences, self._table, self._vocab_size, self._device),
             noise=self.noise,
-            next_position=torch.tensor(positions, dtype=torch.int64, device=self._device),
+            next_position=positions,
             vocab_size=self._vocab_size,
             ops=self._ops,
         )
 
     def forget(self, sequence: SequenceId) -> None:
         self.noise.forget(sequence)
-        self._key = ()
+        self._sequences = []
         self._table = None

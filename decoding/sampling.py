@@ -170,7 +170,7 @@ class Sampling:
         """
         table, x = self.table, logits
         if ids is None:
-            x = x[:, : self.vocab_size]
+            x = x if x.shape[1] == self.vocab_size else x[:, : self.vocab_size]
         else:
             x, ids = x.masked_fill(ids >= self.vocab_size, -torch.inf), ids.clamp(max=self.vocab_size - 1)
         if table.bias is not None:
@@ -185,8 +185,8 @@ class Sampling:
     def draw(self, x: Tensor, row: Tensor, depth: Tensor) -> Tensor:
         """The token of each node, [W] int64, from processed logits [W, V]."""
         if self.table.all_greedy:
-            return x.argmax(dim=-1)
-        temperature, noise_row = self.table.temperature[row], self.noise_row(row, depth)
+            return self.ops.best(x)
+        temperature, noise_row = self._of_nodes(row, depth)
         drawn = self.ops.draw(x, temperature, self.noise.vectors, noise_row)
         if self.table.filtered:
             at = torch.isin(row, torch.tensor(self.table.filtered, device=row.device)).nonzero().squeeze(1)
@@ -206,8 +206,8 @@ class Sampling:
             the k largest entries of z that the filters keep: ids [W, k], best first; and their confidence
             softmax(z / tau) [W, k] float32, 0 for ids that fill up. z = x + T * g, x at T = 0, x / T if not coupled.
         """
-        temperature, k = self.table.temperature[row], min(k, x.shape[1])
-        noise_row, y = self.noise_row(row, depth), x
+        temperature, noise_row = self._of_nodes(row, depth)
+        y, k = x, min(k, x.shape[1])
         if self.table.coupled is not None:
             coupled = self.table.coupled[row]
             noise_row = torch.where(coupled, noise_row, -1)
@@ -224,9 +224,12 @@ class Sampling:
 
     def noise_row(self, row: Tensor, depth: Tensor) -> Tensor:
         """[W] the row of the noise bank for the token drawn at each node; -1 for greedy sequences."""
-        if self.table.all_greedy:
-            return torch.full_like(row, -1)
-        return self.noise.row(self.table.first_noise[row], self.next_position[row] + depth)
+        return self._of_nodes(row, depth)[1]
+
+    def _of_nodes(self, row: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+        """(temperature [W], row of the noise bank [W]) of nodes."""
+        table = self.table
+        return self.ops.of_nodes(table.temperature, table.first_noise, self.next_position, row, depth, self.noise.ring)
 
     def _gather_noise(self, noise_row: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The noise of a draft vocabulary [W, V'], one vector a node, and which nodes have any [W]."""

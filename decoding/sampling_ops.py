@@ -11,15 +11,31 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from decoding.noise import gumbel
+from decoding.noise import fill_rows
 from models import kernels
 
 
 class SamplingOps(Protocol):
     """Logits x are [W, V] float32 or float64; temperature T is [W] float32."""
 
-    def fill_noise(self, out: Tensor, seeds: Tensor, positions: Tensor, choices: Tensor) -> None:
+    def fill_noise(
+        self, bank: Tensor, places: list[int], seeds: list[int], positions: list[int], choices: list[int]
+    ) -> None:
         """A NoiseKernel, see decoding/noise.py."""
+        ...
+
+    def of_nodes(
+        self, temperature: Tensor, first_noise: Tensor, position: Tensor, row: Tensor, depth: Tensor, ring: int
+    ) -> tuple[Tensor, Tensor]:
+        """(T [W], noise_row [W]) of nodes by their rows and depths [W], from the rows' own [S].
+
+        The vector of position t lies at first_noise + t mod ring; a node draws at its row's position + depth. A row
+        whose ``first_noise`` is -1 has none.
+        """
+        ...
+
+    def best(self, x: Tensor) -> Tensor:
+        """argmax(x) [W] int64; the lowest id wins a tie."""
         ...
 
     def draw(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor) -> Tensor:
@@ -40,8 +56,19 @@ class SamplingOps(Protocol):
 class TorchSamplingOps:
     """In plain PyTorch, on any device."""
 
-    def fill_noise(self, out: Tensor, seeds: Tensor, positions: Tensor, choices: Tensor) -> None:
-        gumbel(out, seeds, positions, choices)
+    def fill_noise(
+        self, bank: Tensor, places: list[int], seeds: list[int], positions: list[int], choices: list[int]
+    ) -> None:
+        fill_rows(bank, places, seeds, positions, choices)
+
+    def of_nodes(
+        self, temperature: Tensor, first_noise: Tensor, position: Tensor, row: Tensor, depth: Tensor, ring: int
+    ) -> tuple[Tensor, Tensor]:
+        first = first_noise[row]
+        return temperature[row], torch.where(first < 0, -1, first + (position[row] + depth) % ring)
+
+    def best(self, x: Tensor) -> Tensor:
+        return x.argmax(dim=1)
 
     def draw(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor) -> Tensor:
         return self._noisy(x / temperature[:, None], x, noise, noise_row).argmax(dim=1)
@@ -75,7 +102,9 @@ class CpuSamplingOps:
 
     def __init__(self) -> None:
         ops = kernels.required()
-        self.fill_noise = ops.gumbel_noise.default
+        self.fill_noise = ops.fill_noise_rows.default
+        self.of_nodes = ops.node_parameters.default
+        self.best = ops.best_ids.default
         self.draw = ops.sample_rows.default
         self.guess = ops.guess_rows.default
         self._topk = ops.topk_rows.default

@@ -64,7 +64,7 @@ class Stepper:
 
         forward = time.perf_counter()
         out = self.target.forward(batch, self.cache.kv, self.drafters.taps)
-        logits = self.target.logits(out.hidden[batch.wanted])  # at the tree's nodes
+        logits = self.target.logits(batch.at_wanted(out.hidden))  # at the tree's nodes
         self.forward_seconds += time.perf_counter() - forward
 
         verdict = verify(self.rule, chosen.trees, nodes, logits, sampling, chosen.deepest)  # accepted path + bonus

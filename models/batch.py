@@ -41,6 +41,11 @@ class RaggedBatch:
     max_query: int  # host: the longest row's number of query tokens
     max_keys: int  # host: the longest row's number of keys, query tokens included
 
+    def at_wanted(self, values: Tensor) -> Tensor:
+        """[T, ...] -> [W, ...]: the values of the wanted tokens; no copy where these are all."""
+        wanted = self.wanted
+        return values if wanted.shape[0] == values.shape[0] else values.index_select(0, wanted)
+
     @property
     def num_tokens(self) -> int:
         return int(self.token_ids.shape[0])

@@ -7,6 +7,7 @@ device of their arguments. What runs along paths is computed by pointer doubling
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -67,13 +68,24 @@ class Trees:
 
 def roots_only(tokens: Tensor) -> Trees:
     """Trees of the root alone, from its tokens [R]."""
-    column = tokens[:, None]
-    return Trees(
-        column,
-        torch.full_like(column, NO_PARENT),
-        torch.ones_like(column, dtype=torch.float32),
-        torch.zeros_like(column),
+    return Trees(tokens.unsqueeze(1), *_root_columns(len(tokens), tokens.device))
+
+
+@functools.lru_cache(maxsize=64)  # plain decoding asks for the same ones in every step
+def _root_columns(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Parents, confidence and source of roots, [R, 1] each; never written to."""
+    size = (rows, 1)
+    return (
+        torch.full(size, NO_PARENT, device=device),
+        torch.ones(size, device=device),
+        torch.zeros(size, dtype=torch.int64, device=device),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def root_masks(rows: int, device: torch.device) -> Tensor:
+    """[R, 1] the ancestor masks of ``roots_only``; never written to."""
+    return torch.ones(rows, 1, dtype=torch.int64, device=device)
 
 
 def is_node(trees: Trees) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models import kernels
-from models.tree import Trees, ancestor_masks, best_nodes, is_node, mask_depths, merge, roots_only, walk
+from models.tree import Trees, ancestor_masks, best_nodes, is_node, mask_depths, merge, root_masks, roots_only, walk
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ChosenTrees:
     def roots(tokens: Tensor) -> ChosenTrees:
         """Nothing but the roots, from their tokens [R]."""
         trees = roots_only(tokens)
-        return ChosenTrees(trees, torch.ones_like(trees.tokens), [1] * len(tokens), 0)
+        return ChosenTrees(trees, root_masks(len(tokens), tokens.device), [1] * len(tokens), 0)
 
 
 class TreeOps(Protocol):

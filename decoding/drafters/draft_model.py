@@ -28,7 +28,7 @@ from models.batch import RaggedBatch
 from models.kv_cache import KVCache
 from models.loader import CheckpointError, load_model, resolve
 from models.target import CausalModel, ForwardOutput
-from models.tree import Trees, roots_only
+from models.tree import Trees, root_masks, roots_only
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class DraftModelDrafter:
         last = [int(plan.deciding[i].sequence.tokens[-1]) for i in drafting]
         roots = torch.tensor(last, dtype=torch.int64, device=self._model.device)
         trees = roots_only(roots)
-        batch, _ = build(chains, trees, torch.ones_like(trees.parents), [1] * len(drafting))
+        batch, _ = build(chains, trees, root_masks(len(drafting), roots.device), [1] * len(drafting))
         hidden = self._model.forward(batch, self._cache).hidden
         if not drafting:
             return None

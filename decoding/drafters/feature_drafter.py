@@ -31,7 +31,7 @@ from models.batch import PAGE_SIZE, RaggedBatch
 from models.heads.feature_model import Drafted, FeatureModel
 from models.kv_cache import KVCache
 from models.target import ForwardOutput
-from models.tree import Trees, roots_only
+from models.tree import Trees, root_masks, roots_only
 
 PENDING = 128  # tokens that a row may commit without drafting before it loses what came before; they cost memory
 
@@ -170,7 +170,7 @@ class FeatureDrafter:
         device = self._model.device
         last = [int(run.sequence.tokens[-1]) for run in runs[:count]]
         trees = roots_only(torch.tensor(last, dtype=torch.int64, device=device))
-        batch, _ = build([run.chain() for run in runs], trees, torch.ones_like(trees.parents), [1] * count)
+        batch, _ = build([run.chain() for run in runs], trees, root_masks(count, device), [1] * count)
         batch = replace(batch, positions=batch.positions - 1)
         features = [part for run in runs for part in self._features.take(run.sequence.id, run.start - 1, run.end - 1)]
         drafted = self._model.catch_up(batch, torch.cat(features), self._before(runs), self._cache)

@@ -26,8 +26,8 @@ class Verdict:
     @staticmethod
     def plain(bonus: Tensor) -> Verdict:
         """Of trees without drafted nodes (D = 0): nothing but the bonus tokens [S]."""
-        column = bonus[:, None]
-        return Verdict(torch.zeros_like(bonus), column[:, :0], bonus, column)
+        column = bonus.unsqueeze(1)
+        return Verdict(torch.zeros_like(bonus), column.narrow(1, 0, 0), bonus, column)
 
 
 Rule = Callable[[Trees, Nodes, Tensor, Sampling, int], Verdict]

@@ -36,7 +36,7 @@ from models.heads.head_files import (
     write_head,
 )
 from models.kv_cache import KVCache, KVSpec
-from models.layers.linear import Linear
+from models.layers.linear import Linear, Packing
 from models.layers.ops import LayerOps, load_ops
 from models.layers.rope import rope_table
 from models.target import CausalModel
@@ -111,11 +111,11 @@ class EagleModel:
             named |= layer_weights(layer, index)
         return named
 
-    def pack(self) -> None:
-        """Reorder the filled weights for the device; ``weights`` is not available afterwards where that happened."""
-        self.fc.pack()
+    def pack(self, packing: Packing | None = None) -> None:
+        """Pack the filled weights (``Linear.pack``); ``weights`` is not available afterwards where that happened."""
+        self.fc.pack(packing)
         for layer in self.layers:
-            layer.pack()
+            layer.pack(packing)
 
 
 def embed(token_ids: Tensor, own: Tensor | None, target: CausalModel) -> Tensor:

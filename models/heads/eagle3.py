@@ -23,7 +23,7 @@ from models.heads.eagle import embed
 from models.heads.feature_model import Drafted, FeatureSource
 from models.heads.head_files import layer_weights
 from models.kv_cache import KVCache, KVSpec
-from models.layers.linear import Linear
+from models.layers.linear import Linear, Packing
 from models.layers.ops import LayerOps
 from models.layers.rope import rope_table
 from models.target import CausalModel
@@ -146,12 +146,12 @@ class Eagle3Model:
             named |= layer_weights(layer, index)
         return named
 
-    def pack(self) -> None:
-        """Reorder the filled weights for the device; ``weights`` is not available afterwards where that happened."""
-        self.fc.pack()
-        self.head.pack()
+    def pack(self, packing: Packing | None = None) -> None:
+        """Pack the filled weights (``Linear.pack``); ``weights`` is not available afterwards where that happened."""
+        self.fc.pack(packing)
+        self.head.pack(packing)
         for layer in self.layers:
-            layer.pack()
+            layer.pack(packing)
 
     def _run(self, batch: RaggedBatch, stream: Tensor, cache: KVCache) -> Drafted:
         ops, eps = self._ops, self.config.layer.norm_eps

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint, CheckpointError, Shape, misfits, read_json
 from models.heads.head_files import check_kind, write_head
-from models.layers.linear import Linear
+from models.layers.linear import Linear, Packing
 
 HEADS_FILE = "medusa_lm_head.safetensors"
 PICKLED_HEADS_FILE = "medusa_lm_head.pt"
@@ -170,10 +170,10 @@ class MedusaHeads:
                     named[f"{name}.bias"] = linear.bias[rows]
         return named
 
-    def pack(self) -> None:
-        """Reorder the filled weights for the device."""
+    def pack(self, packing: Packing | None = None) -> None:
+        """See ``Linear.pack``."""
         for linear in [*self._first, *(one for blocks in self._later for one in blocks), *self._outputs]:
-            linear.pack()
+            linear.pack(packing)
 
 
 def load_medusa(

@@ -26,7 +26,7 @@ from models.config import ModelConfig
 from models.decoder import DecoderLayer
 from models.heads.feature_model import Drafted, FeatureSource
 from models.kv_cache import KVCache, KVSpec
-from models.layers.linear import Linear
+from models.layers.linear import Linear, Packing
 from models.layers.ops import LayerOps
 from models.layers.rope import rope_table
 from models.target import CausalModel
@@ -96,10 +96,10 @@ class MTPModule:
             **self.layer.weights(),
         }
 
-    def pack(self) -> None:
+    def pack(self, packing: Packing | None = None) -> None:
         """See ``Linear.pack``."""
-        self.layer.pack()
-        self.proj.pack()
+        self.layer.pack(packing)
+        self.proj.pack(packing)
 
 
 class MTPModel:
@@ -166,10 +166,10 @@ class MTPModel:
             for name, weight in module.weights().items()
         }
 
-    def pack(self) -> None:
-        """Reorder the filled weights for the device; ``weights`` is not available afterwards where that happened."""
+    def pack(self, packing: Packing | None = None) -> None:
+        """Pack the filled weights (``Linear.pack``); ``weights`` is not available afterwards where that happened."""
         for module in self.modules:
-            module.pack()
+            module.pack(packing)
 
     def _run(
         self, index: int, embedded: Tensor, hidden: Tensor, batch: RaggedBatch, cache: KVCache

@@ -23,6 +23,7 @@ from models.families import LLAMA_NAMES, NATIVE_FAMILIES
 from models.heads.feature_model import Drafted, FeatureSource
 from models.heads.head_files import fill_head
 from models.kv_cache import KVCache, KVSpec
+from models.layers.linear import Packing
 from models.layers.ops import LayerOps
 from models.layers.rope import rope_table
 from models.meta_checkpoint import meta_config, open_meta
@@ -79,10 +80,10 @@ class ParallelHeads:
             named |= {f"layers.{index}.{name}": weight for name, weight in layer.weights().items()}
         return named
 
-    def pack(self) -> None:
-        """Reorder the filled weights for the device; ``weights`` is not available afterwards where that happened."""
+    def pack(self, packing: Packing | None = None) -> None:
+        """Pack the filled weights (``Linear.pack``); ``weights`` is not available afterwards where that happened."""
         for layer in self.layers:
-            layer.pack()
+            layer.pack(packing)
 
     def _run(self, index: int, features: Tensor, batch: RaggedBatch, cache: KVCache) -> Tensor:
         """One head's output after the final norm, [T, H]."""

@@ -13,18 +13,26 @@ namespace {
 constexpr int64_t kPage = 16;  // PAGE_SIZE of models/batch.py
 
 using Batch = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                         at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, int64_t, int64_t>;
+                         at::Tensor, at::Tensor, int64_t, int64_t, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // chain_tokens: the chains' tokens, row after row. starts, lengths [R]: cached tokens before each chain, its length.
-// counts [S]: nodes of the trees that hang on the first S chains, root included. page_table [R, P].
+// counts [S]: nodes of the trees that hang on the first S chains, root included.
+// pages: the rows' pages, row after row; owned [R]: how many each row has.
 // tokens, masks [S, N]: the trees, padding on the right; column 0 is the chain's last token.
-// Returns the fields of RaggedBatch and Nodes in the order that batcher.py unpacks.
+// Returns the fields of RaggedBatch, then those of Nodes, in their order.
 Batch build_batch(const at::Tensor& chain_tokens, at::IntArrayRef starts, at::IntArrayRef lengths, at::IntArrayRef counts,
-                  const at::Tensor& page_table, const at::Tensor& tokens, const at::Tensor& masks) {
+                  at::IntArrayRef pages, at::IntArrayRef owned, const at::Tensor& tokens, const at::Tensor& masks) {
   const int64_t rows = static_cast<int64_t>(starts.size()), trees = static_cast<int64_t>(counts.size());
-  TORCH_CHECK(static_cast<int64_t>(lengths.size()) == rows && trees <= rows && page_table.size(0) == rows,
-              "build_batch: starts, lengths and page_table must have one entry a row");
-  int64_t total = 0, nodes = 0;
+  TORCH_CHECK(static_cast<int64_t>(lengths.size()) == rows && trees <= rows && static_cast<int64_t>(owned.size()) == rows,
+              "build_batch: starts, lengths and owned must have one entry a row");
+  int64_t total = 0, nodes = 0, widest = 0, held = 0, fed = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    widest = std::max(widest, owned[r]);
+    held += owned[r];
+    fed += lengths[r];
+  }
+  TORCH_CHECK(held == static_cast<int64_t>(pages.size()) && fed == chain_tokens.numel(),
+              "build_batch: owned and lengths must add up to the pages and tokens given");
   for (int64_t r = 0; r < rows; ++r) total += lengths[r] + (r < trees ? counts[r] - 1 : 0);
   for (int64_t r = 0; r < trees; ++r) nodes += counts[r];
   at::Tensor token_ids = empty({total}, at::kLong), positions = empty({total}, at::kLong), slots = empty({total}, at::kLong);
@@ -33,8 +41,10 @@ Batch build_batch(const at::Tensor& chain_tokens, at::IntArrayRef starts, at::In
   at::Tensor wanted = empty({nodes}, at::kLong), node_row = empty({nodes}, at::kLong), column = empty({nodes}, at::kLong);
   at::Tensor depth = empty({nodes}, at::kLong), first = empty({trees}, at::kLong);
 
-  const int64_t pages = page_table.size(1);
-  const int64_t *table = index_data<int64_t>(page_table, "page_table"), *chain = index_data<int64_t>(chain_tokens, "tokens");
+  at::Tensor page_table = empty({rows, widest}, at::kInt);
+
+  int32_t* table = page_table.mutable_data_ptr<int32_t>();
+  const int64_t *page = pages.data(), *chain = index_data<int64_t>(chain_tokens, "tokens");
   const int64_t *tree_tokens = tokens.const_data_ptr<int64_t>(), *tree_masks = masks.const_data_ptr<int64_t>();
   int64_t *token = token_ids.mutable_data_ptr<int64_t>(), *position = positions.mutable_data_ptr<int64_t>();
   int64_t *slot = slots.mutable_data_ptr<int64_t>(), *mask = tree_mask.mutable_data_ptr<int64_t>();
@@ -45,7 +55,10 @@ Batch build_batch(const at::Tensor& chain_tokens, at::IntArrayRef starts, at::In
   int64_t q = 0, w = 0, longest = 0, keys = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t end = starts[r] + lengths[r], count = r < trees ? counts[r] : 1, query = lengths[r] + count - 1;
-    TORCH_CHECK(lengths[r] > 0 && count > 0 && end + count - 1 <= pages * kPage, "build_batch: row ", r, " has no room");
+    TORCH_CHECK(lengths[r] > 0 && count > 0 && end + count - 1 <= owned[r] * kPage, "build_batch: row ", r, " has no room");
+    int32_t* own = table + r * widest;
+    std::fill(std::copy_n(page, owned[r], own), own + widest, 0);
+    page += owned[r];
     begin[r] = static_cast<int32_t>(q);
     base[r] = static_cast<int32_t>(end - 1);
     longest = std::max(longest, query);
@@ -54,7 +67,7 @@ Batch build_batch(const at::Tensor& chain_tokens, at::IntArrayRef starts, at::In
     for (int64_t i = 0; i < query; ++i, ++q) {
       const int64_t index = starts[r] + i, node = i - lengths[r] + 1;  // node: column in the tree, 0 at the root
       row[q] = static_cast<int32_t>(r);
-      slot[q] = table[r * pages + index / kPage] * kPage + index % kPage;
+      slot[q] = own[index / kPage] * kPage + index % kPage;
       seen[q] = static_cast<int32_t>(std::min(index + 1, end));
       token[q] = node <= 0 ? *chain++ : tree_tokens[r * tokens.stride(0) + node * tokens.stride(1)];
       position[q] = index;
@@ -69,17 +82,17 @@ Batch build_batch(const at::Tensor& chain_tokens, at::IntArrayRef starts, at::In
     }
   }
   begin[rows] = static_cast<int32_t>(q);
-  return {token_ids, positions, slots,  visible,  tree_mask, row_of, row_starts, tree_base,
-          wanted,    node_row,  column, depth,    first,     longest, keys};
+  return {token_ids,  positions, slots,   visible, tree_mask, row_of, row_starts, tree_base,
+          page_table, wanted,    longest, keys,    node_row,  column, depth,      first};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(saccade, m) {
   m.def(
-      "build_batch(Tensor chain_tokens, int[] starts, int[] lengths, int[] counts, Tensor page_table, Tensor tokens, "
-      "Tensor masks) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-      "Tensor, int, int)");
+      "build_batch(Tensor chain_tokens, int[] starts, int[] lengths, int[] counts, int[] pages, int[] owned, Tensor tokens, "
+      "Tensor masks) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, Tensor, "
+      "Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(saccade, CPU, m) { m.impl("build_batch", &build_batch); }

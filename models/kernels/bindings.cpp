@@ -19,7 +19,11 @@ Tensor rotate_and_store(const Tensor& query, const Tensor& key, const Tensor& va
                         const Tensor& positions, const Tensor& slots, const Tensor& keys, const Tensor& values);
 Tensor gated(const Tensor& gate_up, int64_t activation);
 Tensor philox_bits(const Tensor& counters, const Tensor& keys);
-void gumbel_noise(const Tensor& out, const Tensor& seeds, const Tensor& positions, const Tensor& choices);
+void fill_noise_rows(const Tensor& bank, at::IntArrayRef places, at::IntArrayRef seeds, at::IntArrayRef positions,
+                     at::IntArrayRef choices);
+std::tuple<Tensor, Tensor> node_parameters(const Tensor& temperature, const Tensor& first_noise, const Tensor& position,
+                                           const Tensor& row, const Tensor& depth, int64_t ring);
+Tensor best_ids(const Tensor& logits);
 Tensor sample_rows(const Tensor& logits, const Tensor& temperature, const Tensor& noise, const Tensor& noise_row);
 std::tuple<Tensor, Tensor> topk_rows(const Tensor& logits, const Tensor& temperature, const Tensor& noise,
                                      const Tensor& noise_row, int64_t k, bool divide);
@@ -38,7 +42,11 @@ TORCH_LIBRARY(saccade, m) {
       "Tensor(a!) keys, Tensor(b!) values) -> Tensor");
   m.def("gated(Tensor gate_up, int activation) -> Tensor");
   m.def("philox_bits(Tensor counters, Tensor keys) -> Tensor");
-  m.def("gumbel_noise(Tensor(a!) out, Tensor seeds, Tensor positions, Tensor choices) -> ()");
+  m.def("fill_noise_rows(Tensor(a!) bank, int[] places, int[] seeds, int[] positions, int[] choices) -> ()");
+  m.def(
+      "node_parameters(Tensor temperature, Tensor first_noise, Tensor position, Tensor row, Tensor depth, int ring) "
+      "-> (Tensor, Tensor)");
+  m.def("best_ids(Tensor logits) -> Tensor");
   m.def("sample_rows(Tensor logits, Tensor temperature, Tensor noise, Tensor noise_row) -> Tensor");
   m.def(
       "topk_rows(Tensor logits, Tensor temperature, Tensor noise, Tensor noise_row, int k, bool divide=False) "
@@ -55,7 +63,9 @@ TORCH_LIBRARY_IMPL(saccade, CPU, m) {
   m.impl("rotate_and_store", &rotate_and_store);
   m.impl("gated", &gated);
   m.impl("philox_bits", &philox_bits);
-  m.impl("gumbel_noise", &gumbel_noise);
+  m.impl("fill_noise_rows", &fill_noise_rows);
+  m.impl("node_parameters", &node_parameters);
+  m.impl("best_ids", &best_ids);
   m.impl("sample_rows", &sample_rows);
   m.impl("topk_rows", &topk_rows);
   m.impl("guess_rows", &guess_rows);

@@ -73,26 +73,51 @@ at::Tensor philox_bits(const at::Tensor& counters, const at::Tensor& keys) {
   return out;
 }
 
-void gumbel_noise(const at::Tensor& out, const at::Tensor& seeds, const at::Tensor& positions, const at::Tensor& choices) {
-  TORCH_CHECK(out.dim() == 2 && (out.stride(1) == 1 || out.size(1) <= 1), "gumbel_noise: out must be [M, V], ids dense");
-  const int64_t rows = out.size(0), ids = out.size(1), stride = out.stride(0);
-  TORCH_CHECK(seeds.numel() == rows && positions.numel() == rows && choices.numel() == rows,
-              "gumbel_noise: seeds, positions and choices must be [", rows, "]");
-  const int64_t *seed = index_data<int64_t>(seeds, "seeds"), *position = index_data<int64_t>(positions, "positions");
-  const int64_t* choice = index_data<int64_t>(choices, "choices");
-  float* to = out.mutable_data_ptr<float>();
+// Row places[i] of the bank [N, V] becomes the noise of (seeds[i], positions[i], choices[i]).
+void fill_noise_rows(const at::Tensor& bank, at::IntArrayRef places, at::IntArrayRef seeds, at::IntArrayRef positions,
+                     at::IntArrayRef choices) {
+  TORCH_CHECK(bank.dim() == 2 && (bank.stride(1) == 1 || bank.size(1) <= 1), "fill_noise_rows: the bank must be [N, V], ids dense");
+  const int64_t rows = static_cast<int64_t>(places.size()), ids = bank.size(1), stride = bank.stride(0);
+  TORCH_CHECK(static_cast<int64_t>(seeds.size()) == rows && static_cast<int64_t>(positions.size()) == rows &&
+                  static_cast<int64_t>(choices.size()) == rows,
+              "fill_noise_rows: seeds, positions and choices must be [", rows, "]");
+  for (const int64_t place : places)
+    TORCH_CHECK_INDEX(place >= 0 && place < bank.size(0), "fill_noise_rows: place ", place, " of ", bank.size(0));
+  float* to = bank.mutable_data_ptr<float>();
   constexpr int64_t kBlock = 32, kChunk = 4096;
   const int64_t chunks = ceil_div(ids, kChunk);
   parallel_tasks(rows * chunks, rows * ids * 4, [&](int64_t task) {
     const int64_t row = task / chunks, begin = task % chunks * kChunk, end = std::min(begin + kChunk, ids);
-    float* noise = to + row * stride;
+    float* noise = to + places[row] * stride;
     float partial[kBlock];
     for (int64_t id = begin; id < end; id += kBlock) {
       const bool whole = id + kBlock <= end;
-      gumbel_block(seed[row], position[row], choice[row], id, whole ? noise + id : partial);
+      gumbel_block(seeds[row], positions[row], choices[row], id, whole ? noise + id : partial);
       if (!whole) std::copy(partial, partial + (end - id), noise + id);
     }
   });
+}
+
+// Temperature and row of the noise bank of nodes, from those of their rows: see SamplingOps.of_nodes.
+std::tuple<at::Tensor, at::Tensor> node_parameters(const at::Tensor& temperature, const at::Tensor& first_noise,
+                                                   const at::Tensor& position, const at::Tensor& row,
+                                                   const at::Tensor& depth, int64_t ring) {
+  const int64_t nodes = row.numel(), rows = temperature.numel();
+  TORCH_CHECK(depth.numel() == nodes && first_noise.numel() == rows && position.numel() == rows && ring >= 1,
+              "node_parameters: expected temperature, first_noise and position [S], row and depth [W]");
+  at::Tensor warmth = empty({nodes}, at::kFloat), place = empty({nodes}, at::kLong);
+  const float* temperatures = index_data<float>(temperature, "temperature");
+  const int64_t *first = index_data<int64_t>(first_noise, "first_noise"), *next = index_data<int64_t>(position, "position");
+  const int64_t *of = index_data<int64_t>(row, "row"), *below = index_data<int64_t>(depth, "depth");
+  float* to = warmth.mutable_data_ptr<float>();
+  int64_t* at = place.mutable_data_ptr<int64_t>();
+  for (int64_t node = 0; node < nodes; ++node) {
+    const int64_t r = of[node];
+    TORCH_CHECK_INDEX(r >= 0 && r < rows, "node_parameters: row ", r, " of ", rows);
+    to[node] = temperatures[r];
+    at[node] = first[r] < 0 ? -1 : first[r] + (next[r] + below[node]) % ring;
+  }
+  return {warmth, place};
 }
 
 namespace {
@@ -192,6 +217,23 @@ void for_logits(const at::Tensor& logits, const char* op, Body body) {
 }
 
 }  // namespace
+
+at::Tensor best_ids(const at::Tensor& logits) {
+  const int64_t rows = logits.size(0), ids = logits.size(1);
+  TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1 && ids > 0, "best_ids: expected logits [W, V], ids dense");
+  at::Tensor out = empty({rows}, at::kLong);
+  int64_t* to = out.mutable_data_ptr<int64_t>();
+  for_logits(logits, "best_ids", [&](auto type) {
+    using T = decltype(type);
+    const T* from = logits.const_data_ptr<T>();
+    parallel_tasks(rows, rows * ids / 8, [&](int64_t row) {
+      Best<T> best = {0, 0};
+      scan<T, kPlain>(from + row * logits.stride(0), nullptr, 0, 0, ids, 1, &best);
+      to[row] = best.id;
+    });
+  });
+  return out;
+}
 
 at::Tensor sample_rows(const at::Tensor& logits, const at::Tensor& temperature, const at::Tensor& noise,
                        const at::Tensor& noise_row) {

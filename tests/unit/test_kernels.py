@@ -56,7 +56,7 @@ def test_philox_known_answers() -> None:
 def noise(vocab: int, seeds: list[int], positions: list[int], choices: list[int]) -> Tensor:
     out = torch.empty(len(seeds), vocab)
     signed = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
-    torch.ops.saccade.gumbel_noise(out, torch.tensor(signed), torch.tensor(positions), torch.tensor(choices))
+    torch.ops.saccade.fill_noise_rows(out, list(range(len(seeds))), signed, positions, choices)
     return out
 
 
