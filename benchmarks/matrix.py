@@ -18,7 +18,6 @@ is compared is decoding, and a run is short. The result is written after every c
 
 from __future__ import annotations
 
-import datetime
 import gc
 import random
 import sys
@@ -26,20 +25,21 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from statistics import median
+from typing import TYPE_CHECKING
 
-from benchmarks import documents
-from benchmarks.cells import Cell, Turn, best_fixed, from_json, never_slower, rates, systems, to_json
+from benchmarks.cells import Cell, Stage, Turn, best_fixed, from_json, never_slower, rates, systems, to_json
 from benchmarks.closed_loop import Load, run_loop
-from benchmarks.documents import RESULTS, Document
-from benchmarks.environment import begin_again
+from benchmarks.command import begin_again, bench_parser, carried_out, known, opened, read
 from benchmarks.family import Family, load_prompts
 from benchmarks.measure import Case
 from benchmarks.settings import AUTO, FIXED, PLAIN, SETTINGS, Engines, load_engines
 from decoding.config import Dtype, EngineConfig
-from decoding.errors import ConfigError, SaccadeError, nearest
 from decoding.request import GenerateRequest, SamplingParams
-from server.flags import Parser, positive
+from server.flags import positive
+
+if TYPE_CHECKING:
+    from benchmarks.documents import Document
 
 KIND = "matrix"
 TREE_SLOTS = 64  # of a request, beside prompt and text
@@ -72,61 +72,35 @@ class Options:
 
 def parse(argv: Sequence[str]) -> Options:
     """The command line; ends the process, with a message, if it is wrong."""
-    parser = Parser(
-        prog="python -m benchmarks.matrix",
-        description="Compare auto with plain decoding and with fixed trees, by concurrency and temperature.",
-        epilog=f"systems: {', '.join(SETTINGS)}",
-    )
+    text = "Compare auto with plain decoding and with fixed trees, by concurrency and temperature."
+    parser = bench_parser("matrix", text, epilog=f"systems: {', '.join(SETTINGS)}")
     add = parser.add_argument
-    add("--family", type=Path, default=Path("demo"), metavar="FOLDER", help="target and drafters (default: demo)")
     add("--systems", nargs="+", default=list(SETTINGS), metavar="NAME", help="plain and auto always run")
-    add("--drafters", nargs="+", default=[], metavar="NAME", help="auto's (default: all of the family, and ngram)")
     add("--concurrency", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="N", help="requests at once")
-    add("--temperatures", type=float, nargs="+", default=[0.0, 1.0], metavar="T", help="(default: 0 1)")
     add("--seconds", type=float, default=1.5, help="of a run, if it decodes plainly (default: %(default)s)")
     add("--warm-up", type=float, default=3.0, metavar="SECONDS", help="of auto in each cell (default: %(default)s)")
     add("--select-runs", type=positive, default=2, metavar="N", help="rounds that choose (default: %(default)s)")
     add("--runs", type=positive, default=5, metavar="N", help="paired rounds (default: %(default)s)")
     add("--tokens", type=positive, default=48, metavar="N", help="of every request (default: %(default)s)")
-    add("--prompts", type=positive, default=40, metavar="N", help="the first N (default: %(default)s)")
-    add("--prompt-tokens", type=positive, default=128, metavar="N", help="the last N of each (default: %(default)s)")
-    add("--dtype", default="auto", choices=get_args(Dtype), help="(default: the checkpoint's)")
-    add("--device", default="cpu", help="(default: %(default)s)")
-    add("--threads", type=positive, default=2, metavar="N", help="CPU threads (default: %(default)s)")
-    add("--out", type=Path, metavar="FILE", help=f"(default: {RESULTS}/matrix-FAMILY-DATE.json)")
-    add("--resume", action="store_true", default=False, help="measure only the cells that --out does not have")
-    args, extra = parser.parse_known_args(argv)
-    if extra:
-        parser.refuse(extra)
-    for name in args.systems:
-        if name not in SETTINGS:
-            parser.error(f"unknown system {name!r}: {nearest(name, SETTINGS)}")
-    if args.resume and "out" not in args:
-        parser.error("--resume goes on with a file; name it with --out")
-    default = RESULTS / f"matrix-{args.family.name}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}.json"
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
-    return Options(**{"out": default, **given})
+    options = Options(**read(parser, argv))
+    known(parser, options.systems, SETTINGS)
+    if not set(options.systems) & set(FIXED):
+        parser.error(f"nothing to compare with: --systems needs one of {', '.join(FIXED)}")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write.
-
-    Returns:
-        0; 1 when a model cannot be served.
-    """
+    """Measure, print, write; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
     begin_again(options.threads)
-    try:
-        document = bench(options, ["python", "-m", "benchmarks.matrix", *argv])
-    except SaccadeError as error:
-        print(f"bench-matrix: {error}", file=sys.stderr)
-        return 1
+    return carried_out("bench-matrix", lambda: _report(bench(options, ["python", "-m", "benchmarks.matrix", *argv])))
+
+
+def _report(document: Document) -> None:
     from benchmarks.speed_tables import matrix_text
 
     print(matrix_text([from_json(piece) for piece in document.pieces]))
-    print(f"\nwritten to {options.out}")
-    return 0
 
 
 def bench(options: Options, command: Sequence[str]) -> Document:
@@ -142,15 +116,14 @@ def bench(options: Options, command: Sequence[str]) -> Document:
 
     torch.set_num_threads(options.threads)
     family = Family.find(options.family)
-    document = _document(options)
+    document = opened(options.out, KIND, resume=options.resume)
     done = {from_json(piece).place for piece in document.pieces}
     places = [(t, c) for c in options.concurrency for t in options.temperatures if (family.name, t, c) not in done]
     if not places:
         return document
     cases = load_prompts(family.target, options.prompts, options.prompt_tokens)
     engines = load_engines(_names(options), family, _base(options, family, cases), options.drafters)
-    source = provenance(command, family.models, {"saccade": engines.dtype})
-    document.sessions.append(source)
+    document.sessions.append(provenance(command, family.models, {"saccade": engines.dtype}))
     fill_prefix_caches(engines, cases)
     gc.collect()
     gc.freeze()  # what is loaded need not be looked through again in somebody's measured time
@@ -159,15 +132,6 @@ def bench(options: Options, command: Sequence[str]) -> Document:
         document.pieces.append({**to_json(cell), "session": len(document.sessions) - 1})
         document.save(options.out)
         print(_line(cell), file=sys.stderr)
-    return document
-
-
-def _document(options: Options) -> Document:
-    if not (options.resume and options.out.exists()):
-        return Document(KIND)
-    document = documents.load(options.out)
-    if document.kind != KIND:
-        raise ConfigError(f"{options.out} is the result of another benchmark ({document.kind}); name another --out")
     return document
 
 
@@ -223,7 +187,7 @@ def _warm_up(engines: Engines, cases: Sequence[Case], concurrency: int, temperat
 
 
 def _rounds(
-    engines: Engines, cases: Sequence[Case], load: Load, stage: Any, names: Sequence[str], rounds: range
+    engines: Engines, cases: Sequence[Case], load: Load, stage: Stage, names: Sequence[str], rounds: range
 ) -> Iterator[Turn]:
     for number in rounds:
         # by chance, but the same in every measurement: who follows whom must not matter
@@ -236,8 +200,6 @@ def _rounds(
 
 
 def _line(cell: Cell) -> str:
-    from statistics import median
-
     shown = ", ".join(f"{name} {median(rates(cell, name)):.0f}" for name in systems(cell))
     spread = never_slower(cell)
     found = "" if spread is None else f"; auto / max(plain, {cell.best}) = {spread.median:.3f}"
