@@ -25,7 +25,8 @@ def pool_size(config: EngineConfig, target: CausalModel, specs: list[KVSpec], pa
     Raises:
         ConfigError: too little memory for one request of the model's full length; the message names the flags.
     """
-    page = sum(spec.bytes_per_page(target.dtype) for spec in specs) + page_bytes
+    scratch = sum(spec.bytes_per_page(target.dtype) for spec in specs)  # a page of each beside the pool's
+    page = scratch + page_bytes
     longest = pages_for(target.max_model_len)
     if config.num_pages is not None:
         if config.num_pages < 1:
@@ -37,11 +38,12 @@ def pool_size(config: EngineConfig, target: CausalModel, specs: list[KVSpec], pa
         budget = _device_budget(config, target)
     else:
         budget = CPU_BUDGET
-    pages = budget // page
+    pages = max(0, budget - scratch) // page
     if pages < longest:
+        least = -(-(longest * page + scratch) // 2**20)
         raise ConfigError(
             f"{budget / 2**20:.3g} MiB hold {pages * PAGE_SIZE} tokens of K/V, less than the context length "
-            f"{target.max_model_len}; raise --kv-cache-memory to at least {-(-longest * page // 2**20)}MiB (on CUDA "
+            f"{target.max_model_len}; raise --kv-cache-memory to at least {least}MiB (on CUDA "
             "also --gpu-memory-utilization), or lower --max-model-len"
         )
     return int(pages)

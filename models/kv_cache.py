@@ -26,11 +26,16 @@ class KVSpec:
 
 
 class KVCache:
-    """K/V slots of every layer of one model. Slot = page * PAGE_SIZE + offset. It owns tensors, never page ids."""
+    """K/V slots of every layer of one model. Slot = page * PAGE_SIZE + offset. It owns tensors, never page ids.
+
+    Args:
+        num_pages: of the pool. There is one page more, ``scratch_page``, for writes and moves that nobody reads.
+    """
 
     def __init__(self, spec: KVSpec, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
         self.spec = spec
-        slots = num_pages * PAGE_SIZE
+        self.scratch_page = num_pages
+        slots = (num_pages + 1) * PAGE_SIZE
         self.keys = _zeros((spec.num_layers, slots, spec.num_kv_heads, spec.key_dim), dtype, device)  # [L, S, Hkv, D]
         self.values = _zeros((spec.num_layers, slots, spec.num_kv_heads, spec.value_dim), dtype, device)
         # views made once: indexing a tensor costs a microsecond or two, every layer of every step

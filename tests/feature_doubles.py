@@ -75,7 +75,7 @@ class ToyFeatureModel:
         return torch.cat([logits, padding], dim=1)[:, self.token_ids.clamp(max=VOCAB)]
 
     def _run(self, batch: RaggedBatch, first: Tensor, earlier: Tensor, cache: KVCache) -> Drafted:
-        batch.validate()
+        batch.validate(cache.scratch_page)
         stream = self.body.embed(batch.token_ids) + 0.1 * first
         if self.continues:
             stream = stream + earlier @ self._mix
