@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from benchmarks.cells import Spread
 from decoding.batcher import Chain, build
 from decoding.cache import pages_for
 from models.batch import MAX_TREE, RaggedBatch
@@ -79,13 +77,3 @@ class ForcedTrees:
                 if number >= 0:
                     times[size].append(clock() - started)
         return times
-
-
-def over_one(times: dict[int, list[float]], size: int) -> Spread:
-    """How many times the forward pass of one token a tree of ``size`` takes.
-
-    The rounds are cut into five, and each fifth's medians are compared: single passes are noisy.
-    """
-    parts = min(5, len(times[1]))
-    pieces = [slice(part * len(times[1]) // parts, (part + 1) * len(times[1]) // parts) for part in range(parts)]
-    return Spread.of([statistics.median(times[size][at]) / statistics.median(times[1][at]) for at in pieces])

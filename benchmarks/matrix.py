@@ -122,7 +122,8 @@ def bench(options: Options, command: Sequence[str]) -> Document:
     if not places:
         return document
     cases = load_prompts(family.target, options.prompts, options.prompt_tokens)
-    engines = load_engines(_names(options), family, _base(options, family, cases), options.drafters)
+    ways = {name: (name, options.drafters) for name in _names(options)}
+    engines = load_engines(ways, family, _base(options, family, cases))
     document.sessions.append(provenance(command, family.models, {"saccade": engines.dtype}))
     fill_prefix_caches(engines, cases)
     gc.collect()

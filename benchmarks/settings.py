@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,11 @@ class FixedTree:
     nodes: int
     depth: int
     min_probability: float
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The drafters, without their options."""
+        return tuple(drafter.partition(":")[0] for drafter in self.drafters)
 
     @property
     def plan(self) -> str:
@@ -58,8 +63,11 @@ def config_of(name: str, family: Family, base: EngineConfig, drafters: Sequence[
     return replace(base, speculate=family.speculate(tree.drafters), **limits)
 
 
-def load_engines(names: Sequence[str], family: Family, base: EngineConfig, drafters: Sequence[str] = ()) -> Engines:
-    """An engine for each name, all around one loaded target: the same weights at the same place in memory.
+def load_engines(ways: Mapping[str, tuple[str, Sequence[str]]], family: Family, base: EngineConfig) -> Engines:
+    """An engine for each way, all around one loaded target: the same weights at the same place in memory.
+
+    Args:
+        ways: what an engine is to be called -> a name of ``SETTINGS``, and the drafters if that is ``auto``.
 
     Raises:
         ConfigError: a model that cannot be loaded, settings that cannot work.
@@ -69,8 +77,8 @@ def load_engines(names: Sequence[str], family: Family, base: EngineConfig, draft
 
     loaded = load_target(base)
     engines = {}
-    for name in names:
-        config = config_of(name, family, base, drafters)
+    for name, (setting, drafters) in ways.items():
+        config = config_of(setting, family, base, drafters)
         engines[name] = Engine(config, loaded, build_stepper(config, loaded, build_drafters(config, loaded)))
     return Engines(engines, loaded.target)
 
