@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -55,6 +56,7 @@ class Committer:
         self._scheduler = scheduler
         self._sampler = sampler
         self._drafters = drafters
+        self._names = drafters.names
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
         self.totals = Totals()
@@ -65,16 +67,20 @@ class Committer:
         """Apply a step's verdict: here the tokens reach the host."""
         self.totals.steps += 1
         self._prompt_logprobs(plan, chosen, out)
-        accepted, tokens, path = verdict.accepted.tolist(), verdict.tokens.tolist(), verdict.path.tolist()
+        tokens = verdict.tokens.tolist()
+        path = verdict.path.tolist() if chosen.deepest else [[]] * len(tokens)
         source = chosen.trees.source.tolist()
-        logprobs = node_logprobs(plan, nodes, verdict, logits[:, : self._vocab_size])
+        logprobs = node_logprobs(plan, nodes, verdict, logits, self._vocab_size)
         events = []
         for index, row in enumerate(plan.deciding):
-            sequence, count = row.sequence, accepted[index]
-            kept, reason = self._append(sequence, tokens[index][: count + 1])
+            sequence, drawn = row.sequence, tokens[index]
+            while drawn[-1] < 0:  # padding
+                drawn.pop()
+            count = len(drawn) - 1
+            kept, reason = self._append(sequence, drawn)
             sequence.cached = min(row.end + count, sequence.length)  # the text may end within the accepted path
-            self._account(sequence, source[index][: chosen.counts[index]], path[index][: min(count, kept)], kept)
-            events.append(self._event(sequence, kept, reason, logprobs.get(index)))
+            self._account(sequence, source[index][1 : chosen.counts[index]], path[index][: min(count, kept)], kept)
+            events.append(self._event(sequence, drawn[:kept], reason, logprobs.get(index)))
             self._settle(sequence, reason)
         for row in plan.rows[len(plan.deciding) :]:
             row.sequence.cached = row.end
@@ -83,7 +89,7 @@ class Committer:
 
     def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> TokenEvent:
         """End a sequence from outside a step: cancelled, or failed."""
-        event = self._event(sequence, 0, reason, None, error=error)
+        event = self._event(sequence, [], reason, None, error=error)
         self._settle(sequence, reason)
         return event
 
@@ -99,32 +105,33 @@ class Committer:
         return len(tokens), None
 
     def _account(self, sequence: Sequence, source: list[int], path: list[int], kept: int) -> None:
-        names = self._drafters.names
+        """Count a row's step: the sources of its drafted nodes, the columns of those that were accepted."""
+        drafted = Counter(source).items()  # few drafters, so few different sources
+        accepted = Counter([source[column - 1] for column in path]).items()
         for counter in (sequence.counter, self.totals.speculation):
             counter.steps += 1
-            counter.drafted += len(source) - 1
+            counter.drafted += len(source)
             counter.accepted += len(path)
-            for bit, name in enumerate(names):
-                counter.drafted_by[name] += sum(1 for bits in source if bits >> bit & 1)
-                counter.accepted_by[name] += sum(1 for column in path if source[column] >> bit & 1)
+            for bit, name in enumerate(self._names):
+                counter.drafted_by[name] += sum(count for bits, count in drafted if bits >> bit & 1)
+                counter.accepted_by[name] += sum(count for bits, count in accepted if bits >> bit & 1)
         self.totals.generated_tokens += kept
 
     def _event(
         self,
         sequence: Sequence,
-        kept: int,
+        new: list[int],
         reason: FinishReason | None,
         logprobs: list[TokenLogprobs] | None,
         error: str | None = None,
     ) -> TokenEvent:
         first = not sequence.started
         sequence.started = True
-        new = tuple(sequence.tokens[sequence.length - kept :].tolist()) if kept else ()
         return TokenEvent(
             request_id=sequence.id[0],
             choice=sequence.choice,
-            token_ids=new,
-            logprobs=tuple(logprobs[:kept]) if logprobs is not None else None,
+            token_ids=tuple(new),
+            logprobs=tuple(logprobs[: len(new)]) if logprobs is not None else None,
             finish_reason=reason,
             stop_token=new[-1] if reason == "stop" else None,
             error=error,
@@ -146,6 +153,8 @@ class Committer:
             self._sampler.forget(sequence.id)
 
     def _prompt_logprobs(self, plan: Plan, chosen: ChosenTrees, out: ForwardOutput) -> None:
+        if all(row.sequence.params.prompt_logprobs is None for row in plan.rows):
+            return
         first = 0
         for index, row in enumerate(plan.rows):
             if row.sequence.wants_prompt_logprobs():

@@ -14,11 +14,14 @@ from models.target import CausalModel
 CHUNK = 256  # prompt positions whose logits exist at one time
 
 
-def node_logprobs(plan: Plan, nodes: Nodes, verdict: Verdict, logits: Tensor) -> dict[int, list[TokenLogprobs]]:
+def node_logprobs(
+    plan: Plan, nodes: Nodes, verdict: Verdict, logits: Tensor, vocab_size: int
+) -> dict[int, list[TokenLogprobs]]:
     """For each deciding row that asked: one entry per committed token, the bonus included.
 
     Args:
-        logits: [W, V] raw logits of the nodes, padding of the vocabulary left out.
+        logits: [W, V] raw logits of the nodes.
+        vocab_size: ids beyond do not count.
     """
     wishes = {
         i: row.sequence.params.logprobs
@@ -32,7 +35,7 @@ def node_logprobs(plan: Plan, nodes: Nodes, verdict: Verdict, logits: Tensor) ->
     columns = torch.cat([roots, verdict.path[asked]], dim=1)  # [A, D + 1] the nodes where the tokens were drawn
     on_path = columns >= 0
     at = (nodes.first[asked, None] + columns)[on_path]
-    entries = _entries(logits[at], verdict.tokens[asked][on_path], max(wishes.values()))
+    entries = _entries(logits[at, :vocab_size], verdict.tokens[asked][on_path], max(wishes.values()))
     result: dict[int, list[TokenLogprobs]] = {}
     for (row, top), length in zip(wishes.items(), on_path.sum(dim=1).tolist(), strict=True):
         result[row] = [TokenLogprobs(e.token_id, e.logprob, e.top[:top]) for e in entries[:length]]

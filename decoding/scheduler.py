@@ -55,20 +55,30 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The rows of the next step. Reserves their chains' slots; preempts the youngest when pages run out."""
-        self._admit()
-        budget = self._max_step_tokens
-        rows: list[PlannedRow] = []
-        # rows that draw tokens come before chunks of long prompts: a prompt must not stall the others' streams
-        for sequence in sorted(self.running, key=lambda s: s.length - s.cached > 1):
-            length = min(sequence.length - sequence.cached, budget)
-            if length == 0 or sequence not in self.running or not self._make_room(sequence, sequence.cached + length):
+        if self.waiting:
+            self._admit()
+        budget, preemptions = self._max_step_tokens, self.preemptions
+        deciding: list[PlannedRow] = []
+        others: list[PlannedRow] = []
+        for sequence in self._by_urgency():
+            start = sequence.cached
+            left = sequence.length - start
+            length = min(left, budget)
+            if length == 0 or sequence not in self.running or not self._make_room(sequence, start + length):
                 continue
-            rows.append(PlannedRow(sequence, sequence.cached, length))
+            (deciding if length == left else others).append(PlannedRow(sequence, start, length))
             budget -= length
-        # (admission reserves all that a prompt needs, so only younger rows give way today, and those come later)
-        rows = [row for row in rows if row.sequence in self.running]
-        deciding = tuple(row for row in rows if row.decides)
-        return Plan(deciding + tuple(row for row in rows if not row.decides), deciding)
+        if self.preemptions != preemptions:
+            # (admission reserves all that a prompt needs, so only younger rows give way today, and those come later)
+            deciding, others = ([row for row in rows if row.sequence in self.running] for rows in (deciding, others))
+        return Plan((*deciding, *others), tuple(deciding))
+
+    def _by_urgency(self) -> list[Sequence]:
+        """Rows that draw tokens come before chunks of long prompts: a prompt must not stall the others' streams."""
+        prompts = [s for s in self.running if s.length - s.cached > 1]
+        if not prompts:
+            return list(self.running)
+        return [s for s in self.running if s.length - s.cached <= 1] + prompts
 
     def _make_room(self, sequence: Sequence, slots: int) -> bool:
         """Reserve, if need be at the cost of younger sequences; False if this one itself had to give way."""

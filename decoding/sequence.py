@@ -37,6 +37,9 @@ class Sequence:
 
     def __init__(self, request: GenerateRequest, choice: int, seed: int) -> None:
         self.request = request
+        self.params: SamplingParams = request.params
+        self.speculation: SpeculationParams = request.speculation
+        self.is_greedy = request.params.temperature < GREEDY_TEMPERATURE
         self.choice = choice
         self.id: SequenceId = (request.request_id, choice)
         self.seed = seed
@@ -54,18 +57,6 @@ class Sequence:
         self.admitted = False  # it was in the batch before (a preempted sequence was)
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.counter = SpeculationCounter()
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.request.params
-
-    @property
-    def speculation(self) -> SpeculationParams:
-        return self.request.speculation
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.params.temperature < GREEDY_TEMPERATURE
 
     @property
     def acceptance(self) -> Acceptance:
