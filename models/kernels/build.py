@@ -31,6 +31,7 @@ SOURCES: dict[str, list[str]] = {  # file: flags of its own
     "batch.cpp": [],
     "calibration.cpp": [],
     "layer_ops.cpp": [],
+    "linear.cpp": [],
     "ngram.cpp": [],
     "sampling.cpp": ["-ffp-contract=off"],  # it says why
     "tree.cpp": [],

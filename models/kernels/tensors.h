@@ -29,17 +29,21 @@ inline const T* index_data(const at::Tensor& tensor, const char* name) {
   return tensor.const_data_ptr<T>();  // checks the dtype
 }
 
-// Runs body(i) for i in [0, count): on one thread unless there is work for more, `cost` being all of it in units of
-// about a nanosecond. What a thread gets never decides what it computes, so results do not depend on the split.
+// Runs body(begin, end) over ranges that make up [0, count): one range unless there is work for more threads, `cost`
+// being all of it in units of about a nanosecond. What a thread gets never decides what it computes, so results do not
+// depend on the split.
 template <typename Body>
-inline void parallel_tasks(int64_t count, int64_t cost, const Body& body) {
+inline void parallel_ranges(int64_t count, int64_t cost, const Body& body) {
   constexpr int64_t kWorthAThread = 15'000;  // waking a thread that waits passively costs most of this
   const int64_t threads = std::min<int64_t>({count, at::get_num_threads(), cost / kWorthAThread});
-  if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) body(i);
-    return;
-  }
-  at::parallel_for(0, count, (count + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+  if (threads <= 1) return body(int64_t{0}, count);
+  at::parallel_for(0, count, (count + threads - 1) / threads, body);
+}
+
+// Runs body(i) for i in [0, count), over threads as parallel_ranges.
+template <typename Body>
+inline void parallel_tasks(int64_t count, int64_t cost, const Body& body) {
+  parallel_ranges(count, cost, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(i);
   });
 }

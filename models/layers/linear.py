@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import kernels
+
 Product = Callable[[Tensor], Tensor]  # x [T, I] -> x W^T + b [T, O]
 Packing = Callable[[Tensor, Tensor | None], Product]  # weight [O, I] and bias [O] -> the product with them
 
+_PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # Up to this many inputs oneDNN sums one row in the same order as many; beyond it, only from two rows on.
 _SAME_ORDER_INPUTS = 1024
 
@@ -19,8 +22,7 @@ class Linear:
     """x [T, I] -> x W^T + b [T, O]. Fill ``weight`` and ``bias`` first, then ``pack``.
 
     A packed layer gives every row the same bits whatever the number of rows, in float32 and bfloat16: the text of a
-    request does not depend on its neighbours. (F.linear does not hold that in float32. It saves about 10 us at one row
-    of a small float32 layer and is slower from there on, so there is one way, not two.)
+    request does not depend on its neighbours. (F.linear does not hold that in float32.)
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool, device: torch.device, dtype: torch.dtype) -> None:
@@ -54,20 +56,33 @@ class Linear:
 
 def exact_packing(device: torch.device, dtype: torch.dtype) -> Packing | None:
     """The format that ``Linear.pack`` takes by default; None where weights stay plain."""
-    return OneDnnProduct if packs(device, dtype) else None
+    if dtype not in _PACKED_DTYPES:
+        return None
+    if kernels.serves(device, dtype):
+        return PackedProduct
+    return OneDnnProduct if _onednn_packs(device, dtype) else None
 
 
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``Linear.pack`` packs weights of this dtype on this device."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
+class PackedProduct:
+    """A ``Product`` by our kernel (models/kernels/linear.cpp), for any number of rows.
+
+    It is made for few rows, yet there is no second copy of the weight in oneDNN's order for many: oneDNN gains little
+    there, and its sums differ from ours in the last bits.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        ops = kernels.required()
+        self.packed: Tensor = ops.pack_linear(weight)
+        self.bias = bias
+        self.outputs = weight.shape[0]
+        self._linear = ops.packed_linear.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._linear(x, self.packed, self.bias, self.outputs)  # type: ignore[no-any-return]
 
 
 class OneDnnProduct:
-    """A ``Product`` by oneDNN, on a weight in oneDNN's order."""
+    """A ``Product`` by oneDNN, on a weight in oneDNN's order: for machines without a compiler."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -81,3 +96,9 @@ class OneDnnProduct:
             return padded[:1]
         result: Tensor = self._linear(x, self._packed, self._bias, "none", [], "")
         return result
+
+
+def _onednn_packs(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
