@@ -1,0 +1,183 @@
+"""Ours and others, same weights, same prompts, same machine, each at its best setting, all in one run.
+
+    python -m benchmarks.compare [--family demo] [--peers transformers llama] [--tune] [--rounds 5] ...
+
+Ours are plain decoding and ``auto`` with all drafters, the engine in this process. transformers' three ways of
+``generate`` are in this process, too; llama.cpp's server is a process beside it, asked over the loopback. Systems take
+turns prompt by prompt, in an order that changes; every text has exactly ``--tokens`` tokens, times include the prompt,
+and nothing is kept of earlier prompts. With ``--tune`` each peer tries its settings on prompts that are not measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.command import begin_again, bench_parser, carried_out, opened, read
+from benchmarks.family import Family, load_prompts
+from benchmarks.measure import Case, Run, Task
+from benchmarks.settings import AUTO, PLAIN, load_engines
+from decoding.config import Dtype, EngineConfig
+from server.flags import positive
+
+if TYPE_CHECKING:
+    from benchmarks.documents import Document
+    from benchmarks.systems import System
+
+KIND = "compare"
+TRIED = 4  # prompts that settings are tried on
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    family: Path
+    drafters: tuple[str, ...]
+    temperatures: tuple[float, ...]
+    peers: tuple[str, ...]
+    llama_build: Path
+    tune: bool
+    rounds: int
+    tokens: int
+    prompts: int
+    prompt_tokens: int
+    dtype: Dtype
+    device: str
+    threads: int
+    resume: bool
+    out: Path
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The command line; ends the process, with a message, if it is wrong."""
+    parser = bench_parser("compare", "Compare with transformers and llama.cpp on the same weights.")
+    add = parser.add_argument
+    add("--peers", nargs="+", default=list(PEERS), choices=PEERS, help="(default: all)")
+    add("--llama-build", type=Path, default=Path("build/llama.cpp"), metavar="FOLDER", help="(default: %(default)s)")
+    add("--tune", action="store_true", default=False, help="try settings of the peers first; takes minutes")
+    add("--rounds", type=positive, default=5, metavar="N", help="(default: %(default)s)")
+    add("--tokens", type=positive, default=64, metavar="N", help="of every text (default: %(default)s)")
+    parser.set_defaults(prompts=10)
+    return Options(**read(parser, argv))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv)
+    begin_again(options.threads)
+    return carried_out("bench-compare", lambda: _report(bench(options, ["python", "-m", "benchmarks.compare", *argv])))
+
+
+def _report(document: Document) -> None:
+    from benchmarks.peer_tables import compare_text
+
+    print(compare_text(document.pieces))
+
+
+def bench(options: Options, command: Sequence[str]) -> Document:
+    """A piece for each temperature; the document is in ``options.out`` after each of them.
+
+    Raises:
+        ConfigError: a model that cannot be loaded, a peer that is not there, a document of another kind.
+    """
+    import torch
+
+    from benchmarks.provenance import provenance
+
+    torch.set_num_threads(options.threads)
+    family = Family.find(options.family)
+    document = opened(options.out, KIND, resume=options.resume)
+    done = {(piece["family"], piece["temperature"]) for piece in document.pieces}
+    todo = [t for t in options.temperatures if (family.name, t) not in done]
+    if not todo:
+        return document
+    cases = load_prompts(family.target, options.prompts + TRIED, options.prompt_tokens)
+    document.sessions.append(provenance(command, family.models, {"all": options.dtype}))
+    for temperature in todo:  # settings that are best at one temperature need not be at another
+        with contextlib.ExitStack() as running:
+            systems = load_systems(family, options, temperature, cases, running)
+            runs = list(measure(systems, cases[: options.prompts], temperature, options))
+            piece = {
+                "family": family.name,
+                "temperature": temperature,
+                "session": len(document.sessions) - 1,
+                "settings": {system.name: getattr(system, "setting", "") for system in systems},
+                "runs": [asdict(run) for run in runs],
+            }
+        document.pieces.append(piece)
+        document.save(options.out)
+    return document
+
+
+def load_systems(
+    family: Family, options: Options, temperature: float, cases: Sequence[Case], running: contextlib.ExitStack
+) -> list[System]:
+    """Ours, and the peers at their best settings; ``running`` ends them."""
+    from benchmarks.systems import EngineSystem
+    from benchmarks.tuning import Trial
+    from decoding.cache import pages_for
+
+    pages = 2 * pages_for(max(len(case.ids) for case in cases) + options.tokens + 64)
+    base = EngineConfig(
+        str(family.target), dtype=options.dtype, device=options.device, num_pages=pages, prefix_caching=False
+    )
+    engines = load_engines({PLAIN: (PLAIN, ()), AUTO: (AUTO, options.drafters)}, family, base)
+    systems: list[System] = [EngineSystem(name, engine) for name, engine in engines.by_name.items()]
+    trial = Trial(tuple(cases[options.prompts :]), options.tokens, temperature) if options.tune else None
+    for name in options.peers:
+        peers = PEERS[name](family, engines.dtype, options, trial)
+        for peer in peers:
+            running.callback(peer.close)
+        systems += peers
+    return systems
+
+
+def _llama(family: Family, dtype: str, options: Options, trial: Any) -> Sequence[Any]:
+    from benchmarks.llama_cpp import load_llama
+
+    return load_llama(str(family.target), _draft(family), dtype, options.threads, options.llama_build, trial=trial)
+
+
+def _transformers(family: Family, dtype: str, options: Options, trial: Any) -> Sequence[Any]:
+    from benchmarks.peers import load_transformers
+
+    draft = _draft(family)
+    return load_transformers(str(family.target), draft, dtype, options.threads, device=options.device, trial=trial)
+
+
+def _draft(family: Family) -> str | None:
+    return str(family.drafters["draft"]) if "draft" in family.drafters else None
+
+
+PEERS: Mapping[str, Callable[[Family, str, Options, Any], Sequence[Any]]] = {
+    "transformers": _transformers,
+    "llama": _llama,
+}
+
+
+def measure(systems: Sequence[System], cases: Sequence[Case], temperature: float, options: Options) -> Iterator[Run]:
+    """Every system on every prompt in every round, taking turns, after a warm-up of all of them."""
+    warm = range(-2, 0)
+    for number in [*warm, *range(options.rounds)]:
+        for case in cases[:4] if number in warm else cases:
+            task = Task(number, temperature, (case,), options.tokens)
+            # by chance, but the same in every measurement: who follows whom must not matter
+            order = random.Random(f"{number} {temperature} {case.index}").sample(systems, len(systems))
+            for system in order:
+                gc.collect()
+                run = system.run(task)
+                if number not in warm:
+                    yield run
+        print(f"T={temperature:g}: round {number + 1} of {options.rounds}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
