@@ -69,6 +69,8 @@ class NgramDrafter(TokenDrafter):
         """``search_anywhere`` in one call: see models/kernels/ngram.cpp."""
         options, limits = self._options, quota.rows
         nodes = [limit.nodes if self.name in limit.drafters else 0 for limit in limits]
+        if not any(nodes):
+            return None
         texts = [torch.from_numpy(row.sequence.tokens) for row in plan.deciding]
         matching = (options.max_match, options.min_match, options.branches)
         arrays = torch.ops.saccade.ngram_trees(
