@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "attention.h"
 #include "key_tile.h"
 #include "tensors.h"
 
@@ -22,23 +23,7 @@ constexpr int64_t kTileScores = 1 << 20;
 constexpr int64_t kValueChunk = 64;  // keys whose values stay in the first-level cache for all vectors
 
 template <typename T>
-struct Problem {
-  using A = acc_t<T>;
-  const T *query, *keys, *values;
-  T* out;
-  const A* sinks;  // [Hq] or null
-  const int32_t *visible, *row_starts, *tree_base, *page_table;
-  const int64_t *tree_mask, *positions;
-  int64_t query_token, query_head, key_slot, key_head, value_slot, value_head, pages;  // strides
-  int64_t heads, kv_heads, group, key_dim, value_dim;
-  A scale, soft_cap;  // soft_cap 0: none
-  int64_t window, first_key;
-
-  // ids and slots of a row's logical keys
-  int64_t slot(int64_t row, int64_t key) const {
-    return int64_t{page_table[row * pages + key / kLanes]} * kLanes + key % kLanes;
-  }
-};
+using Problem = AttentionProblem<T>;
 
 // What one query sees: logical keys [low, visible), then the ancestors `bits` (beyond the prefix) at positions
 // base + depth, from position `low` on.
@@ -321,14 +306,11 @@ class Tile {
   int64_t origin_ = 0, stride_ = 0, out_width_ = 0;
 };
 
-struct Task {
-  int64_t row, kv_head, first, last;
-};
+}  // namespace
 
 template <typename T>
-void attend_typed(const Problem<T>& p, int64_t rows) {
-  std::vector<Task> tasks;
-  int64_t cost = 0;
+AttentionPlan plan_attention(const AttentionProblem<T>& p, int64_t rows) {
+  AttentionPlan plan{{}, 0};
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t begin = p.row_starts[row], end = p.row_starts[row + 1];
     int64_t reach = 1;
@@ -337,13 +319,30 @@ void attend_typed(const Problem<T>& p, int64_t rows) {
     const int64_t step = std::max<int64_t>(1, vectors / p.group);
     for (int64_t head = 0; head < p.kv_heads; ++head)
       for (int64_t first = begin; first < end; first += step)
-        tasks.push_back({row, head, first, std::min(first + step, end)});
-    cost += reach * p.kv_heads * ((end - begin) * p.group + 2) * (p.key_dim + p.value_dim) / 64;
+        plan.tasks.push_back({row, head, first, std::min(first + step, end)});
+    plan.cost += reach * p.kv_heads * ((end - begin) * p.group + 2) * (p.key_dim + p.value_dim) / 64;
   }
+  return plan;
+}
+
+template <typename T>
+void run_attention(const AttentionProblem<T>& p, const AttentionTask& task) {
+  Tile<T>(p, task.row, task.kv_head, task.first, task.last).run();
+}
+
+template AttentionPlan plan_attention(const AttentionProblem<float>&, int64_t);
+template AttentionPlan plan_attention(const AttentionProblem<c10::BFloat16>&, int64_t);
+template void run_attention(const AttentionProblem<float>&, const AttentionTask&);
+template void run_attention(const AttentionProblem<c10::BFloat16>&, const AttentionTask&);
+
+namespace {
+
+template <typename T>
+void attend_typed(const Problem<T>& p, int64_t rows) {
+  const AttentionPlan plan = plan_attention(p, rows);
   std::atomic<size_t> next{0};  // rows differ in length: threads take the next task when they are free
-  parallel_tasks(std::min<int64_t>(at::get_num_threads(), tasks.size()), cost, [&](int64_t) {
-    for (size_t i = next++; i < tasks.size(); i = next++)
-      Tile<T>(p, tasks[i].row, tasks[i].kv_head, tasks[i].first, tasks[i].last).run();
+  parallel_tasks(std::min<int64_t>(at::get_num_threads(), plan.tasks.size()), plan.cost, [&](int64_t) {
+    for (size_t i = next++; i < plan.tasks.size(); i = next++) run_attention(p, plan.tasks[i]);
   });
 }
 
