@@ -30,6 +30,7 @@ from decoding.verify import Rule, rule_by_request
 from models.attention import BACKENDS
 from models.batch import PAGE_SIZE
 from models.kv_cache import KVCache
+from models.layers.quantization import FORMATS
 from models.loader import CheckpointError, generation_config, load_model, read_config, resolve
 from models.target import CausalModel
 from models.tree_ops import load_tree_ops
@@ -56,10 +57,12 @@ def load_target(config: EngineConfig) -> LoadedModel:
 
     Raises:
         ModelError: a checkpoint that cannot be loaded; the message names cause and fix.
-        ConfigError: an unknown device or attention backend, or one that does not work here.
+        ConfigError: an unknown device, attention backend or quantization, or one that does not work here.
     """
     if config.attention not in (*BACKENDS, "auto"):
         raise ConfigError(f"unknown --attention {config.attention!r}: {nearest(config.attention, (*BACKENDS, 'auto'))}")
+    if config.quantization not in FORMATS:
+        raise ConfigError(f"unknown --quantization {config.quantization!r}: {nearest(config.quantization, FORMATS)}")
     try:
         folder = resolve(config.model)
         target = load_model(
@@ -68,6 +71,7 @@ def load_target(config: EngineConfig) -> LoadedModel:
             device=resolve_device(config.device),
             attention=config.attention,
             max_model_len=config.max_model_len,
+            quantization=config.quantization,
         )
         generation = generation_config(folder)
         defaults = _sampling_defaults(config.generation_config, generation)
@@ -138,6 +142,7 @@ def build_drafters(config: EngineConfig, loaded: LoadedModel) -> list[Drafter]:
                 max_model_len=loaded.target.max_model_len,
                 max_step_tokens=config.max_num_batched_tokens,
                 target_folder=loaded.folder,
+                quantization=config.quantization,
             )
         )
         for bit, choice in enumerate(choices)

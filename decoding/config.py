@@ -16,6 +16,7 @@ class EngineConfig:
     tokenizer: str | None = None  # default: the model's
     speculate: tuple[str, ...] = ()  # "ngram", "draft=PATH", with options "ngram:max_match=5"; () is plain decoding
     dtype: Dtype = "auto"  # auto: the checkpoint's
+    quantization: str = "none"  # of the linear layers' weights, the drafters' too: none, int8
     device: str = "auto"  # cpu, cuda, cuda:1; auto: cuda if there is one
     max_model_len: int | None = None  # default: the model's
     max_num_seqs: int = 64  # choices in one batch

@@ -47,6 +47,7 @@ class Engine:
             dtype=str(loaded.target.dtype).removeprefix("torch."),
             device=str(loaded.target.device),
             default_sampling=loaded.default_sampling,
+            quantization=config.quantization,
         )
         self._stepper = stepper
         self._sequences: dict[SequenceId, Sequence] = {}

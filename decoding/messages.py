@@ -70,6 +70,7 @@ class EngineInfo:
     dtype: str
     device: str
     default_sampling: dict[str, float] = field(default_factory=dict)  # from generation_config.json
+    quantization: str = "none"  # of the weights of linear layers
 
 
 @dataclass(frozen=True)

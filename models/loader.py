@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.families import NATIVE_FAMILIES, Family, supports_natively
 from models.heads.head_files import check_model
+from models.layers.linear import Packing
 from models.layers.ops import LayerOps, load_ops
+from models.layers.quantization import packing_of
 from models.meta_checkpoint import is_meta, meta_config, open_meta
 from models.target import CausalModel
 
@@ -81,6 +83,7 @@ def load_model(
     attention: str = "auto",
     max_model_len: int | None = None,
     ops: LayerOps | None = None,
+    quantization: str = "none",
 ) -> CausalModel:
     """Load the model in a folder: with the native decoder where it can, else through transformers.
 
@@ -89,10 +92,12 @@ def load_model(
         attention: a name in ``models.attention.BACKENDS``, or "auto".
         max_model_len: the longest text to serve; default: the longest that the model supports.
         ops: element-wise operations of the native decoder; default: the best for the device and dtype.
+        quantization: of the native decoder's linear layers, a name in ``models.layers.quantization.FORMATS``.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read or served; the message names cause and fix.
-        ValueError: for an unknown attention backend.
+        ValueError: for an unknown attention backend or quantization.
+        RuntimeError: the backend or the quantization does not work here; the message names the fix.
     """
     hf, place = read_config(path), torch.device(device)
     check_model(hf, path)
@@ -104,6 +109,11 @@ def load_model(
     if config is None:
         from models.transformers_model import load_transformers_model
 
+        if quantization != "none":
+            raise CheckpointError(
+                f"{path}: --quantization {quantization} is for models that the native decoder runs "
+                f"({', '.join(NATIVE_FAMILIES)}), and this one runs through transformers; leave the flag out"
+            )
         return load_transformers_model(
             path, dtype=dtype, device=place, attention=attention, max_model_len=max_model_len
         )
@@ -113,9 +123,10 @@ def load_model(
     if config.tied and _stores_own_head(checkpoint, family):
         config = replace(config, tied=False)
     chosen = resolve_dtype(dtype, hf)
+    packing = packing_of(quantization, place, chosen)
     model = Decoder(config, ops or load_ops(place, chosen), load_backend(attention, place, chosen), place, chosen)
-    fill(model.weights(), checkpoint, family, path)
-    model.pack()
+    fill(model.weights(), checkpoint, family, path, layer_packer(model, packing))
+    model.pack(packing)  # what no layer holds: the head
     return model
 
 
@@ -132,8 +143,36 @@ def resolve_dtype(dtype: str, hf: Mapping[str, Any]) -> torch.dtype:
     return DTYPES[name]
 
 
-def fill(weights: Mapping[str, Tensor], checkpoint: Checkpoint, family: Family, path: Path) -> None:
+def layer_packer(model: Decoder, packing: Packing | None) -> Callable[[str], None]:
+    """Packs each layer once its last weight is filled, so that one layer at most is in memory in both forms.
+
+    (Memory of weights that are not filled yet is not taken on a CPU.)
+    """
+    missing = [len(layer.weights()) for layer in model.layers]
+
+    def filled(name: str) -> None:
+        kind, _, rest = name.partition(".")
+        if kind != "layers":
+            return
+        index = int(rest.partition(".")[0])
+        missing[index] -= 1
+        if not missing[index]:
+            model.layers[index].pack(packing)
+
+    return filled
+
+
+def fill(
+    weights: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    family: Family,
+    path: Path,
+    filled: Callable[[str], None] = lambda name: None,
+) -> None:
     """Copy a checkpoint into ``weights`` (``Decoder.weights``), one tensor at a time, converting device and dtype.
+
+    Args:
+        filled: called with our name of each weight once it is there.
 
     Raises:
         CheckpointError: naming the weights that are missing, that nothing uses, or whose shape is wrong.
@@ -149,8 +188,10 @@ def fill(weights: Mapping[str, Tensor], checkpoint: Checkpoint, family: Family, 
         raise CheckpointError(
             f"the weights in {path} do not fit its config.json: {problems}. Get weights and config of one model"
         )
+    ours = {family.checkpoint_name(name): name for name in weights}
     for name, stored_weight in checkpoint.read(targets):
         targets[name].copy_(stored_weight)
+        filled(ours[name])
 
 
 def _limited(config: ModelConfig, max_model_len: int | None) -> ModelConfig:

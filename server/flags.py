@@ -75,6 +75,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--chat-template", metavar="TEMPLATE", help="a jinja file, or a template itself, in place of the model's")
     add("--generation-config", metavar="WHICH", help="auto: the model's defaults of sampling; vllm: neutral ones")
     add("--dtype", choices=get_args(Dtype), help="type of the weights (default: the checkpoint's)")
+    add(
+        "--quantization",
+        metavar="FORMAT",
+        help="of the weights, the drafters' too: int8 halves what a step reads, and changes the text a little (see "
+        f"docs/models.md); none {_default('quantization')}",
+    )
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 or auto (default)")
     add("--seed", type=seed, metavar="SEED", help="seed of requests that bring none (default: a random one each)")
     add("--max-model-len", type=positive, metavar="TOKENS", help="longest context (default: the model's)")

@@ -154,7 +154,8 @@ class Service:
         drafters = ", ".join(info.drafters) if info.drafters else "none (plain decoding)"
         host, port = self._listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        log.info("model     %s: %s on %s, context %d", info.model, info.dtype, info.device, info.max_model_len)
+        weights = info.dtype if info.quantization == "none" else f"{info.dtype} with {info.quantization} weights"
+        log.info("model     %s: %s on %s, context %d", info.model, weights, info.device, info.max_model_len)
         log.info("memory    %d pages of K/V", stats.pages_total)
         log.info("drafters  %s", drafters)
         rule = Acceptance.parse(self._config.acceptance).rule

@@ -16,6 +16,8 @@ from decoding.text import Tokenizer
 from decoding.verify import Verdict
 from models.batch import RaggedBatch
 from models.kv_cache import KVSpec
+from models.layers.linear import Packing
+from models.layers.quantization import packing_of
 from models.target import CausalModel, ForwardOutput
 from models.tree import Trees
 
@@ -44,6 +46,12 @@ class DrafterContext:
     max_model_len: int
     max_step_tokens: int  # query tokens that one forward pass may have
     target_folder: Path | None = None  # where the target was loaded from, for drafters that lie beside it
+    quantization: str = "none"  # of the drafter's own weights, a key of models.layers.quantization.FORMATS
+
+    @property
+    def packing(self) -> Packing | None:
+        """The same for ``Linear.pack``."""
+        return packing_of(self.quantization, self.device, self.dtype)
 
 
 class Drafter(Protocol):

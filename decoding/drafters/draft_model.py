@@ -52,6 +52,7 @@ def load_draft_model(options: DraftModelOptions, context: DrafterContext) -> Dra
             device=context.device,
             attention=context.attention,
             max_model_len=None,
+            quantization=context.quantization,
         )
     except CheckpointError as error:
         raise ModelError(f"draft model: {error}") from error

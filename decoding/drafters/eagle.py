@@ -26,7 +26,7 @@ def load_eagle_drafter(options: EagleOptions, context: DrafterContext) -> Featur
     """
     options.check(context.name)
     try:
-        model = load_eagle(resolve(options.path), context.target, attention=context.attention)
+        model = load_eagle(resolve(options.path), context.target, attention=context.attention, packing=context.packing)
     except CheckpointError as error:
         raise ModelError(f"eagle: {error}") from error
     return FeatureDrafter(options, context, model)

@@ -27,7 +27,11 @@ def load_eagle3_drafter(options: Eagle3Options, context: DrafterContext) -> Feat
     options.check(context.name)
     try:
         model = load_eagle3(
-            resolve(options.path), context.target, attention=context.attention, tap_shift=options.tap_shift
+            resolve(options.path),
+            context.target,
+            attention=context.attention,
+            tap_shift=options.tap_shift,
+            packing=context.packing,
         )
     except CheckpointError as error:
         raise ModelError(f"eagle3: {error}") from error

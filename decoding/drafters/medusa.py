@@ -27,6 +27,7 @@ from decoding.verify import Verdict
 from models.batch import RaggedBatch
 from models.heads.feature_model import FeatureSource
 from models.heads.medusa import MedusaHeads, load_medusa, open_medusa
+from models.layers.linear import Packing
 from models.loader import CheckpointError, resolve
 from models.target import CausalModel, ForwardOutput
 from models.tree import Trees
@@ -55,7 +56,7 @@ def load_medusa_drafter(options: MedusaOptions, context: DrafterContext) -> Medu
         raise ConfigError("medusa: tau must be positive")
     folder = heads_folder(options.path, context.target_folder)
     vocab_size = min(context.tokenizer.vocab_size, context.target.vocab_size)
-    heads = load_heads(folder, context.target, vocab_size)
+    heads = load_heads(folder, context.target, vocab_size, context.packing)
     num_heads = heads.config.num_heads
     if options.tree == PROBABILITY:
         shape: TreeShape = ProbableTrees(num_heads, min(options.top_k, vocab_size), context.device)
@@ -80,8 +81,11 @@ def heads_folder(path: str, target_folder: Path | None) -> Path:
         raise ModelError(f"medusa: {error}") from error
 
 
-def load_heads(folder: Path, target: CausalModel, vocab_size: int) -> MedusaHeads:
+def load_heads(folder: Path, target: CausalModel, vocab_size: int, packing: Packing | None = None) -> MedusaHeads:
     """Load heads and check that they were made for this target, whose text has ids below ``vocab_size``.
+
+    Args:
+        packing: see ``Linear.pack``.
 
     Raises:
         ModelError: no heads, broken ones, or another hidden size or vocabulary.
@@ -96,7 +100,7 @@ def load_heads(folder: Path, target: CausalModel, vocab_size: int) -> MedusaHead
             wrong = f"guess among {rows} tokens, and the target has {target.vocab_size}"
         if wrong:
             raise ModelError(f"medusa: the heads in {folder} {wrong}. Use heads that were trained for this target")
-        return load_medusa(file, target.logits, target.device, target.dtype)
+        return load_medusa(file, target.logits, target.device, target.dtype, packing)
     except CheckpointError as error:
         raise ModelError(f"medusa: {error}") from error
 

@@ -51,8 +51,10 @@ def load_mtp_drafter(options: MTPOptions, context: DrafterContext) -> FeatureDra
         ops = load_ops(context.device, context.dtype)
         attention = load_backend(context.attention, context.device, context.dtype)
         if is_meta(folder):
-            return parallel_drafter(options, context, load_parallel_heads(folder, context.target, ops, attention))
-        return FeatureDrafter(options, context, load_mtp(folder, context.target, ops, attention, options.norm))
+            heads = load_parallel_heads(folder, context.target, ops, attention, context.packing)
+            return parallel_drafter(options, context, heads)
+        modules = load_mtp(folder, context.target, ops, attention, options.norm, context.packing)
+        return FeatureDrafter(options, context, modules)
     except CheckpointError as error:
         raise ModelError(f"mtp: {error}") from error
 

@@ -123,8 +123,18 @@ def embed(token_ids: Tensor, own: Tensor | None, target: CausalModel) -> Tensor:
     return target.embed(token_ids) if own is None else torch.embedding(own, token_ids)
 
 
-def load_eagle(path: Path, target: CausalModel, *, attention: str = "auto", ops: LayerOps | None = None) -> EagleModel:
+def load_eagle(
+    path: Path,
+    target: CausalModel,
+    *,
+    attention: str = "auto",
+    ops: LayerOps | None = None,
+    packing: Packing | None = None,
+) -> EagleModel:
     """Load a folder in the reference's layout: config.json with pytorch_model.bin or safetensors.
+
+    Args:
+        packing: see ``Linear.pack``.
 
     Raises:
         CheckpointError: no EAGLE-1 drafter, one for another target, or files that are damaged or do not fit; the
@@ -151,7 +161,7 @@ def load_eagle(path: Path, target: CausalModel, *, attention: str = "auto", ops:
     )
     names.pop(EMBEDDING, None)
     fill_head(model.weights(), checkpoint, names, path)
-    model.pack()
+    model.pack(packing)
     return model
 
 

@@ -34,6 +34,7 @@ from models.heads.head_files import (
     own_embedding,
     write_head,
 )
+from models.layers.linear import Packing
 from models.layers.ops import LayerOps, load_ops
 from models.target import CausalModel
 
@@ -45,11 +46,18 @@ _FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
 def load_eagle3(
-    path: Path, target: CausalModel, *, attention: str = "auto", ops: LayerOps | None = None, tap_shift: int = 0
+    path: Path,
+    target: CausalModel,
+    *,
+    attention: str = "auto",
+    ops: LayerOps | None = None,
+    tap_shift: int = 0,
+    packing: Packing | None = None,
 ) -> Eagle3Model:
     """Load a folder of either layout.
 
     Args:
+        packing: see ``Linear.pack``.
         tap_shift: added to the checkpoint's taps, for trainers that count them otherwise.
 
     Raises:
@@ -83,7 +91,7 @@ def load_eagle3(
     )
     wanted = {ours: stored for ours, stored in names.items() if ours not in _REDUNDANT}
     fill_head(model.weights(), checkpoint, wanted, path)
-    model.pack()
+    model.pack(packing)
     return model
 
 

@@ -177,9 +177,16 @@ class MedusaHeads:
 
 
 def load_medusa(
-    file: MedusaFile, shared: Callable[[Tensor], Tensor], device: torch.device, dtype: torch.dtype
+    file: MedusaFile,
+    shared: Callable[[Tensor], Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    packing: Packing | None = None,
 ) -> MedusaHeads:
     """Heads with their weights, packed.
+
+    Args:
+        packing: see ``Linear.pack``.
 
     Raises:
         CheckpointError: for a file that cannot be read to its end.
@@ -188,7 +195,7 @@ def load_medusa(
     weights = heads.weights()
     for name, weight in file.read():
         weights[name].copy_(weight)
-    heads.pack()
+    heads.pack(packing)
     return heads
 
 

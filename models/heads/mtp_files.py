@@ -26,6 +26,7 @@ from models.config import ModelConfig
 from models.families import NATIVE_FAMILIES, HFConfig, describe
 from models.heads.head_files import check_kind, fill_head, own_embedding, write_head
 from models.heads.mtp import MTPConfig, MTPModel, MTPModule, Side
+from models.layers.linear import Packing
 from models.layers.ops import LayerOps
 from models.target import CausalModel
 
@@ -147,12 +148,20 @@ def open_mtp(folder: Path) -> MTPFile:
     return MTPFile(config, checkpoint, names, copies.get(layout.embedding or ""), copies.get(layout.head or ""))
 
 
-def load_mtp(folder: Path, target: CausalModel, ops: LayerOps, attention: AttentionBackend, norm: str) -> MTPModel:
+def load_mtp(
+    folder: Path,
+    target: CausalModel,
+    ops: LayerOps,
+    attention: AttentionBackend,
+    norm: str,
+    packing: Packing | None = None,
+) -> MTPModel:
     """The modules in a folder, ready to draft for a target.
 
     Args:
         norm: where the norms of the feeding and the recycling pass stand, a key of ``NORMS``; "" is what the checkpoint
             says or its family does.
+        packing: see ``Linear.pack``.
 
     Raises:
         CheckpointError: as ``open_mtp``; modules for another hidden size, vocabulary, embedding or head than the
@@ -171,7 +180,7 @@ def load_mtp(folder: Path, target: CausalModel, ops: LayerOps, attention: Attent
             )
     model = MTPModel(config, target, ops, attention)
     fill_head(model.weights(), file.checkpoint, file.names, folder)
-    model.pack()
+    model.pack(packing)
     _check_copies(file, target, folder)
     return model
 

@@ -96,8 +96,13 @@ class ParallelHeads:
         return ops.add_rms_norm(layer.mlp(normed, ops), stream, self.final_norm, layer.eps)[0]
 
 
-def load_parallel_heads(folder: Path, target: CausalModel, ops: LayerOps, attention: AttentionBackend) -> ParallelHeads:
+def load_parallel_heads(
+    folder: Path, target: CausalModel, ops: LayerOps, attention: AttentionBackend, packing: Packing | None = None
+) -> ParallelHeads:
     """The heads of a checkpoint in Meta's layout (facebook/multi-token-prediction), ready to draft for its trunk.
+
+    Args:
+        packing: see ``Linear.pack``.
 
     Raises:
         CheckpointError: no extra heads, heads for another target, weights that are missing or whose shape is wrong, a
@@ -129,5 +134,5 @@ def load_parallel_heads(folder: Path, target: CausalModel, ops: LayerOps, attent
     known = set(names.values())
     names |= {name: name for name in checkpoint.shapes if name.startswith("extra_heads.") and name not in known}
     fill_head(model.weights(), checkpoint, names, folder)
-    model.pack()
+    model.pack(packing)
     return model

@@ -30,6 +30,7 @@ SOURCES: dict[str, list[str]] = {  # file: flags of its own
     "attention.cpp": [],
     "batch.cpp": [],
     "calibration.cpp": [],
+    "int8_linear.cpp": [],
     "layer_ops.cpp": [],
     "linear.cpp": [],
     "ngram.cpp": [],
