@@ -20,10 +20,15 @@ class Filters:
     top_k: Tensor  # [W] int64
     top_p: Tensor  # [W] float64
     min_p: Tensor  # [W] float64
+    widest: int  # host: at least the largest top_k that keeps less than the vocabulary; 0: none does
 
-    def at(self, index: Tensor) -> Filters:
+    def at(self, index: Tensor | slice) -> Filters:
         """The parameters of some of the nodes, or of nodes by their row."""
-        return Filters(self.top_k[index], self.top_p[index], self.min_p[index])
+        return Filters(self.top_k[index], self.top_p[index], self.min_p[index], self.widest)
+
+    def limiting(self, vocab: int) -> Tensor:
+        """[W] bool: some filter of the node is on."""
+        return (self.top_k < vocab) | (self.top_p < 1) | (self.min_p > 0)
 
 
 def kept(scaled: Tensor, filters: Filters, candidates: Tensor) -> Tensor:
@@ -68,10 +73,11 @@ def _probabilities(scaled: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
     probs = scaled.softmax(dim=1, dtype=torch.float64)
     vocab = scaled.shape[1]
     mass = probs.sum(dim=1)
-    widest = int(filters.top_k.where(filters.top_k < vocab, 0).max())
-    if widest:
-        ranked = probs.topk(widest, dim=1).values
-        inside = torch.arange(widest, device=scaled.device) < filters.top_k[:, None]
-        mass = torch.where(filters.top_k < vocab, (ranked * inside).sum(dim=1), mass)
+    if filters.widest:
+        widest = min(filters.widest, vocab)
+        # summed in order, so that a node's sum does not depend on how wide others' filters are
+        sums = probs.topk(widest, dim=1).values.cumsum(dim=1)
+        inside = sums.gather(1, filters.top_k.clamp(max=widest)[:, None] - 1).squeeze(1)
+        mass = torch.where(filters.top_k < vocab, inside, mass)
     # off is off: in a long tail the sum of the better tokens rounds to the whole mass
     return probs, torch.where(filters.top_p < 1, filters.top_p * mass, torch.inf)

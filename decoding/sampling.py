@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decoding.filters import Filters, kept, kept_everywhere
+from decoding.filtered_draw import TRIED
+from decoding.filters import Filters, kept
 from decoding.noise import NoiseBank
 from decoding.rule_table import RuleTable, make_rule_table
 from decoding.sampling_ops import SamplingOps
 from decoding.sequence import Sequence
-
-TRIED = 8  # candidates tried before the filters are computed over the whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,7 @@ def make_table(
             top_k=column([k for k, _, _ in filters], torch.int64),
             top_p=column([top_p for _, top_p, _ in filters], torch.float64),
             min_p=column([min_p for _, _, min_p in filters], torch.float64),
+            widest=max((k for k, _, _ in filters if k < vocab_size), default=0),
         ),
         all_greedy=all(greedy),
         filtered=filtered,
@@ -187,11 +187,9 @@ class Sampling:
         if self.table.all_greedy:
             return self.ops.best(x)
         temperature, noise_row = self._of_nodes(row, depth)
-        drawn = self.ops.draw(x, temperature, self.noise.vectors, noise_row)
-        if self.table.filtered:
-            at = torch.isin(row, torch.tensor(self.table.filtered, device=row.device)).nonzero().squeeze(1)
-            drawn[at] = self._draw_filtered(x[at], temperature[at], noise_row[at], self._filters(row[at]))
-        return drawn
+        if not self.table.filtered:
+            return self.ops.draw(x, temperature, self.noise.vectors, noise_row)
+        return self.ops.draw_filtered(x, temperature, self.noise.vectors, noise_row, self._filters(row))
 
     def guess(
         self, x: Tensor, row: Tensor, depth: Tensor, k: int, tau: float, ids: Tensor | None = None
@@ -264,18 +262,6 @@ class Sampling:
         lost = (confidence - possible).sum(dim=1, keepdim=True)
         possible = (possible / (1 - lost).clamp(min=1e-6)).clamp(max=1)
         return ids.gather(1, order), possible.gather(1, order)
-
-    def _draw_filtered(self, x: Tensor, temperature: Tensor, noise_row: Tensor, filters: Filters) -> Tensor:
-        vectors, scaled = self.noise.vectors, x / temperature[:, None]
-        candidates = self.ops.candidates(x, temperature, vectors, noise_row, min(TRIED, x.shape[1]))
-        survives = kept(scaled, filters, candidates)
-        drawn = candidates.gather(1, survives.to(torch.uint8).argmax(dim=1, keepdim=True)).squeeze(1)
-        failed = (~survives.any(dim=1)).nonzero().squeeze(1)
-        if failed.numel():
-            keep = kept_everywhere(scaled[failed], filters.at(failed))
-            z = scaled[failed] + vectors[noise_row[failed]]  # filtered sequences are never greedy
-            drawn[failed] = z.masked_fill(~keep, -torch.inf).argmax(dim=1)
-        return drawn
 
     def _filters(self, row: Tensor) -> Filters:
         return self.table.filters.at(row)

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from decoding.filtered_draw import by_candidates, by_sorting
+from decoding.filters import Filters
 from decoding.noise import fill_rows
 from models import kernels
 
@@ -42,6 +44,12 @@ class SamplingOps(Protocol):
         """argmax(x / T + g) [W] int64, of x alone without noise; the lowest id wins a tie."""
         ...
 
+    def draw_filtered(
+        self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, filters: Filters
+    ) -> Tensor:
+        """argmax(F(x / T) + g) [W] int64; nodes without noise have no filters."""
+        ...
+
     def candidates(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, k: int) -> Tensor:
         """The k best ids of x / T + g [W, k], best first."""
         ...
@@ -54,7 +62,7 @@ class SamplingOps(Protocol):
 
 
 class TorchSamplingOps:
-    """In plain PyTorch, on any device."""
+    """In plain PyTorch, on any device; a draw with filters waits for it."""
 
     def fill_noise(
         self, bank: Tensor, places: list[int], seeds: list[int], positions: list[int], choices: list[int]
@@ -72,6 +80,11 @@ class TorchSamplingOps:
 
     def draw(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor) -> Tensor:
         return self._noisy(x / temperature[:, None], x, noise, noise_row).argmax(dim=1)
+
+    def draw_filtered(
+        self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, filters: Filters
+    ) -> Tensor:
+        return by_candidates(self, x, temperature, noise, noise_row, filters)
 
     def candidates(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, k: int) -> Tensor:
         return self._noisy(x / temperature[:, None], x, noise, noise_row).topk(k, dim=1).indices
@@ -91,6 +104,15 @@ class TorchSamplingOps:
         if not len(noise):
             return x
         return torch.where(noise_row[:, None] < 0, x, scaled + noise[noise_row.clamp(min=0)])
+
+
+class DeviceSamplingOps(TorchSamplingOps):
+    """In plain PyTorch; nothing waits for the device."""
+
+    def draw_filtered(
+        self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, filters: Filters
+    ) -> Tensor:
+        return by_sorting(self, x, temperature, noise, noise_row, filters)
 
 
 class CpuSamplingOps:
@@ -113,10 +135,16 @@ class CpuSamplingOps:
         ids: Tensor = self._topk(x, temperature, noise, noise_row, k, True)[1]
         return ids
 
+    def draw_filtered(
+        self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, filters: Filters
+    ) -> Tensor:
+        return by_candidates(self, x, temperature, noise, noise_row, filters)
+
 
 SAMPLING_OPS: dict[str, Callable[[], SamplingOps]] = {
     "torch": TorchSamplingOps,
     "cpu": CpuSamplingOps,
+    "device": DeviceSamplingOps,
 }
 
 
@@ -126,4 +154,5 @@ def load_sampling_ops(device: torch.device, name: str = "auto") -> SamplingOps:
     Raises:
         ValueError: for an unknown name.
     """
-    return kernels.pick("sampling operations", SAMPLING_OPS, name, "torch", kernels.serves(device, torch.float32))
+    plain = "torch" if device.type == "cpu" else "device"
+    return kernels.pick("sampling operations", SAMPLING_OPS, name, plain, kernels.serves(device, torch.float32))

@@ -56,10 +56,10 @@ def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
     return [part.of(there) for part in parts]
 
 
-def fetch(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+def fetch(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
     """Start to copy tensors of one device to the host; calling what is returned waits for them."""
     if tensors[0].device.type == "cpu":
-        return lambda: list(tensors)
+        return lambda: [tensor.numpy() for tensor in tensors]
     parts, total = layout(tensors)
     packed = torch.empty(total, dtype=torch.uint8, device=tensors[0].device)
     pack(list(tensors), parts, packed)
@@ -68,8 +68,8 @@ def fetch(*tensors: Tensor) -> Callable[[], list[Tensor]]:
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
     done.record()
 
-    def wait() -> list[Tensor]:
+    def wait() -> list[np.ndarray]:
         done.synchronize()
-        return [part.of(here) for part in parts]
+        return [part.of(here).numpy() for part in parts]
 
     return wait

@@ -20,7 +20,10 @@ OFF = VOCAB  # top_k
 def filters(*nodes: tuple[int, float, float]) -> Filters:
     top_k, top_p, min_p = zip(*nodes, strict=True)
     return Filters(
-        torch.tensor(top_k), torch.tensor(top_p, dtype=torch.float64), torch.tensor(min_p, dtype=torch.float64)
+        torch.tensor(top_k),
+        torch.tensor(top_p, dtype=torch.float64),
+        torch.tensor(min_p, dtype=torch.float64),
+        widest=max((k for k in top_k if k < VOCAB), default=0),
     )
 
 
