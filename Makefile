@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 LLAMA := build/llama.cpp
-LLAMA_PACKAGE := llama-cpp-python==0.3.36
+LLAMA_VERSION := 0.3.36
 LLAMA_SOURCES := build/llama-source
 KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kernels/*.py)
 
@@ -69,8 +69,8 @@ llama-cpp: $(LLAMA)/bin/llama-server
 $(LLAMA)/bin/llama-server: | $(VENV)/.packages
 	mkdir -p $(LLAMA_SOURCES)
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
-	    --dest $(LLAMA_SOURCES) $(LLAMA_PACKAGE)
-	tar -xzf $(LLAMA_SOURCES)/*.tar.gz -C $(LLAMA_SOURCES) --strip-components 1
+	    --dest $(LLAMA_SOURCES) llama-cpp-python==$(LLAMA_VERSION)
+	tar -xzf $(LLAMA_SOURCES)/llama_cpp_python-$(LLAMA_VERSION).tar.gz -C $(LLAMA_SOURCES) --strip-components 1
 	$(BIN)/cmake -S $(LLAMA_SOURCES)/vendor/llama.cpp -B $(LLAMA) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	    -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF \
 	    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF

@@ -134,12 +134,16 @@ class LlamaServer:
             self._server = self._start()
         self._used = True
         before = self._server.metrics()
+        outputs, seconds = self.complete(task)
+        return _run(self.name, task, outputs, seconds, before, self._server.metrics())
+
+    def complete(self, task: Task) -> tuple[list[list[int]], float]:
+        """(tokens of each text, seconds for all of them)."""
         bodies = [completion_body(case.ids, case.seed, task) for case in task.cases]
         started = time.perf_counter()
         answers = self._server.posts("/completion", bodies)
         seconds = time.perf_counter() - started
-        outputs = [completion_tokens(answer) for answer in answers]
-        return _run(self.name, task, outputs, seconds, before, self._server.metrics())
+        return [completion_tokens(answer) for answer in answers], seconds
 
     def close(self) -> None:
         self._server.close()
