@@ -1,19 +1,103 @@
-"""How much each row may speculate, and which nodes are verified.
+"""How much each row may speculate, and which nodes are verified: what a planner is, and the one of fixed limits.
 
-These are the two places in a step where nodes are bought. This planner is static: the same limits in every step, cut
-to what the client, the token budget and the page pool allow.
+The planner of the engine by default, which weighs what drafts cost, is in auto_planner.py.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from decoding.cache import SequenceCache
 from decoding.drafters.base import Drafter
+from decoding.drafters.team import Proposal
 from decoding.plan import Plan, PlannedRow, Quota, RowQuota
 from decoding.sequence import Sequence
-from models.tree import Trees
 from models.tree_ops import ChosenTrees, TreeOps
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of one step on the host's clock."""
+
+    all: float
+    drafters: dict[str, float]  # in each drafter's proposing and observing
+
+
+class Planner(Protocol):
+    """Nodes are bought in these places of a step, and nowhere else."""
+
+    def limits(self, plan: Plan) -> Quota:
+        """The most that each deciding row may have, by its client and the text that is left."""
+        ...
+
+    def quota(self, plan: Plan, limits: Quota, guesses: list[Proposal]) -> Quota:
+        """What each row gets, within the limits; fixed before a model drafts.
+
+        Reserves the slots that trees and drafting need; rows without them get no nodes.
+
+        Args:
+            guesses: proposals of the drafters that run no model, which are made first.
+        """
+        ...
+
+    def choose(self, plan: Plan, proposals: list[Proposal], quota: Quota, device: torch.device) -> ChosenTrees:
+        """Merge the drafters' trees and keep each row's best nodes within its quota."""
+        ...
+
+    def learn(self, plan: Plan, chosen: ChosenTrees, made: int, times: StepTimes) -> None:
+        """The step is over: the tokens are appended.
+
+        Args:
+            made: tokens of the verdicts, bonus tokens included.
+        """
+        ...
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence ended or lost its pages."""
+        ...
+
+
+class Limits:
+    """What clients, the text's end and the drafters allow, for any planner."""
+
+    def __init__(self, cache: SequenceCache, drafters: list[Drafter], max_nodes: int, max_depth: int) -> None:
+        self._cache = cache
+        self._drafters = drafters
+        self._max_nodes = max_nodes
+        self.max_depth = max_depth
+
+    def of(self, plan: Plan, share: int) -> Quota:
+        """One limit for each deciding row; ``share`` is what the token budget leaves each of them in nodes."""
+        if not self._drafters:
+            return Quota(tuple(RowQuota() for _ in plan.deciding))
+        return Quota(tuple(self._row(row.sequence, share) for row in plan.deciding))
+
+    def _row(self, sequence: Sequence, share: int) -> RowQuota:
+        wish = sequence.speculation
+        if not wish.enabled:
+            return RowQuota()
+        # a path of depth m commits m + 1 tokens
+        depth = min(_limit(self.max_depth, wish.max_depth), sequence.limit - sequence.length - 1)
+        nodes = min(_limit(self._max_nodes, wish.max_nodes), share)
+        names = self._allowed(sequence)
+        return RowQuota(nodes, depth, names) if names and depth >= 1 and nodes >= 1 else RowQuota()
+
+    def _allowed(self, sequence: Sequence) -> frozenset[str]:
+        wish = sequence.speculation.drafters
+        return frozenset(d.name for d in self._drafters if wish is None or d.name in wish)
+
+    def reserve(self, row: PlannedRow, limit: RowQuota) -> bool:
+        """Get the slots that the row's tree and its drafting need; False where the pool has none."""
+        # drafters run as deep as the deepest row of the batch, hence not the row's own depth
+        scratch = max(d.scratch_slots(self.max_depth) for d in self._drafters if d.name in limit.drafters)
+        return self.reserve_slots(row, max(limit.nodes, scratch))
+
+    def reserve_slots(self, row: PlannedRow, slots: int) -> bool:
+        """Get so many slots behind the row's chain; False where the pool has none."""
+        return self._cache.reserve(row.sequence, row.end + slots)
 
 
 class StaticPlanner:
@@ -35,46 +119,46 @@ class StaticPlanner:
         max_step_tokens: int,
         min_probability: float,
     ) -> None:
-        self._cache = cache
-        self._drafters = drafters
+        self._limits = Limits(cache, drafters, max_nodes, max_depth)
         self._tree_ops = tree_ops
-        self._max_nodes = max_nodes
-        self._max_depth = max_depth
         self._max_step_tokens = max_step_tokens
         self._min_probability = min_probability
         self._spared = sum(1 << bit for bit, drafter in enumerate(drafters) if drafter.needs.fixed_tree)
 
-    def quota(self, plan: Plan) -> Quota:
-        """Fixed before anything is drafted. Reserves the slots that trees and drafting need; without them, no nodes."""
-        if not self._drafters or not plan.deciding:
-            return Quota(tuple(RowQuota() for _ in plan.deciding))
-        share = max(0, self._max_step_tokens - plan.chain_tokens) // len(plan.deciding)
-        return Quota(tuple(self._row_quota(row, share) for row in plan.deciding))
+    def limits(self, plan: Plan) -> Quota:
+        """See ``Planner``: here reserved at once, and given as they are."""
+        if not plan.deciding:
+            return Quota(())
+        asked = self._limits.of(plan, share_of(plan, self._max_step_tokens))
+        rows = zip(plan.deciding, asked.rows, strict=True)
+        return Quota(tuple(m if m.nodes and self._limits.reserve(row, m) else RowQuota() for row, m in rows))
 
-    def choose(self, plan: Plan, proposals: list[Trees], quota: Quota, device: torch.device) -> ChosenTrees:
-        """Merge the drafters' trees and keep the most probable nodes within the quota."""
+    def quota(self, plan: Plan, limits: Quota, guesses: list[Proposal]) -> Quota:
+        return limits
+
+    def choose(self, plan: Plan, proposals: list[Proposal], quota: Quota, device: torch.device) -> ChosenTrees:
         if not proposals or not plan.deciding:
-            last = [int(row.sequence.tokens[-1]) for row in plan.deciding]
-            return ChosenTrees.roots(torch.tensor(last, dtype=torch.int64, device=device))
+            return roots_of(plan, device)
         nodes, depth = [row.nodes for row in quota.rows], [row.depth for row in quota.rows]
-        return self._tree_ops.choose(proposals, nodes, depth, self._min_probability, self._spared)
+        trees = [proposal.trees for proposal in proposals]
+        return self._tree_ops.choose(trees, nodes, depth, self._min_probability, self._spared)
 
-    def _row_quota(self, row: PlannedRow, share: int) -> RowQuota:
-        wish, sequence = row.sequence.speculation, row.sequence
-        if not wish.enabled:
-            return RowQuota()
-        names = frozenset(d.name for d in self._drafters if wish.drafters is None or d.name in wish.drafters)
-        # a path of depth m commits m + 1 tokens
-        depth = min(_limit(self._max_depth, wish.max_depth), sequence.limit - sequence.length - 1)
-        nodes = min(_limit(self._max_nodes, wish.max_nodes), share)
-        if not names or depth < 1 or nodes < 1 or not self._reserve(sequence, row.end, names, nodes):
-            return RowQuota()
-        return RowQuota(nodes, depth, names)
+    def learn(self, plan: Plan, chosen: ChosenTrees, made: int, times: StepTimes) -> None:
+        """Nothing to learn."""
 
-    def _reserve(self, sequence: Sequence, end: int, names: frozenset[str], nodes: int) -> bool:
-        # drafters run as deep as the deepest row of the batch, hence not the row's own depth
-        scratch = max(d.scratch_slots(self._max_depth) for d in self._drafters if d.name in names)
-        return self._cache.reserve(sequence, end + max(nodes, scratch))
+    def forget(self, sequence: Sequence) -> None:
+        """Nothing to forget."""
+
+
+def share_of(plan: Plan, max_step_tokens: int) -> int:
+    """Nodes that the token budget of a step leaves each deciding row; there must be one."""
+    return max(0, max_step_tokens - plan.chain_tokens) // len(plan.deciding)
+
+
+def roots_of(plan: Plan, device: torch.device) -> ChosenTrees:
+    """No nodes for anybody."""
+    last = [int(row.sequence.tokens[-1]) for row in plan.deciding]
+    return ChosenTrees.roots(torch.tensor(last, dtype=torch.int64, device=device))
 
 
 def _limit(ours: int, theirs: int | None) -> int:

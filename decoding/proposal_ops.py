@@ -62,6 +62,41 @@ class ProposalOps(Protocol):
         ...
 
 
+    def coverage(self, trees: Trees, floor: float, depth: int) -> tuple[Tensor, Tensor]:
+        """How much of the text calibrated trees hold: by depth 1 .. D [R, D] float64, and in how many nodes [R] int64.
+
+        Counted are nodes whose path is at least ``floor`` probable.
+        """
+        ...
+
+    def learn_coverage(self, table: CoverageTable, bit: int, rows: Judged, row_rate: float, all_rate: float) -> None:
+        """Move a drafter's chances towards how its trees fared, row by row, on the host.
+
+        A depth counts where it could be judged and everything above it was covered.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class CoverageTable:
+    """What ``learn_coverage`` changes, all float64."""
+
+    chances: Tensor  # [slots, drafters, D] from depth to depth, of each sequence
+    common: Tensor  # [M, drafters, D] of all
+    widths: Tensor  # [drafters, D] nodes by depth
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Rows whose trees were scored, all int64."""
+
+    slots: Tensor  # [S], -1 for sequences that have ended
+    modes: Tensor  # [S]
+    asked: Tensor  # [S] depth that could be judged: of the tree, and of the text that is known
+    reach: Tensor  # [S]
+    widths: Tensor  # [S, >= D]
+
+
 class TorchProposalOps:
     """In plain PyTorch and, for ``score``, plain Python: what the others must do."""
 
@@ -98,6 +133,38 @@ class TorchProposalOps:
                 if tree.path[node] >= floor and int(reach[row]) == level:
                     reach[row] = level + 1
         return Scores(reach, extent, widths)
+
+
+    def coverage(self, trees: Trees, floor: float, depth: int) -> tuple[Tensor, Tensor]:
+        path, level = _paths(trees), depths(trees.parents)
+        counted = (trees.parents != NO_PARENT) & (path >= floor) & (level <= depth)
+        held = torch.zeros(trees.num_rows, depth + 1, dtype=torch.float64, device=path.device)
+        held.scatter_add_(1, torch.where(counted, level, 0), torch.where(counted, path, 0.0))
+        return held[:, 1:].clamp(max=1.0), counted.sum(dim=1)
+
+    def learn_coverage(self, table: CoverageTable, bit: int, rows: Judged, row_rate: float, all_rate: float) -> None:
+        limit = table.widths.shape[1]
+        whole = zip(rows.slots.tolist(), rows.modes.tolist(), rows.asked.tolist(), rows.reach.tolist(), strict=True)
+        for row, (slot, mode, asked, reach) in enumerate(whole):
+            for level in range(min(asked, limit)):
+                right = float(level < reach)
+                if slot >= 0:
+                    table.chances[slot, bit, level] += row_rate * (right - table.chances[slot, bit, level])
+                table.common[mode, bit, level] += all_rate * (right - table.common[mode, bit, level])
+                width = float(rows.widths[row, level])
+                table.widths[bit, level] += all_rate * (width - table.widths[bit, level])
+                if not right:
+                    break
+
+
+def _paths(trees: Trees) -> Tensor:
+    """[R, N] float64 product of the confidences along each path, without sharing out among siblings."""
+    path = torch.where(trees.parents == NO_PARENT, 1.0, trees.confidence.double())
+    pointer = trees.parents.clamp(min=0)
+    for _ in range(max(1, (trees.width - 1).bit_length())):
+        path = path * path.gather(1, pointer)
+        pointer = pointer.gather(1, pointer)
+    return path
 
 
 @dataclass(frozen=True)
@@ -154,6 +221,8 @@ class CpuProposalOps:
         ops = kernels.required()
         self._recalibrate = ops.recalibrate.default
         self._score = ops.score_proposals.default
+        self._coverage = ops.proposal_coverage.default
+        self._learn = ops.learn_coverage.default
 
     def recalibrate(self, trees: Trees, mode: Tensor, curves: Tensor) -> Tensor:
         return self._recalibrate(trees.parents, trees.confidence, mode, curves)  # type: ignore[no-any-return]
@@ -161,6 +230,14 @@ class CpuProposalOps:
     def score(self, trees: Trees, calibrated: Tensor, text: Tensor, mode: Tensor, floor: float, tally: Tally) -> Scores:
         given = (trees.tokens, trees.parents, trees.confidence, calibrated, text, mode, floor)
         return Scores(*self._score(*given, tally.hits, tally.trials, tally.surprise))
+
+
+    def coverage(self, trees: Trees, floor: float, depth: int) -> tuple[Tensor, Tensor]:
+        return self._coverage(trees.parents, trees.confidence, floor, depth)  # type: ignore[no-any-return]
+
+    def learn_coverage(self, table: CoverageTable, bit: int, rows: Judged, row_rate: float, all_rate: float) -> None:
+        judged = (rows.slots, rows.modes, rows.asked, rows.reach, rows.widths)
+        self._learn(table.chances, table.common, table.widths, bit, *judged, row_rate, all_rate)
 
 
 class DeviceProposalOps(TorchProposalOps):
@@ -171,6 +248,9 @@ class DeviceProposalOps(TorchProposalOps):
 
     def score(self, trees: Trees, calibrated: Tensor, text: Tensor, mode: Tensor, floor: float, tally: Tally) -> Scores:
         return self._host.score(trees, calibrated, text, mode, floor, tally)
+
+    def learn_coverage(self, table: CoverageTable, bit: int, rows: Judged, row_rate: float, all_rate: float) -> None:
+        self._host.learn_coverage(table, bit, rows, row_rate, all_rate)
 
 
 PROPOSAL_OPS: dict[str, Callable[[], ProposalOps]] = {

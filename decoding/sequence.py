@@ -57,6 +57,7 @@ class Sequence:
         self.admitted = False  # it was in the batch before (a preempted sequence was)
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.counter = SpeculationCounter()
+        self.unfollowed: set[str] = set()  # drafters that the planner lets sleep through this sequence
 
     @property
     def acceptance(self) -> Acceptance:

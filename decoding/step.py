@@ -16,7 +16,7 @@ from decoding.cache import SequenceCache
 from decoding.commit import Committer
 from decoding.drafters.team import DrafterTeam
 from decoding.messages import TokenEvent
-from decoding.planner import StaticPlanner
+from decoding.planner import Planner, StepTimes
 from decoding.sampler import Sampler
 from decoding.scheduler import Scheduler
 from decoding.verify import Rule, verify
@@ -31,7 +31,7 @@ class Stepper:
         target: CausalModel,
         cache: SequenceCache,
         scheduler: Scheduler,
-        planner: StaticPlanner,
+        planner: Planner,
         sampler: Sampler,
         drafters: DrafterTeam,
         rule: Rule,
@@ -55,9 +55,12 @@ class Stepper:
         plan = self.scheduler.plan()  # which rows, how many chain tokens
         if not plan.rows:
             return []
-        quota = self.planner.quota(plan)  # how much each row may speculate; 0 nodes is plain decoding
-        sampling = self.sampler.prepare(plan, quota)  # parameters, penalties' counts, the rows' own noise
-        proposals = self.drafters.propose(plan, quota, sampling)  # a tree per drafter, with confidences
+        drafted = dict(self.drafters.taken)
+        limits = self.planner.limits(plan)  # how much each row may speculate at most
+        sampling = self.sampler.prepare(plan, limits)  # parameters, penalties' counts, the rows' own noise
+        guesses = self.drafters.guess(plan, limits, sampling)  # trees of the drafters that run no model
+        quota = self.planner.quota(plan, limits, guesses)  # what models shall draft; 0 nodes is plain decoding
+        proposals = guesses + self.drafters.propose(plan, quota, sampling)  # a tree per drafter, with confidences
         chosen = self.planner.choose(plan, proposals, quota, self.target.device)  # merged, the best nodes
         chains = [Chain(r.sequence.tokens[r.start : r.end], r.start, r.sequence.pages) for r in plan.rows]
         batch, nodes = build(chains, chosen.trees, chosen.masks, chosen.counts)
@@ -71,5 +74,13 @@ class Stepper:
         self.cache.commit(batch, nodes, verdict)  # keep the accepted path's K/V
         self.drafters.observe(plan, batch, nodes, out, verdict)
         events = self.committer.commit(plan, chosen, nodes, verdict, logits, out)  # append, stop, finish, free
-        self.seconds += time.perf_counter() - started
+        taken = time.perf_counter() - started
+        self.seconds += taken
+        by_drafter = {name: seconds - drafted[name] for name, seconds in self.drafters.taken.items()}
+        self.planner.learn(plan, chosen, sum(map(len, committed)), StepTimes(taken, by_drafter))
         return events
+
+    def reset_clocks(self) -> None:
+        """Begin to count time anew."""
+        self.seconds = self.forward_seconds = 0.0
+        self.drafters.taken = dict.fromkeys(self.drafters.taken, 0.0)

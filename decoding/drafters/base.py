@@ -14,7 +14,7 @@ from decoding.sampling import Sampling
 from decoding.sequence import Sequence, SequenceId
 from decoding.text import Tokenizer
 from decoding.verify import Verdict
-from models.batch import RaggedBatch
+from models.batch import MAX_TREE, RaggedBatch
 from models.kv_cache import KVSpec
 from models.layers.linear import Packing
 from models.layers.quantization import packing_of
@@ -29,6 +29,7 @@ class Needs:
     kv: KVSpec | None = None  # own K/V layers on the shared pages
     taps: tuple[int, ...] = ()  # target's hidden states, see ForwardOutput.taps
     page_bytes: int = 0  # kept with each page beside K/V
+    host: bool = False  # runs no model: proposes on the host, at next to no cost
     fixed_tree: bool = False  # all its nodes are wanted, however improbable; --max-nodes and --max-depth still hold
 
 
@@ -59,6 +60,7 @@ class Drafter(Protocol):
 
     name: str
     needs: Needs
+    max_depth: int  # of its trees
 
     def attach(self, num_pages: int) -> None:
         """Allocate own K/V for this many pages; called once, before anything else."""
@@ -70,6 +72,14 @@ class Drafter(Protocol):
 
     def scratch_slots(self, depth: int) -> int:
         """Slots behind the chain that ``propose`` writes to when it drafts this deep."""
+        ...
+
+    def ready(self, sequence: Sequence) -> bool:
+        """Whether it could draft for a deciding row of this sequence now."""
+        ...
+
+    def backlog(self, sequence: Sequence) -> int:
+        """Tokens that its model has to run before it can draft for the sequence."""
         ...
 
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
@@ -96,7 +106,8 @@ class Drafter(Protocol):
 class TokenDrafter:
     """Base of drafters that need nothing but the tokens: no K/V, no state per sequence."""
 
-    needs = Needs()
+    needs = Needs(host=True)
+    max_depth = MAX_TREE - 1
 
     def attach(self, num_pages: int) -> None:
         """Nothing to allocate."""
@@ -105,6 +116,12 @@ class TokenDrafter:
         """Nothing to remember."""
 
     def scratch_slots(self, depth: int) -> int:
+        return 0
+
+    def ready(self, sequence: Sequence) -> bool:
+        return True
+
+    def backlog(self, sequence: Sequence) -> int:
         return 0
 
     def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:

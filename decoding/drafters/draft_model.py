@@ -89,6 +89,7 @@ class DraftModelDrafter:
     def __init__(self, options: DraftModelOptions, context: DrafterContext, model: CausalModel) -> None:
         self.name = context.name
         self.needs = Needs(kv=model.kv_spec)
+        self.max_depth = options.depth
         self._options = options
         self._model = model
         self._max_step_tokens = context.max_step_tokens
@@ -108,6 +109,12 @@ class DraftModelDrafter:
 
     def valid_length(self, sequence: Sequence) -> int:
         return self._drafted.get(sequence.id, 0)
+
+    def ready(self, sequence: Sequence) -> bool:
+        return sequence.length <= self._last_position  # a shorter context than the target's: no more
+
+    def backlog(self, sequence: Sequence) -> int:
+        return sequence.length - self._drafted.get(sequence.id, 0)
 
     def scratch_slots(self, depth: int) -> int:
         return self._options.scratch_slots(depth)

@@ -26,7 +26,7 @@ class TreeOptions:
     """What the drafters with a model of their own have in common."""
 
     path: str
-    depth: int = 4  # passes of the drafter's model a step, the catch-up pass included
+    depth: int = 8  # passes of the drafter's model a step, the catch-up pass included
     top_k: int = 4  # children of an expanded node
     beam: int = 2  # nodes expanded per depth
     tau: float = 1.0  # confidence = softmax(z / tau)

@@ -77,6 +77,7 @@ class FeatureDrafter:
         self.name = context.name
         width = model.feature_size + (model.carry_size if model.continues else 0)
         self.needs = Needs(kv=model.kv_spec, taps=model.source.taps, page_bytes=width * model.dtype.itemsize)
+        self.max_depth = options.depth
         self._options = options
         self._model = model
         self._target = context.target
@@ -109,6 +110,13 @@ class FeatureDrafter:
     def valid_length(self, sequence: Sequence) -> int:
         progress = self._progress.get(sequence.id, Progress(0))
         return progress.whole if progress.base else progress.end
+
+    def ready(self, sequence: Sequence) -> bool:
+        return self._features.first(sequence.id) is not None and sequence.cached == sequence.length - 1
+
+    def backlog(self, sequence: Sequence) -> int:
+        first = self._features.first(sequence.id)  # nothing before it will ever be run
+        return 0 if first is None else sequence.length - max(first, self._progress[sequence.id].end)
 
     def scratch_slots(self, depth: int) -> int:
         return self._options.scratch_slots(depth)

@@ -101,6 +101,8 @@ class FeatureStore:
                 if number < len(plan.deciding):
                     new.append(Piece(row.end - 1, tails[number]))
                 self._append(row.sequence.id, row.start, new)
+            else:
+                self._pieces.pop(row.sequence.id, None)  # followed no longer: what comes next would not join on
         self._keep_pages(plan, heads, gathered, tail)
 
     def first(self, sequence: SequenceId) -> int | None:

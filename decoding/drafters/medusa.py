@@ -118,6 +118,7 @@ class MedusaDrafter:
         self._tau = options.tau
         self._heads = heads
         self._shape = shape
+        self.max_depth = shape.depth
         self._features = FeatureStore(FeatureSource(), 1, lambda sequence: may_draft(context.name, sequence))
 
     def attach(self, num_pages: int) -> None:
@@ -130,6 +131,12 @@ class MedusaDrafter:
         self._features.forget(sequence)
 
     def valid_length(self, sequence: Sequence) -> int:
+        return 0
+
+    def ready(self, sequence: Sequence) -> bool:
+        return self._features.last(sequence) is not None
+
+    def backlog(self, sequence: Sequence) -> int:
         return 0
 
     def scratch_slots(self, depth: int) -> int:

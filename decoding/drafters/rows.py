@@ -11,7 +11,9 @@ from models.tree import NO_PARENT, Trees
 
 
 def may_draft(name: str, sequence: Sequence) -> bool:
-    """Whether the request ever lets the drafter called ``name`` draft for this sequence."""
+    """Whether the drafter called ``name`` may be asked to draft for this sequence: by its request, by the planner."""
+    if name in sequence.unfollowed:
+        return False
     wish = sequence.speculation
     allowed = wish.enabled and wish.max_nodes != 0 and wish.max_depth != 0
     return allowed and (wish.drafters is None or name in wish.drafters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from decoding.batcher import Nodes
 from decoding.drafters.base import Drafter
@@ -15,12 +16,27 @@ from models.target import ForwardOutput
 from models.tree import Trees
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """One drafter's trees of a step's deciding rows."""
+
+    bit: int  # the drafter's number
+    trees: Trees  # [R, N]
+
+
 class DrafterTeam:
-    """The drafters in the order of their bits. Keeps the time that they take."""
+    """The drafters in the order of their bits. Keeps the time that each of them takes."""
 
     def __init__(self, drafters: list[Drafter]) -> None:
         self.members = drafters
-        self.seconds = 0.0
+        self.taken = {drafter.name: 0.0 for drafter in drafters}  # seconds
+        self._guessing = [(bit, d) for bit, d in enumerate(drafters) if d.needs.host]
+        self._drafting = [(bit, d) for bit, d in enumerate(drafters) if not d.needs.host]
+
+    @property
+    def seconds(self) -> float:
+        """What all of them took."""
+        return sum(self.taken.values())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -43,17 +59,29 @@ class DrafterTeam:
                 valid += 1
             drafter.admit(sequence, valid * PAGE_SIZE)
 
-    def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> list[Trees]:
-        started = time.perf_counter()
-        proposals = [drafter.propose(plan, quota, sampling) for drafter in self.members] if plan.rows else []
-        self.seconds += time.perf_counter() - started
-        return [trees for trees in proposals if trees is not None]
+    def guess(self, plan: Plan, limits: Quota, sampling: Sampling) -> list[Proposal]:
+        """Proposals of the drafters that run no model."""
+        return self._ask(self._guessing, plan, limits, sampling)
+
+    def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> list[Proposal]:
+        """Proposals of the others."""
+        return self._ask(self._drafting, plan, quota, sampling)
+
+    def _ask(self, members: list[tuple[int, Drafter]], plan: Plan, quota: Quota, sampling: Sampling) -> list[Proposal]:
+        proposals = []
+        for bit, drafter in members if plan.rows else ():
+            started = time.perf_counter()
+            trees = drafter.propose(plan, quota, sampling)
+            self.taken[drafter.name] += time.perf_counter() - started
+            if trees is not None:
+                proposals.append(Proposal(bit, trees))
+        return proposals
 
     def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
-        started = time.perf_counter()
         for drafter in self.members:
+            started = time.perf_counter()
             drafter.observe(plan, batch, nodes, out, verdict)
-        self.seconds += time.perf_counter() - started
+            self.taken[drafter.name] += time.perf_counter() - started
 
     def valid_length(self, bit: int, sequence: Sequence) -> int:
         return self.members[bit].valid_length(sequence)

@@ -136,17 +136,77 @@ std::tuple<Tensor, Tensor, Tensor> score_proposals(const Tensor& tokens, const T
   return {reach, extent, widths};
 }
 
+std::tuple<Tensor, Tensor> proposal_coverage(const Tensor& parents, const Tensor& confidence, double floor, int64_t longest) {
+  TORCH_CHECK_VALUE(parents.dim() == 2 && confidence.sizes() == parents.sizes(), "expected trees [R, N]");
+  const Tensor above = parents.contiguous(), given = confidence.contiguous();
+  const int64_t rows = parents.size(0), width = parents.size(1);
+  const Tensor held = empty({rows, longest}, at::kDouble), nodes = empty({rows}, at::kLong);
+  std::vector<int64_t> depth(width);
+  std::vector<double> path(width);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t* parent = above.const_data_ptr<int64_t>() + row * width;
+    const float* sure = given.const_data_ptr<float>() + row * width;
+    double* at = held.mutable_data_ptr<double>() + row * longest;
+    int64_t count = 0;
+    std::fill_n(at, longest, 0.0);
+    for (int64_t i = 0; i < width; ++i) {
+      const bool drafted = parent[i] != kNoParent;
+      depth[i] = drafted ? depth[parent[i]] + 1 : 0;
+      path[i] = drafted ? path[parent[i]] * sure[i] : 1.0;
+      if (!drafted || path[i] < floor || depth[i] > longest) continue;
+      at[depth[i] - 1] += path[i];
+      ++count;
+    }
+    for (int64_t level = 0; level < longest; ++level) at[level] = std::min(at[level], 1.0);
+    nodes.mutable_data_ptr<int64_t>()[row] = count;
+  }
+  return {held, nodes};
+}
+
+void learn_coverage(const Tensor& chances, const Tensor& common, const Tensor& widths, int64_t bit, const Tensor& slots,
+                    const Tensor& modes, const Tensor& asked, const Tensor& reach, const Tensor& wide, double row_rate,
+                    double all_rate) {
+  const int64_t drafters = chances.size(1), depths = chances.size(2), rows = slots.numel();
+  TORCH_CHECK_VALUE(common.size(1) == drafters && common.size(2) == depths && widths.size(1) == depths && bit < drafters &&
+                        wide.size(0) == rows && wide.size(1) >= depths && chances.is_contiguous() &&
+                        common.is_contiguous() && widths.is_contiguous(),
+                    "learn_coverage: shapes do not fit together");
+  const int64_t* slot = index_data<int64_t>(slots, "slots");
+  const int64_t* mode = index_data<int64_t>(modes, "modes");
+  const int64_t* known = index_data<int64_t>(asked, "asked");
+  const int64_t* covered = index_data<int64_t>(reach, "reach");
+  const int64_t* nodes = index_data<int64_t>(wide, "wide");
+  for (int64_t row = 0; row < rows; ++row) {
+    double* own = slot[row] < 0 ? nullptr : chances.mutable_data_ptr<double>() + (slot[row] * drafters + bit) * depths;
+    double* all = common.mutable_data_ptr<double>() + (mode[row] * drafters + bit) * depths;
+    double* spread = widths.mutable_data_ptr<double>() + bit * depths;
+    for (int64_t level = 0; level < std::min(known[row], depths); ++level) {
+      const double right = level < covered[row];
+      if (own) own[level] += row_rate * (right - own[level]);
+      all[level] += all_rate * (right - all[level]);
+      spread[level] += all_rate * (nodes[row * wide.size(1) + level] - spread[level]);
+      if (right == 0) break;
+    }
+  }
+}
+
 TORCH_LIBRARY_FRAGMENT(saccade, m) {
   m.def("recalibrate(Tensor parents, Tensor confidence, Tensor mode, Tensor curves) -> Tensor");
   m.def(
       "score_proposals(Tensor tokens, Tensor parents, Tensor confidence, Tensor calibrated, Tensor text, Tensor mode, "
       "float floor, Tensor(a!) hits, Tensor(b!) trials, Tensor(c!) surprise) "
       "-> (Tensor reach, Tensor extent, Tensor widths)");
+  m.def("proposal_coverage(Tensor parents, Tensor confidence, float floor, int longest) -> (Tensor held, Tensor nodes)");
+  m.def(
+      "learn_coverage(Tensor(a!) chances, Tensor(b!) common, Tensor(c!) widths, int bit, Tensor slots, Tensor modes, "
+      "Tensor asked, Tensor reach, Tensor wide, float row_rate, float all_rate) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(saccade, CPU, m) {
   m.impl("recalibrate", &recalibrate);
   m.impl("score_proposals", &score_proposals);
+  m.impl("proposal_coverage", &proposal_coverage);
+  m.impl("learn_coverage", &learn_coverage);
 }
 
 }  // namespace saccade

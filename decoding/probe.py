@@ -1,0 +1,209 @@
+"""Measures what steps and drafting cost on this machine, by running them: a few seconds when a model is loaded."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from decoding.commit import Totals
+from decoding.costs import CostTable, DraftPrice
+from decoding.drafters.base import Drafter
+from decoding.drafters.team import Proposal
+from decoding.plan import Guide, Plan, Quota, RowQuota
+from decoding.planner import Limits, StepTimes, roots_of
+from decoding.request import GenerateRequest, SamplingParams
+from decoding.sequence import Sequence
+from decoding.step import Stepper
+from models.tree import NO_PARENT, Trees, ancestor_masks
+from models.tree_ops import ChosenTrees
+
+logger = logging.getLogger("saccade.engine")
+
+NODES = (0, 1, 2, 3, 4, 5, 7, 9, 11, 15, 19, 23, 27, 31, 39, 47, 55, 63)  # one row's trees
+MANY = ((4, 31), (8, 31))  # (rows, nodes of each) of larger steps
+ROWS = 8  # rows by which the price of a row is found
+PROMPT = 24
+CONTEXT = 512
+REPEATS = ((0.02, 5), (0.2, 3), (float("inf"), 1))  # steps shorter than this are measured so often
+WARM_UP = 2
+
+
+@dataclass
+class ProbePlanner:
+    """Gives every row a tree of so many random children of its root, and lets one drafter draft in vain."""
+
+    limits_of: Limits
+    nodes: int = 0
+    drafter: Drafter | None = None
+    depth: int = 1
+    forgotten: list[Sequence] = field(default_factory=list)
+
+    def limits(self, plan: Plan) -> Quota:
+        names = frozenset({self.drafter.name} if self.drafter else ())
+        wanted = RowQuota(max(self.nodes, int(bool(names))), self.depth, names)
+        for row in plan.deciding:
+            if wanted.nodes and names:
+                self.limits_of.reserve(row, wanted)
+            elif wanted.nodes:
+                self.limits_of.reserve_slots(row, wanted.nodes)
+        guides = {name: Guide(self.depth, least_gain=0.0) for name in names}
+        return Quota(tuple(wanted for _ in plan.deciding), guides)
+
+    def quota(self, plan: Plan, limits: Quota, guesses: list[Proposal]) -> Quota:
+        return limits
+
+    def choose(self, plan: Plan, proposals: list[Proposal], quota: Quota, device: torch.device) -> ChosenTrees:
+        rows, width = len(plan.deciding), 1 + self.nodes
+        if not rows or not self.nodes:
+            return roots_of(plan, device)
+        tokens = torch.arange(width, device=device).repeat(rows, 1)
+        tokens[:, 0] = torch.tensor([int(row.sequence.tokens[-1]) for row in plan.deciding], device=device)
+        parents = torch.zeros_like(tokens)
+        parents[:, 0] = NO_PARENT
+        trees = Trees(tokens, parents, torch.full(tokens.shape, 0.5, device=device), torch.ones_like(tokens))
+        return ChosenTrees(trees, ancestor_masks(parents), [width] * rows, 1)
+
+    def learn(self, plan: Plan, chosen: ChosenTrees, made: int, times: StepTimes) -> None:
+        """Whoever measures looks at the stepper's clocks."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """Nothing to forget."""
+
+
+class Probe:
+    """Runs an idle stepper on made-up texts, and leaves it as it was."""
+
+    def __init__(self, stepper: Stepper, limits: Limits, vocab_size: int, max_rows: int) -> None:
+        self._stepper = stepper
+        self._planner = ProbePlanner(limits)
+        self._vocab_size = vocab_size
+        self._max_rows = max_rows
+        self._number = 0
+
+    def measure(self) -> CostTable:
+        """The cost table of this stepper."""
+        stepper = self._stepper
+        kept, stepper.planner = stepper.planner, self._planner
+        try:
+            return self._table()
+        finally:
+            stepper.planner = kept
+            self._end()
+            stepper.cache.prefixes.clear()
+            stepper.committer.totals = Totals()
+            stepper.reset_clocks()
+
+    def _table(self) -> CostTable:
+        tokens, seconds = [], []
+        self._begin(1, PROMPT)
+        for nodes in NODES:
+            if nodes < self._vocab_size:
+                tokens.append(1 + nodes)
+                seconds.append(self._steps(nodes))
+        row, context = self._row_price(seconds[tokens.index(ROWS)]), self._context_price()
+        for rows, nodes in MANY:
+            if self._begin(rows, PROMPT):
+                tokens.append(rows * (1 + nodes))
+                seconds.append(max(self._steps(nodes) - row * (rows - 1), seconds[-1]))
+        drafters = {d.name: self._draft_price(d) for d in self._stepper.drafters.members}
+        table = CostTable(tuple(tokens), tuple(seconds), row, context, drafters)
+        table.check()
+        return table
+
+    def _row_price(self, one_row: float) -> float:
+        """Seconds that a further row adds to a step of as many tokens."""
+        if not self._begin(ROWS, PROMPT):
+            return 0.0
+        return max(0.0, self._steps(0) - one_row) / (ROWS - 1)
+
+    def _context_price(self) -> float:
+        """Seconds that a token of context adds."""
+        self._begin(1, PROMPT)
+        short = self._steps(0)
+        if not self._begin(1, CONTEXT):
+            return 0.0
+        return max(0.0, self._steps(0) - short) / (CONTEXT - PROMPT)
+
+    def _draft_price(self, drafter: Drafter) -> DraftPrice:
+        deepest = max(1, min(drafter.max_depth, self._planner.limits_of.max_depth))
+        many = ROWS if ROWS <= self._max_rows else 1
+        taken: dict[tuple[int, int], float] = {}
+        token = 0.0
+        for rows in sorted({1, many}):
+            before = self._stepper.drafters.taken[drafter.name]
+            if not self._begin(rows, PROMPT):
+                continue
+            token = max(0.0, self._stepper.drafters.taken[drafter.name] - before) / (rows * PROMPT)
+            for depth in sorted({1, deepest}):
+                taken[rows, depth] = self._drafting(drafter, depth)
+        return draft_price(taken, deepest, token)
+
+    def _steps(self, nodes: int) -> float:
+        """Seconds of a step with so many nodes in each row, drafting left out."""
+        self._planner.nodes, self._planner.drafter = nodes, None
+        return self._median(lambda: self._stepper.seconds - self._stepper.drafters.seconds)
+
+    def _drafting(self, drafter: Drafter, depth: int) -> float:
+        """Seconds of a drafter in a step."""
+        self._planner.nodes, self._planner.drafter, self._planner.depth = 0, drafter, depth
+        try:
+            return self._median(lambda: self._stepper.drafters.taken[drafter.name])
+        finally:
+            self._planner.drafter = None
+
+    def _median(self, clock: Callable[[], float]) -> float:
+        for _ in range(WARM_UP):
+            self._stepper.step()
+        found: list[float] = []
+        while True:
+            before = clock()
+            self._stepper.step()
+            found.append(clock() - before)
+            if len(found) >= next(count for limit, count in REPEATS if found[0] < limit):
+                return statistics.median(found)
+
+    def _begin(self, rows: int, prompt: int) -> bool:
+        """Make an idle stepper run so many texts of so many tokens; False where it cannot."""
+        self._end()
+        longest = self._stepper.target.max_model_len
+        tokens = min(longest - prompt, 512)
+        pool = self._stepper.cache.prefixes.pool
+        if rows > self._max_rows or tokens < 128 or rows * (prompt + tokens) > pool.num_pages * 16:
+            return False
+        self._planner.nodes, self._planner.drafter = 0, None
+        generator = torch.Generator().manual_seed(rows * prompt)
+        for _ in range(rows):
+            ids = torch.randint(self._vocab_size, (prompt,), generator=generator).tolist()
+            params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+            self._stepper.scheduler.add(Sequence(GenerateRequest(f"probe-{self._number}", tuple(ids), params), 0, 0))
+            self._number += 1
+        while self._stepper.scheduler.waiting or any(s.generated == 0 for s in self._stepper.scheduler.running):
+            self._stepper.step()
+        return True
+
+    def _end(self) -> None:
+        scheduler = self._stepper.scheduler
+        for sequence in [*scheduler.running, *scheduler.waiting]:
+            self._stepper.committer.end(sequence, "cancelled")
+
+
+def draft_price(taken: dict[tuple[int, int], float], deepest: int, token: float) -> DraftPrice:
+    """The price that fits what was taken by (rows, depth), at one row or two numbers of rows, and depths 1 and deepest."""
+    sizes = sorted({rows for rows, _ in taken})
+    if not sizes:
+        return DraftPrice(token=token)
+    few, many = sizes[0], sizes[-1]
+    row = max(0.0, taken[many, 1] - taken[few, 1]) / max(1, many - few)
+    further = {rows: max(0.0, taken[rows, deepest] - taken[rows, 1]) / max(1, deepest - 1) for rows in sizes}
+    further_row = max(0.0, further[many] - further[few]) / max(1, many - few)
+    return DraftPrice(
+        first=max(0.0, taken[few, 1] - row * few),
+        row=row,
+        further=max(0.0, further[few] - further_row * few),
+        further_row=further_row,
+        token=token,
+    )
