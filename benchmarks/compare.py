@@ -176,7 +176,8 @@ def measure(systems: Sequence[System], cases: Sequence[Case], temperature: float
                 run = system.run(task)
                 if number not in warm:
                     yield run
-        print(f"T={temperature:g}: round {number + 1} of {options.rounds}", file=sys.stderr)
+        if number not in warm:
+            print(f"T={temperature:g}: round {number + 1} of {options.rounds}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ An axis of a large weight is a map: the small model's index of each entry, or on
     ZERO    the value there is always exactly zero: weights that read it cannot matter and are noise
     FREE    the value there is anything: weights that read it are zero, and those that write it are noise
 
-So the zeros are few (a sixteenth of a matrix, where both its sides grow fourfold), and no kernel, cache or power meter
+So the zeros are few (at four times the width, a quarter of a matrix at most), and no kernel, cache or power meter
 sees another model than a trained one. Noise is uniform: it never is a row's largest weight, which would make
 quantisation coarser than it is for the small model.
 
@@ -137,10 +137,9 @@ def _dims(heads: Tensor, padding: int, small: Shape, large: Shape) -> Tensor:
     the two halves of a pair half a head apart.
     """
     stride = large.head_dim // small.head_dim
+    own = heads[:, None] * small.head_dim + torch.arange(small.head_dim)
     dims = torch.full((len(heads), large.head_dim), padding)
-    dims[:, ::stride] = heads[:, None] * small.head_dim + torch.arange(small.head_dim)
-    unreal = heads < 0
-    dims[unreal] = heads[unreal, None].expand(-1, large.head_dim)
+    dims[:, ::stride] = torch.where(heads[:, None] < 0, heads[:, None], own)
     return dims.flatten()
 
 

@@ -62,6 +62,8 @@ class Shape:
             raise ConfigError(f"head_dim must be a multiple of the small model's {smaller.head_dim}")
         if self.heads % self.kv_heads:
             raise ConfigError(f"{self.heads} heads cannot share {self.kv_heads} K/V heads evenly; make them a multiple")
+        if self.hidden % self.heads:  # transformers wants it
+            raise ConfigError(f"hidden {self.hidden} is no multiple of the {self.heads} heads; change either")
         if self.tied and not smaller.tied:
             raise ConfigError("the small model has a head of its own, which tied embeddings cannot hold; say --untied")
         if self.vocab > smaller.vocab and self.hidden == smaller.hidden:
@@ -94,8 +96,8 @@ def draft_shape(target: Shape, small: Shape) -> Shape:
         vocab=target.vocab,
         tied=small.tied,
     )
-    if target.vocab > small.vocab and shape.hidden == small.hidden:
-        shape = replace(shape, hidden=small.hidden + head_dim)
+    least = shape.hidden + (target.vocab > small.vocab and shape.hidden == small.hidden)
+    shape = replace(shape, hidden=-(-least // shape.heads) * shape.heads)
     while shape.parameters < DRAFT_SHARE * target.parameters:
         shape = replace(shape, layers=shape.layers + 1)
     return shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.cells import Spread
@@ -22,8 +22,7 @@ def offline_text(pieces: Sequence[Piece]) -> str:
     """A table for each piece, then the checks."""
     from benchmarks.speed_tables import checks_table
 
-    tables = {"speeds": speeds_text, "forward": forward_text, "limits": limits_text}
-    parts = [f"{piece['family']}, {tables[piece['part']](piece)}" for piece in pieces]
+    parts = [f"{piece['family']}, {TABLES[piece['part']](piece)}" for piece in pieces]
     return "\n\n".join([*parts, checks_table(offline_checks(pieces))])
 
 
@@ -121,3 +120,6 @@ def limits_text(piece: Piece) -> str:
         ),
     ]
     return f"{roof['weight_bytes'] / 1e6:.0f} MB of weights\n{table(rows)}"
+
+
+TABLES: Mapping[str, Callable[[Piece], str]] = {"speeds": speeds_text, "forward": forward_text, "limits": limits_text}

@@ -17,7 +17,8 @@ LLAMA, LLAMA_SPECULATIVE = "llama", ("llama-ngram", "llama-draft", "llama-both")
 OVER_TRANSFORMERS = 3.0  # on the demo target
 PLAIN_OVER_LLAMA = 0.9  # on larger ones
 AUTO_OVER_LLAMA = 1.3
-PROCESSES = (PLAIN, AUTO)
+OURS = (PLAIN, AUTO)
+ORDER = (*OURS, HF, *HF_SPECULATIVE, LLAMA, *LLAMA_SPECULATIVE)
 Piece = dict[str, Any]
 
 
@@ -43,9 +44,9 @@ def compare_table(piece: Piece) -> str:
     runs = runs_of(piece)
     greedy = piece["temperature"] == 0
     rows = [
-        summary_row(summarise(some, runs[PLAIN], comparable_text=greedy or name in PROCESSES))
-        for name, some in runs.items()
+        summary_row(summarise(some, runs[PLAIN], comparable_text=greedy or name in OURS)) for name, some in runs.items()
     ]
+    rows.sort(key=lambda row: ORDER.index(row[0]))
     settings = [f"{name}: {setting}" for name, setting in piece["settings"].items() if setting]
     head = f"{piece['family']}, temperature {piece['temperature']:g}"
     return "\n\n".join([f"{head}\n{table([COLUMNS, *rows])}", *(["\n".join(settings)] if settings else [])])

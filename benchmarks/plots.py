@@ -40,7 +40,8 @@ def draw(folder: Path, measured: Sequence[Measured], oracles: Sequence[Oracle]) 
     return files
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, inches; its ``savefig`` needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -55,7 +56,7 @@ def _save(path: Path, figure: Any) -> None:
 
 def _panels(titles: Sequence[str], columns: int, ylabel: str) -> tuple[Any, list[Any]]:
     rows = math.ceil(len(titles) / columns)
-    figure = _figure(0.8 + 3.6 * columns, 0.9 + 2.9 * rows)
+    figure = new_figure(0.8 + 3.6 * columns, 0.9 + 2.9 * rows)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
     for axis, title in zip(axes, titles):
         axis.set_title(title, fontsize=11)
@@ -122,7 +123,7 @@ def _bars(measured: Sequence[Measured]) -> Any:
     """A group per set of drafters, a bar per text; a line across the bar is what uncoupled drafts make."""
     names = list(dict.fromkeys(m.drafters for m in measured))
     texts = list(dict.fromkeys(m.text for m in measured if m.variant == Variant(m.variant.temperature)))
-    figure = _figure(max(6.0, 1.6 + 1.7 * len(names)), 4.2)
+    figure = new_figure(max(6.0, 1.6 + 1.7 * len(names)), 4.2)
     axis = figure.subplots()
     wide = 0.8 / len(texts)
     colours = [_lines(measured)[text][0] for text in texts]

@@ -14,13 +14,18 @@ VERDICTS = {True: "pass", False: "MISS", None: "not measured"}
 
 
 def matrix_text(cells: Sequence[Cell]) -> str:
-    """A table per family and temperature, then the checks."""
+    """The tables, then the checks."""
+    return f"{matrix_tables(cells)}\n\n{checks_table(matrix_checks(cells))}"
+
+
+def matrix_tables(cells: Sequence[Cell]) -> str:
+    """A table per family and temperature."""
     parts = []
     for family, temperature in sorted({(cell.family, cell.temperature) for cell in cells}):
         mine = [cell for cell in cells if (cell.family, cell.temperature) == (family, temperature)]
         mine.sort(key=lambda cell: cell.concurrency)
         parts.append(f"{family}, temperature {temperature:g}, tokens/s (tokens a step and row)\n{_matrix(mine)}")
-    return "\n\n".join([*parts, checks_table(matrix_checks(cells))])
+    return "\n\n".join(parts)
 
 
 def _matrix(cells: Sequence[Cell]) -> str:

@@ -14,6 +14,35 @@ from decoding.verify import Verdict
 from models.batch import PAGE_SIZE, RaggedBatch
 from models.kv_cache import KVCache
 
+Moves = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor] | None]
+"""(slots of nodes [W], index of each root [S], accepted paths [S, D], a scratch slot) -> (sources [M], targets [M]).
+
+None: everything is in its place. Sources and targets may overlap: all are read before any is written.
+"""
+
+
+def needed_moves(slots: Tensor, first: Tensor, path: Tensor, scratch: int) -> tuple[Tensor, Tensor] | None:
+    """Only what is not in its place; a read from the device to know how much that is."""
+    in_order = torch.arange(1, path.shape[1] + 1, device=path.device)
+    moved = path > in_order  # columns rise along a path, so none is below; padding is -1
+    row, level = moved.nonzero(as_tuple=True)
+    if len(row) == 0:
+        return None
+    return slots[first[row] + path[moved]], slots[first[row] + level + 1]
+
+
+def all_moves(slots: Tensor, first: Tensor, path: Tensor, scratch: int) -> tuple[Tensor, Tensor]:
+    """The whole of every path, of a size that the host knows; what is in its place is copied onto itself.
+
+    Where a path has ended, the scratch slot is.
+    """
+    level = torch.arange(1, path.shape[1] + 1, device=path.device)
+    there = path >= 0
+    source = torch.where(there, first[:, None] + path, 0)
+    target = torch.where(there, first[:, None] + level, 0)  # a path of m nodes is in a row with at least m more
+    source, target = (torch.where(there, slots[at], scratch) for at in (source, target))
+    return source.flatten(), target.flatten()
+
 
 class SequenceCache:
     """Reserve, commit, release: the life of a sequence's pages.
@@ -22,6 +51,7 @@ class SequenceCache:
         kv: the target's K/V; drafters own theirs, indexed by the same page ids.
         valid_length: for a drafter bit and a sequence: up to where the drafter's K/V is written.
         drafter_bits: bits of the drafters that have K/V.
+        moves: which slots an accepted path moves; ``all_moves`` where the host is not to wait for the device.
     """
 
     def __init__(
@@ -30,11 +60,13 @@ class SequenceCache:
         prefixes: PrefixCache,
         valid_length: Callable[[int, Sequence], int],
         drafter_bits: tuple[int, ...],
+        moves: Moves | None = None,
     ) -> None:
         self.kv = kv
         self.prefixes = prefixes
         self._valid_length = valid_length
         self._drafter_bits = drafter_bits
+        self._moves = moves or needed_moves
 
     @property
     def num_available(self) -> int:
@@ -62,17 +94,12 @@ class SequenceCache:
 
     def commit(self, batch: RaggedBatch, nodes: Nodes, verdict: Verdict) -> None:
         """Move the accepted path's K/V behind the chain, in order; the other nodes' slots are simply free again."""
-        deepest = verdict.path.shape[1]
-        if deepest == 0:
+        if verdict.path.shape[1] == 0:
             return
-        in_order = torch.arange(1, deepest + 1, device=verdict.path.device)
-        moved = verdict.path > in_order  # columns rise along a path, so none is below; padding is -1
-        row, level = moved.nonzero(as_tuple=True)
-        if len(row) == 0:
-            return
-        slots = batch.slots[batch.wanted]  # [W]
-        first = nodes.first[row]
-        self.kv.move(slots[first + verdict.path[moved]], slots[first + level + 1])
+        scratch = self.kv.scratch_page * PAGE_SIZE
+        moves = self._moves(batch.at_wanted(batch.slots), nodes.first, verdict.path, scratch)
+        if moves is not None:
+            self.kv.move(*moves)
 
     def register(self, sequence: Sequence) -> None:
         """Offer the sequence's full pages to others, and note how far the drafters' K/V reaches in them."""

@@ -1,30 +1,37 @@
 """What a step does to its trees, behind one protocol so that a device can fuse it.
 
 ``TorchTreeOps`` composes the functions of models/tree.py, runs anywhere and defines what is correct. It is some 150
-tiny operations, about a millisecond on a CPU; ``CpuTreeOps`` takes microseconds.
+tiny operations, about a millisecond on a CPU; ``CpuTreeOps`` takes microseconds. ``DeviceTreeOps`` does not wait for
+the sizes that trees have: it gives bounds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from models import kernels
+from models.transfer import upload
 from models.tree import Trees, ancestor_masks, best_nodes, is_node, mask_depths, merge, root_masks, roots_only, walk
 
 
 @dataclass(frozen=True)
 class ChosenTrees:
-    """What is verified: trees with their padding on the right, and their sizes on the host."""
+    """What is verified: trees with their padding on the right, and their sizes on the host.
+
+    Counts may be larger than the trees. What is verified besides is padding: it sees itself and the root, and no walk
+    leads there. Such padding carries the root's token, as a token that can be looked up.
+    """
 
     trees: Trees  # [R, N], N the largest count
     masks: Tensor  # [R, N] int64, ancestor masks
-    counts: list[int]  # nodes per row, root included
-    deepest: int  # depth of the deepest node (host)
+    counts: list[int]  # nodes per row at the most, root included
+    deepest: int  # at least the depth of the deepest node (host)
 
     @staticmethod
     def roots(tokens: Tensor) -> ChosenTrees:
@@ -108,6 +115,27 @@ class TorchTreeOps:
         return walk(trees, masks, unpacked, deepest)
 
 
+class DeviceTreeOps(TorchTreeOps):
+    """In plain PyTorch, for devices that the host had better not wait for: counts are what was asked for."""
+
+    def choose(
+        self,
+        proposals: list[Trees],
+        max_nodes: list[int],
+        max_depth: list[int],
+        min_probability: float,
+        spared: int = 0,
+        price: Tensor | None = None,
+    ) -> ChosenTrees:
+        candidates = sum(trees.width - 1 for trees in proposals)
+        counts = [1 + min(most, candidates) for most in max_nodes]
+        limits = upload(proposals[0].tokens.device, np.array([max_nodes, max_depth]))[0]
+        trees = best_nodes(merge(proposals), limits[0], limits[1], max(counts), min_probability, spared, price)
+        tokens = torch.where(trees.tokens < 0, trees.tokens[:, :1], trees.tokens)
+        deepest = min(max(max_depth), max(counts) - 1)
+        return ChosenTrees(replace(trees, tokens=tokens), ancestor_masks(trees.parents), counts, deepest)
+
+
 class CpuTreeOps:
     """Plain loops on the host, see models/kernels/tree.cpp.
 
@@ -151,6 +179,7 @@ class CpuTreeOps:
 TREE_OPS: dict[str, Callable[[], TreeOps]] = {
     "torch": TorchTreeOps,
     "cpu": CpuTreeOps,
+    "device": DeviceTreeOps,
 }
 
 
@@ -161,4 +190,5 @@ def load_tree_ops(device: torch.device, name: str = "auto") -> TreeOps:
         ValueError: for an unknown name.
         RuntimeError: the operations were named and do not work here.
     """
-    return kernels.pick("tree operations", TREE_OPS, name, "torch", kernels.serves(device, torch.float32))
+    plain = "torch" if device.type == "cpu" else "device"
+    return kernels.pick("tree operations", TREE_OPS, name, plain, kernels.serves(device, torch.float32))

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from models.batch import MAX_TREE
 from models.tree import NO_PARENT, Trees
-from models.tree_ops import TREE_OPS, ChosenTrees, TorchTreeOps, TreeOps, load_tree_ops
+from models.tree_ops import TREE_OPS, ChosenTrees, DeviceTreeOps, TorchTreeOps, TreeOps, load_tree_ops
 
 DEFINITION = TorchTreeOps()
 CPU = torch.device("cpu")
-OTHERS = [name for name in TREE_OPS if name != "torch"]
+EXACT = [name for name in TREE_OPS if name != "device"]  # know on the host how many nodes there are
+OTHERS = [name for name in EXACT if name != "torch"]
 
 
 @pytest.fixture(scope="module", params=OTHERS)
@@ -120,7 +121,7 @@ def test_choose_at_a_price(ops: TreeOps, trees: list[Trees], data: st.DataObject
         assert chosen.counts == [1] * rows  # a node at thirty times the price of the step
 
 
-@pytest.mark.parametrize("name", list(TREE_OPS))
+@pytest.mark.parametrize("name", EXACT)
 def test_nodes_are_bought_while_they_pay(name: str) -> None:
     chain = Trees(
         torch.tensor([[9, 1, 2, 3], [9, 4, 5, 6]]),
@@ -137,6 +138,34 @@ def test_nodes_are_bought_while_they_pay(name: str) -> None:
     assert ops.choose([chain], [3, 3], [8, 8], 0.0, 0, stairs).counts == [4, 2]  # up to the edge of a step
     ruinous = torch.tensor([1.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0], dtype=torch.float64)
     assert ops.choose([chain], [3, 3], [8, 8], 0.0, 0, ruinous).counts == [1, 1]
+
+
+@given(proposals(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_choose_by_bounds(trees: list[Trees], data: st.DataObject) -> None:
+    """Without waiting: the same nodes, then padding up to what was asked for, which can be embedded and seen."""
+    rows = trees[0].num_rows
+    max_nodes = data.draw(st.lists(st.sampled_from([0, 1, 3, 8, 24, 63]), min_size=rows, max_size=rows))
+    max_depth = data.draw(st.lists(st.sampled_from([0, 1, 2, 5, 63]), min_size=rows, max_size=rows))
+    floor = data.draw(st.sampled_from([0.0, 0.01, 0.3, 1.0]))
+    chosen = DeviceTreeOps().choose(trees, max_nodes, max_depth, floor)
+    exact = DEFINITION.choose(trees, max_nodes, max_depth, floor)
+    assert all(most >= count for most, count in zip(chosen.counts, exact.counts, strict=True))
+    assert all(count <= 1 + most for count, most in zip(chosen.counts, max_nodes, strict=True))
+    assert exact.deepest <= chosen.deepest <= max(max_depth)
+    width, bound = exact.trees.width, chosen.trees.width
+    assert bound == max(chosen.counts)
+    for name in ("parents", "confidence", "source"):
+        ours = getattr(chosen.trees, name)
+        assert torch.equal(ours[:, :width], getattr(exact.trees, name)), name
+    assert not (chosen.trees.source[:, width:] != 0).any()
+    there = (chosen.trees.parents != NO_PARENT) | (torch.arange(bound) == 0)
+    tokens = chosen.trees.tokens
+    assert torch.equal(tokens[:, :width][there[:, :width]], exact.trees.tokens[there[:, :width]])
+    assert torch.equal(tokens[~there], tokens[:, :1].expand_as(tokens)[~there])
+    assert torch.equal(chosen.masks[:, :width][there[:, :width]], exact.masks[there[:, :width]])
+    padding = 1 | (1 << torch.arange(bound))
+    assert torch.equal(chosen.masks[~there], padding.expand(rows, -1)[~there])
 
 
 def draws(trees: Trees, counts: list[int], luck: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +192,7 @@ def test_walk(ops: TreeOps, trees: list[Trees], seed: int, spare: int) -> None:
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("name", TREE_OPS)
+@pytest.mark.parametrize("name", EXACT)
 def test_two_drafters_agree(name: str) -> None:
     """One drafter proposes 1 -> 2 and 3, the other 1 -> 4: the two 1s are one node of both; 3 is not worth a place."""
     one = Trees(
@@ -217,5 +246,5 @@ def test_bad_arrays_are_errors(ops: TreeOps) -> None:
 
 
 def test_unknown_names_are_errors() -> None:
-    with pytest.raises(ValueError, match="unknown tree operations 'gpu'; there are: torch, cpu, auto"):
+    with pytest.raises(ValueError, match="unknown tree operations 'gpu'; there are: torch, cpu, device, auto"):
         load_tree_ops(CPU, "gpu")

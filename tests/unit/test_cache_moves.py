@@ -1,0 +1,61 @@
+"""Which K/V an accepted path moves: only what must move, or everything at a size that the host knows."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from decoding.cache import all_moves, needed_moves
+from models.batch import PAGE_SIZE
+from models.kv_cache import KVCache, KVSpec
+
+CPU = torch.device("cpu")
+PAGES = 40
+
+
+def filled() -> KVCache:
+    """A cache in which every slot holds its own number."""
+    kv = KVCache(KVSpec(2, 1, 1, 1), PAGES, torch.float32, CPU)
+    numbers = torch.arange((PAGES + 1) * PAGE_SIZE, dtype=torch.float32)
+    kv.keys[:] = numbers[None, :, None, None]
+    kv.values[:] = -numbers[None, :, None, None]
+    return kv
+
+
+@st.composite
+def verdicts(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """(slots [W], first [S], path [S, D]) of rows with up to 9 nodes."""
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    counts = draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    deepest = max(counts) - 1 + draw(st.integers(0, 2))
+    slots = rng.sample(range(PAGES * PAGE_SIZE), sum(counts))
+    paths = []
+    for count in counts:
+        path = sorted(rng.sample(range(1, count), rng.randrange(count)))
+        paths.append(path + [-1] * (deepest - len(path)))
+    first = [sum(counts[:row]) for row in range(len(counts))]
+    return torch.tensor(slots), torch.tensor(first), torch.tensor(paths, dtype=torch.int64).view(len(counts), deepest)
+
+
+@given(verdicts())
+def test_paths_end_up_behind_their_roots(verdict: tuple[Tensor, Tensor, Tensor]) -> None:
+    slots, first, path = verdict
+    scratch = PAGES * PAGE_SIZE
+    few, many = filled(), filled()
+    needed = needed_moves(slots, first, path, scratch)
+    if needed is not None:
+        few.move(*needed)
+    source, target = all_moves(slots, first, path, scratch)
+    assert source.shape == target.shape == (path.numel(),)
+    many.move(source, target)
+    for row in range(len(first)):
+        for level, column in enumerate(path[row].tolist(), start=1):
+            if column >= 0:
+                there = int(slots[first[row] + level])
+                assert float(many.keys[1, there, 0, 0]) == float(slots[first[row] + column])
+    assert torch.equal(few.keys, many.keys)
+    assert torch.equal(few.values, many.values)
