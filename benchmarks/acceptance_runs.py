@@ -91,7 +91,7 @@ class Bench:
     def __init__(self, config: EngineConfig, loaded: LoadedModel, longest: int, rows: int) -> None:
         self.config = replace(
             config,
-            min_probability=0.0,
+            plan="fixed:min_probability=0",
             prefix_caching=False,
             max_num_seqs=rows,
             max_num_batched_tokens=rows * (longest + config.max_nodes + 1),

@@ -9,17 +9,21 @@ from typing import Any
 
 import torch
 
+from decoding.auto_planner import AutoPlanner
 from decoding.cache import SequenceCache, pages_for
 from decoding.commit import Committer
 from decoding.config import EngineConfig
+from decoding.costs import CostModel, guessed_table
 from decoding.drafters import DrafterChoice
 from decoding.drafters.base import Drafter, DrafterContext
 from decoding.drafters.team import DrafterTeam
 from decoding.errors import ConfigError, ModelError, nearest
 from decoding.memory import pool_size
 from decoding.noise import NoiseBank
-from decoding.planner import StaticPlanner
+from decoding.plan_choice import parse_plan
+from decoding.planner import Planner, StaticPlanner
 from decoding.prefix_cache import PrefixCache
+from decoding.proposal_ops import load_proposal_ops
 from decoding.sampler import Sampler
 from decoding.sampling_ops import load_sampling_ops
 from decoding.scheduler import Scheduler
@@ -33,7 +37,7 @@ from models.kv_cache import KVCache
 from models.layers.quantization import FORMATS
 from models.loader import CheckpointError, generation_config, load_model, read_config, resolve
 from models.target import CausalModel
-from models.tree_ops import load_tree_ops
+from models.tree_ops import TreeOps, load_tree_ops
 
 logger = logging.getLogger("saccade.engine")
 
@@ -178,28 +182,24 @@ def build_stepper(
             committer.totals.cached_prompt_tokens += sequence.cached
         team.admit(sequence, page_flags)
 
+    def preempted(sequence: Sequence) -> None:
+        team.forget(sequence.id)
+        planner.forget(sequence)
+
     scheduler = Scheduler(
         cache,
         max_num_seqs=config.max_num_seqs,
         max_step_tokens=config.max_num_batched_tokens,
         num_pages=num_pages,
         on_admit=admit,
-        on_preempt=lambda sequence: team.forget(sequence.id),
+        on_preempt=preempted,
     )
     ops = load_sampling_ops(device)
-    noise = NoiseBank(loaded.vocab_size, config.max_depth + 2, device, ops.fill_noise)
+    noise = NoiseBank(loaded.vocab_size, deepest_tree(config) + 2, device, ops.fill_noise)
     sampler = Sampler(noise, ops, loaded.vocab_size, loaded.eos_ids, device)
     tree_ops = load_tree_ops(device)
-    planner = StaticPlanner(
-        cache,
-        drafters,
-        tree_ops,
-        max_nodes=config.max_nodes,
-        max_depth=config.max_depth,
-        max_step_tokens=config.max_num_batched_tokens,
-        min_probability=config.min_probability,
-    )
-    committer = Committer(target, cache, scheduler, sampler, team, loaded.vocab_size, loaded.eos_ids)
+    planner = build_planner(config, cache, drafters, tree_ops, device)
+    committer = Committer(target, cache, scheduler, sampler, team, planner, loaded.vocab_size, loaded.eos_ids)
     longest = pages_for(target.max_model_len)
     logger.info(
         "K/V pool: %d pages of %d tokens (%d tokens; the longest request needs %d pages)",
@@ -209,6 +209,44 @@ def build_stepper(
         longest,
     )
     return Stepper(target, cache, scheduler, planner, sampler, team, rule or rule_by_request(tree_ops), committer)
+
+
+def deepest_tree(config: EngineConfig) -> int:
+    """The depth that no tree exceeds."""
+    fixed = parse_plan(config.plan)
+    return config.max_depth if fixed is None or fixed.depth is None else fixed.depth
+
+
+def build_planner(
+    config: EngineConfig, cache: SequenceCache, drafters: list[Drafter], tree_ops: TreeOps, device: torch.device
+) -> Planner:
+    """The planner of ``--plan``.
+
+    Raises:
+        ConfigError: an unknown plan, or options that it does not have.
+    """
+    fixed = parse_plan(config.plan)
+    if fixed is None:
+        return AutoPlanner(
+            cache,
+            drafters,
+            tree_ops,
+            load_proposal_ops(device),
+            CostModel(guessed_table(tuple(drafter.name for drafter in drafters))),
+            max_nodes=config.max_nodes,
+            max_depth=config.max_depth,
+            max_step_tokens=config.max_num_batched_tokens,
+            device=device,
+        )
+    return StaticPlanner(
+        cache,
+        drafters,
+        tree_ops,
+        max_nodes=config.max_nodes if fixed.nodes is None else fixed.nodes,
+        max_depth=config.max_depth if fixed.depth is None else fixed.depth,
+        max_step_tokens=config.max_num_batched_tokens,
+        min_probability=fixed.min_probability,
+    )
 
 
 def check_limits(config: EngineConfig) -> None:
@@ -223,8 +261,6 @@ def check_limits(config: EngineConfig) -> None:
         )
     if not 0 <= config.max_depth <= 63:
         raise ConfigError(f"--max-depth must be in 0 .. 63, not {config.max_depth}")
-    if not 0 <= config.min_probability <= 1:
-        raise ConfigError(f"min_probability must be in 0 .. 1, not {config.min_probability}")
     if config.max_num_seqs < 1:
         raise ConfigError(f"--max-num-seqs must be at least 1, not {config.max_num_seqs}")
     if config.max_num_batched_tokens < 1:

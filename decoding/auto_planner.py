@@ -57,7 +57,7 @@ class _Step:
 
 
 class AutoPlanner:
-    """See the module. What it decides is a function of what it has been told: it looks at no clock and draws no lots."""
+    """See the module. What it decides is a function of what it has been told: it looks at no clock, draws no lots."""
 
     def __init__(
         self,

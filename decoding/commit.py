@@ -14,6 +14,7 @@ from decoding.drafters.team import DrafterTeam
 from decoding.logprobs import node_logprobs, prompt_logprobs
 from decoding.messages import FinishReason, TokenEvent, TokenLogprobs
 from decoding.plan import Plan, PlannedRow
+from decoding.planner import Planner
 from decoding.sampler import Sampler
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence, SpeculationCounter
@@ -48,6 +49,7 @@ class Committer:
         scheduler: Scheduler,
         sampler: Sampler,
         drafters: DrafterTeam,
+        planner: Planner,
         vocab_size: int,
         eos_ids: tuple[int, ...],
     ) -> None:
@@ -56,6 +58,7 @@ class Committer:
         self._scheduler = scheduler
         self._sampler = sampler
         self._drafters = drafters
+        self._planner = planner
         self._names = drafters.names
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
@@ -150,6 +153,7 @@ class Committer:
             self.totals.requests_finished += 1
             self._scheduler.remove(sequence)
             self._drafters.forget(sequence.id)
+            self._planner.forget(sequence)
             self._sampler.forget(sequence.id)
 
     def _prompt_logprobs(self, plan: Plan, chosen: ChosenTrees, out: ForwardOutput) -> None:

@@ -23,7 +23,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048  # query tokens of one step, tree nodes included
     max_nodes: int = 24  # drafted nodes of one row in a step, at most 63
     max_depth: int = 8  # depth of a tree
-    min_probability: float = 0.08  # drafted nodes whose path is less probable are not verified
+    plan: str = "auto"  # who decides how much is speculated: see plan_choice.py
     acceptance: str = "exact"  # of requests that name no rule; "typical:epsilon=0.09,delta=0.3,bonus=argmax" is lossy
     kv_cache_memory: int | None = None  # bytes; default: see memory_fraction on CUDA, 2 GiB on CPU
     gpu_memory_utilization: float = 0.9  # of the device's memory, weights included

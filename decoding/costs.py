@@ -49,7 +49,12 @@ class CostTable:
 
     def check(self) -> None:
         """Raise ValueError unless the numbers can be prices."""
-        numbers = [*self.seconds, self.row, self.context, *(v for d in self.drafters.values() for v in asdict(d).values())]
+        numbers = [
+            *self.seconds,
+            self.row,
+            self.context,
+            *(v for d in self.drafters.values() for v in asdict(d).values()),
+        ]
         rising = all(a < b for a, b in zip(self.tokens, self.tokens[1:]))
         if not self.tokens or self.tokens[0] != 1 or len(self.tokens) != len(self.seconds) or not rising:
             raise ValueError("a cost table needs one price for each of a rising list of sizes that begins with 1")

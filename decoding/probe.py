@@ -130,7 +130,7 @@ class Probe:
 
     def _draft_price(self, drafter: Drafter) -> DraftPrice:
         deepest = max(1, min(drafter.max_depth, self._planner.limits_of.max_depth))
-        many = ROWS if ROWS <= self._max_rows else 1
+        many = ROWS if self._max_rows >= ROWS else 1
         taken: dict[tuple[int, int], float] = {}
         token = 0.0
         for rows in sorted({1, many}):

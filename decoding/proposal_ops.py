@@ -61,7 +61,6 @@ class ProposalOps(Protocol):
         """
         ...
 
-
     def coverage(self, trees: Trees, floor: float, depth: int) -> tuple[Tensor, Tensor]:
         """How much of the text calibrated trees hold: by depth 1 .. D [R, D] float64, and in how many nodes [R] int64.
 
@@ -133,7 +132,6 @@ class TorchProposalOps:
                 if tree.path[node] >= floor and int(reach[row]) == level:
                     reach[row] = level + 1
         return Scores(reach, extent, widths)
-
 
     def coverage(self, trees: Trees, floor: float, depth: int) -> tuple[Tensor, Tensor]:
         path, level = _paths(trees), depths(trees.parents)
@@ -230,7 +228,6 @@ class CpuProposalOps:
     def score(self, trees: Trees, calibrated: Tensor, text: Tensor, mode: Tensor, floor: float, tally: Tally) -> Scores:
         given = (trees.tokens, trees.parents, trees.confidence, calibrated, text, mode, floor)
         return Scores(*self._score(*given, tally.hits, tally.trials, tally.surprise))
-
 
     def coverage(self, trees: Trees, floor: float, depth: int) -> tuple[Tensor, Tensor]:
         return self._coverage(trees.parents, trees.confidence, floor, depth)  # type: ignore[no-any-return]

@@ -77,7 +77,7 @@ class Stepper:
         taken = time.perf_counter() - started
         self.seconds += taken
         by_drafter = {name: seconds - drafted[name] for name, seconds in self.drafters.taken.items()}
-        self.planner.learn(plan, chosen, sum(map(len, committed)), StepTimes(taken, by_drafter))
+        self.planner.learn(plan, chosen, sum(len(event.token_ids) for event in events), StepTimes(taken, by_drafter))
         return events
 
     def reset_clocks(self) -> None:

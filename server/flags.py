@@ -94,8 +94,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     nodes = f"drafted nodes of one row in a step, at most 63; 0 is plain decoding {_default('max_nodes')}"
     add("--max-nodes", type=whole, metavar="NODES", help=nodes)
     add("--max-depth", type=whole, metavar="DEPTH", help=f"depth of a tree {_default('max_depth')}")
-    likely = f"drafted nodes less likely than this are not verified {_default('min_probability')}"
-    add("--min-probability", type=share, metavar="SHARE", help=likely)
+    add(
+        "--plan",
+        metavar="PLAN",
+        help=f"auto weighs drafts against what they cost; fixed:nodes=24,depth=8,min_probability=0.08 gives every row "
+        f"the same trees {_default('plan')}",
+    )
     add(
         "--acceptance",
         metavar="RULE",

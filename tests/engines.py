@@ -24,6 +24,7 @@ from models.layers.rope import RopeConfig
 
 ROOT = Path(__file__).parents[1]
 VOCAB = 48
+ALL_NODES = "fixed:min_probability=0"  # a plan: whatever drafters propose is verified
 EOS = 5
 BuildDrafter = Callable[[DrafterContext], Drafter]
 
@@ -62,9 +63,9 @@ def demo_tokenizer() -> Tokenizer:
 
 
 def make_engine(target: Decoder, drafters: dict[str, BuildDrafter] | None = None, **settings: object) -> Engine:
-    """An engine around a model object; drafters by name, in the order of their bits."""
+    """An engine around a model object; drafters by name, in the order of their bits. Trees are fixed by default."""
     # (a pool of the default size would have a page for every 16 KiB of 2 GiB, and checking it takes a while)
-    config = EngineConfig("tiny", **{"num_pages": 512, **settings})  # type: ignore[arg-type]
+    config = EngineConfig("tiny", **{"num_pages": 512, "plan": "fixed", **settings})  # type: ignore[arg-type]
     loaded = LoadedModel(target, demo_tokenizer(), min(VOCAB, target.vocab_size), (EOS,), {})
     built = [
         build(

@@ -24,7 +24,7 @@ def test_every_flag_arrives() -> None:
     flags = (
         "serve m --speculate ngram --speculate draft=d --tokenizer t --dtype float32 --device cpu --seed 3 "
         "--max-model-len 100 --max-num-seqs 4 --max-num-batched-tokens 64 --max-nodes 5 --max-depth 0 "
-        "--min-probability 0.25 --acceptance typical:epsilon=0.2 "
+        "--plan fixed:nodes=5 --acceptance typical:epsilon=0.2 "
         "--kv-cache-memory 512M --gpu-memory-utilization 0.5 --num-pages 9 --no-prefix-caching --attention reference "
         "--threads 2 --generation-config vllm --served-model-name a b --host 0.0.0.0 --port 0"
     )
@@ -40,7 +40,7 @@ def test_every_flag_arrives() -> None:
         max_num_batched_tokens=64,
         max_nodes=5,
         max_depth=0,
-        min_probability=0.25,
+        plan="fixed:nodes=5",
         acceptance="typical:epsilon=0.2",
         kv_cache_memory=512 * 2**20,
         gpu_memory_utilization=0.5,
@@ -82,7 +82,7 @@ def test_sizes_that_are_none(text: str) -> None:
         ("serve demo --seed x", "64 bits"),
         ("serve demo --gpu-memory-utilization nan", "from 0 to 1"),
         ("serve demo --gpu-memory-utilization 1.5", "from 0 to 1"),
-        ("serve demo --min-probability -0.1", "from 0 to 1"),
+        ("serve demo --gpu-memory-utilization -0.1", "from 0 to 1"),
         ("serve demo --port 70000", "no port"),
         ("serve demo --max-num-seqs 0", "at least 1"),
         ("serve demo --kv-cache-memory lots", "2GiB"),

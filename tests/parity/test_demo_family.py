@@ -14,7 +14,7 @@ import pytest
 from decoding.engine import Engine
 from decoding.request import SamplingParams
 from models import kernels
-from tests.engines import ROOT
+from tests.engines import ALL_NODES, ROOT
 
 LENGTH = 48
 WHOLE_TREES = "depth=6,beam=4,top_k=8,min_confidence=0"
@@ -46,7 +46,7 @@ def texts(temperature: float) -> list[list[int]]:
 @pytest.mark.parametrize("name", list(FAMILY))
 def test_the_family_drafts_as_it_was_trained_to(name: str) -> None:
     drafter, greedy, sampled = FAMILY[name]
-    engine = Engine.load(f"{ROOT}/demo/target", speculate=(drafter,), max_nodes=32, min_probability=0.0, num_pages=2000)
+    engine = Engine.load(f"{ROOT}/demo/target", speculate=(drafter,), max_nodes=32, plan=ALL_NODES, num_pages=2000)
     for temperature, bound in ((0.0, greedy), (1.0, sampled)):
         done = engine.generate(prompts(), params(temperature))
         assert [list(each.token_ids) for each in done] == texts(temperature)

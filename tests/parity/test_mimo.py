@@ -16,7 +16,7 @@ from decoding.errors import ConfigError, ModelError
 from decoding.request import GenerateRequest, SamplingParams
 from models.decoder import Decoder
 from models.loader import CheckpointError, load_model
-from tests.engines import ROOT, run
+from tests.engines import ALL_NODES, ROOT, run
 from tests.mtp import fit_modules
 from tests.paged import PagedRun, greedy
 from tests.parity.tiny import load_reference, random_prompt, save_tiny
@@ -56,7 +56,7 @@ def mimo(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine(folder: Path, *speculate: str) -> Engine:
-    config = EngineConfig(str(folder), dtype="float32", speculate=speculate, num_pages=64, min_probability=0.0)
+    config = EngineConfig(str(folder), dtype="float32", speculate=speculate, num_pages=64, plan=ALL_NODES)
     return Engine.load(config)
 
 

@@ -26,7 +26,7 @@ from decoding.sequence import Sequence, SequenceId
 from models.decoder import Decoder
 from models.tree import Trees
 from tests.doubles import AlternatingDrafter
-from tests.engines import ROOT, BuildDrafter, Outcome, make_engine, run, tiny_decoder
+from tests.engines import ALL_NODES, ROOT, BuildDrafter, Outcome, make_engine, run, tiny_decoder
 
 # a draft that is the target ------------------------------------------------------------------------------------------
 #
@@ -45,7 +45,7 @@ def mirror(depth: int, **options: object) -> BuildDrafter:
 
 
 def engine_with(depth: int, drafters: dict[str, BuildDrafter] | None = None, **settings: object) -> Engine:
-    settings = {"max_nodes": depth, "max_depth": depth, "min_probability": 0.0, **settings}
+    settings = {"max_nodes": depth, "max_depth": depth, "plan": ALL_NODES, **settings}
     return make_engine(model(), drafters or {"draft": mirror(depth)}, **settings)
 
 
@@ -221,7 +221,7 @@ def test_the_demo_pair_guesses_as_its_weights_say() -> None:
     The target's token is the best guess half the time (demo/CARD.md: .509 of it, .786 of the best four; on these
     prompts it is .48 and .76).
     """
-    config = EngineConfig(f"{ROOT}/demo/target", dtype="float32", max_nodes=4, max_depth=1, min_probability=0.0)
+    config = EngineConfig(f"{ROOT}/demo/target", dtype="float32", max_nodes=4, max_depth=1, plan=ALL_NODES)
     loaded = load_target(config)
     drafter = _recorder(loaded)
     engine = Engine(config, loaded, build_stepper(config, loaded, [drafter]))

@@ -21,7 +21,7 @@ from models.batch import PAGE_SIZE
 from models.decoder import Decoder
 from models.tree import Trees
 from tests.doubles import AlternatingDrafter
-from tests.engines import VOCAB, BuildDrafter, Outcome, make_engine, run, tiny_decoder
+from tests.engines import ALL_NODES, VOCAB, BuildDrafter, Outcome, make_engine, run, tiny_decoder
 from tests.feature_doubles import OracleFeatureModel, OracleTarget, OracleWeights, ToyFeatureModel
 
 PARAMS = [
@@ -60,7 +60,7 @@ def engine_with(
     **settings: object,
 ) -> Engine:
     weights = OracleWeights(remembers, continues)
-    settings = {"max_nodes": depth, "max_depth": depth, "min_probability": 0.0, **settings}
+    settings = {"max_nodes": depth, "max_depth": depth, "plan": ALL_NODES, **settings}
     drafters = {"feature": oracle(depth, weights, continues)} if drafters is None else drafters
     return make_engine(OracleTarget(weights), drafters, **settings)  # type: ignore[arg-type]
 

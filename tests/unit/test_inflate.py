@@ -23,7 +23,7 @@ from models.checkpoint import Checkpoint
 from models.heads.eagle3_files import load_eagle3, write_eagle3
 from models.heads.eagle3_files import read_eagle3_config as eagle3_config
 from models.loader import load_model
-from tests.engines import ROOT
+from tests.engines import ALL_NODES, ROOT
 from tests.paged import PagedRun
 from tests.parity.tiny import load_reference, random_prompt, save_tiny
 
@@ -152,7 +152,7 @@ def rollouts(root: Path, drafter: str) -> list[tuple[list[int], int, int]]:
         dtype="float32",
         device="cpu",
         max_nodes=24,
-        min_probability=0.0,
+        plan=ALL_NODES,
         num_pages=400,
     )
     done = []

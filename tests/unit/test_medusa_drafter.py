@@ -24,7 +24,7 @@ from models.batch import RaggedBatch
 from models.decoder import Decoder
 from models.heads.medusa import HEADS_FILE, MedusaConfig, write_medusa
 from models.target import ForwardOutput
-from tests.engines import ROOT, VOCAB, BuildDrafter, make_engine, run, tiny_decoder
+from tests.engines import ALL_NODES, ROOT, VOCAB, BuildDrafter, make_engine, run, tiny_decoder
 from tests.medusa import blind_decoder, demo_heads
 
 STEP = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(3))
@@ -68,7 +68,7 @@ def lengths(engine: Engine, params: SamplingParams, prompt: tuple[int, ...] = (3
 @pytest.mark.parametrize("heads", [1, 3, 4])
 def test_heads_that_know_the_text_yield_depth_plus_one_tokens(tmp_path: Path, heads: int, temperature: float) -> None:
     target, folder = permuting(tmp_path, heads)
-    engine = make_engine(target, {"medusa": from_folder(folder)}, min_probability=0.0)
+    engine = make_engine(target, {"medusa": from_folder(folder)}, plan=ALL_NODES)
     params = SamplingParams(max_tokens=1 + 5 * (heads + 1), temperature=temperature, seed=1, ignore_eos=True)
     assert lengths(engine, params) == [1] + [heads + 1] * 5, "nothing is known before the first step"
 
@@ -81,7 +81,7 @@ def test_guesses_are_coupled_to_the_draws_of_their_own_positions(tmp_path: Path)
     head = torch.zeros(VOCAB, 16)
     head[:, 0] = torch.randn(VOCAB, generator=generator) / 4  # the norm makes 4 of the state's 1
     folder = write(tmp_path, [head] * 4, 16)
-    engine = make_engine(blind_decoder(state, head), {"medusa": from_folder(folder, top_k=1)}, min_probability=0.0)
+    engine = make_engine(blind_decoder(state, head), {"medusa": from_folder(folder, top_k=1)}, plan=ALL_NODES)
     params = SamplingParams(max_tokens=41, temperature=1.0, seed=5, ignore_eos=True)
     outcome = run(engine, [GenerateRequest("r", (3, 1, 4), params)])["r", 0]
     assert [len(event.token_ids) for event in outcome.events] == [1] + [5] * 8
@@ -90,7 +90,7 @@ def test_guesses_are_coupled_to_the_draws_of_their_own_positions(tmp_path: Path)
 
 def test_a_prompt_in_chunks_gives_the_first_step_its_feature(tmp_path: Path) -> None:
     target, folder = permuting(tmp_path, 3)
-    engine = make_engine(target, {"medusa": from_folder(folder)}, min_probability=0.0, max_num_batched_tokens=8)
+    engine = make_engine(target, {"medusa": from_folder(folder)}, plan=ALL_NODES, max_num_batched_tokens=8)
     prompt = [3]
     while len(prompt) < 17:
         prompt.append(int(STEP[prompt[-1]]))
@@ -103,7 +103,7 @@ def test_after_a_preemption_it_goes_on(tmp_path: Path) -> None:
     target, folder = permuting(tmp_path, 3)
     requests = [GenerateRequest(f"r{i}", (i, 1, 2, 3), SamplingParams(60, 0.0, ignore_eos=True)) for i in range(4)]
     plain = run(make_engine(target), requests)
-    engine = make_engine(target, {"medusa": from_folder(folder)}, num_pages=10, min_probability=0.0)
+    engine = make_engine(target, {"medusa": from_folder(folder)}, num_pages=10, plan=ALL_NODES)
     outcomes = run(engine, requests)
     assert engine.stats().preemptions > 0
     assert {key: outcome.tokens for key, outcome in outcomes.items()} == {k: o.tokens for k, o in plain.items()}
@@ -113,7 +113,7 @@ def test_after_a_preemption_it_goes_on(tmp_path: Path) -> None:
 def test_penalties_are_heeded_up_to_the_root(tmp_path: Path) -> None:
     """The text is a cycle; a strong penalty bans what came, and guesses heed it for what they know to have come."""
     target, folder = permuting(tmp_path, 2, scale=1.0)
-    engine = make_engine(target, {"medusa": from_folder(folder)}, min_probability=0.0)
+    engine = make_engine(target, {"medusa": from_folder(folder)}, plan=ALL_NODES)
     params = SamplingParams(24, 0.0, presence_penalty=2.0, ignore_eos=True)
     plain = run(make_engine(target), [GenerateRequest("r", (3,), params)])["r", 0].tokens
     assert run(engine, [GenerateRequest("r", (3,), params)])["r", 0].tokens == plain
@@ -182,7 +182,9 @@ def test_the_tree_verified_is_exactly_the_list(tmp_path: Path) -> None:
     folder = ranked_heads(tmp_path / "heads", 3)
     file = tmp_path / "mine.json"
     file.write_text(json.dumps([list(path) for path in CHOICES]))
-    engine = make_engine(steady(), {"medusa": spy(folder, tree=str(file))}, max_nodes=63, min_probability=0.5)
+    engine = make_engine(
+        steady(), {"medusa": spy(folder, tree=str(file))}, max_nodes=63, plan="fixed:min_probability=0.5"
+    )
     run(engine, [GenerateRequest("r", (1, 2, 3), ENDS)])
     drafter = engine._stepper.drafters.members[0]
     assert isinstance(drafter, Spy)
@@ -198,7 +200,9 @@ def test_the_tree_verified_is_exactly_the_list(tmp_path: Path) -> None:
 def test_limits_hold_for_a_fixed_tree(tmp_path: Path, limits: dict[str, int], kept: int) -> None:
     folder = ranked_heads(tmp_path, 3)
     (folder / "medusa_choices.json").write_text(json.dumps({"medusa_choices": [list(path) for path in CHOICES]}))
-    engine = make_engine(steady(), {"medusa": spy(folder, tree="calibrated")}, min_probability=0.5, **limits)
+    engine = make_engine(
+        steady(), {"medusa": spy(folder, tree="calibrated")}, plan="fixed:min_probability=0.5", **limits
+    )
     run(engine, [GenerateRequest("r", (1, 2, 3), ENDS)])
     drafter = engine._stepper.drafters.members[0]
     assert isinstance(drafter, Spy)
@@ -206,7 +210,7 @@ def test_limits_hold_for_a_fixed_tree(tmp_path: Path, limits: dict[str, int], ke
 
 
 def test_the_tree_by_probability_leaves_out_what_does_not_pay(tmp_path: Path) -> None:
-    engine = make_engine(steady(), {"medusa": spy(ranked_heads(tmp_path, 3))}, min_probability=0.5)
+    engine = make_engine(steady(), {"medusa": spy(ranked_heads(tmp_path, 3))}, plan="fixed:min_probability=0.5")
     run(engine, [GenerateRequest("r", (1, 2, 3), ENDS)])
     drafter = engine._stepper.drafters.members[0]
     assert isinstance(drafter, Spy)

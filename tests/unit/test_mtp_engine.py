@@ -16,7 +16,7 @@ from decoding.sampling import Sampling
 from models.decoder import Decoder
 from models.heads.mtp import MTPConfig, MTPModel
 from models.tree import NO_PARENT, Trees
-from tests.engines import make_engine, run, tiny_decoder
+from tests.engines import ALL_NODES, make_engine, run, tiny_decoder
 from tests.unit.test_mtp import Dense, features_of, random_tokens, tiny_mtp
 
 TOP = 3
@@ -66,7 +66,12 @@ def test_drafts_are_those_of_the_paper(modules: int, step_tokens: int) -> None:
         return drafters[0]
 
     engine = make_engine(
-        target, {"mtp": build}, num_pages=9, max_num_batched_tokens=step_tokens, max_nodes=12, min_probability=0.0
+        target,
+        {"mtp": build},
+        num_pages=9,
+        max_num_batched_tokens=step_tokens,
+        max_nodes=12,
+        plan=ALL_NODES,
     )
     shared = random_tokens(40, 9)
     params = SamplingParams(25, 0.0, ignore_eos=True)

@@ -29,7 +29,7 @@ from models.heads.parallel_heads import ParallelHeads, load_parallel_heads
 from models.layers.ops import TorchOps
 from models.loader import load_model
 from models.tree import Trees, depths
-from tests.engines import ROOT, make_engine, run
+from tests.engines import ALL_NODES, ROOT, make_engine, run
 from tests.paged import PagedRun
 from tests.unit.test_mtp import Served
 
@@ -169,7 +169,7 @@ def test_the_engine_drafts_what_the_heads_say(folder: Path, step_tokens: int) ->
         built.append(Compared(parallel_drafter(MTPOptions(depth=7, top_k=3), context, heads)))
         return built[0]
 
-    settings: dict[str, Any] = {"max_num_batched_tokens": step_tokens, "min_probability": 0.0}
+    settings: dict[str, Any] = {"max_num_batched_tokens": step_tokens, "plan": ALL_NODES}
     requests = [
         GenerateRequest(f"r{length}", tuple(range(length)), SamplingParams(30, 0.0, ignore_eos=True))
         for length in (1, 2, 40)
@@ -187,7 +187,7 @@ def test_a_folder_of_metas_serves_and_drafts(folder: Path) -> None:
         config = EngineConfig(
             str(folder), tokenizer=f"{ROOT}/demo/target", dtype="float32", speculate=speculate, num_pages=16
         )
-        outcomes.append(run(Engine.load(replace(config, min_probability=0.0)), [request])["r", 0])
+        outcomes.append(run(Engine.load(replace(config, plan=ALL_NODES)), [request])["r", 0])
     assert outcomes[0].tokens == outcomes[1].tokens
     assert outcomes[1].last.speculation is not None
     assert outcomes[1].last.speculation.drafted > 0

@@ -22,7 +22,7 @@ from decoding.step import Stepper
 from models.decoder import Decoder
 from tests.contract.test_drafters import EXAMPLES, demo
 from tests.doubles import OracleDrafter
-from tests.engines import EOS, VOCAB, BuildDrafter, demo_tokenizer, make_engine, tiny_decoder
+from tests.engines import ALL_NODES, EOS, VOCAB, BuildDrafter, demo_tokenizer, make_engine, tiny_decoder
 
 DEPTH = 4
 
@@ -42,7 +42,7 @@ def draft_model(beam: int) -> BuildDrafter:
     return lambda context: DraftModelDrafter(options, context, draft())
 
 
-CONFIG = EngineConfig("tiny", num_pages=256, max_nodes=20, max_depth=DEPTH, min_probability=0.0, prefix_caching=False)
+CONFIG = EngineConfig("tiny", num_pages=256, max_nodes=20, max_depth=DEPTH, plan=ALL_NODES, prefix_caching=False)
 
 
 class Lab:

@@ -12,6 +12,7 @@ from torch import Tensor
 from decoding.engine import Engine
 from decoding.request import SamplingParams
 from decoding.text import Tokenizer
+from tests.engines import ALL_NODES
 from tests.parity.tiny import SHAPE, load_reference, save_tiny
 from tests.parity.zoo import make, save, special
 from training.cli import main
@@ -108,7 +109,7 @@ def test_one_command_makes_a_drafter_that_is_served(tmp_path: Path) -> None:
     out = tmp_path / "draft"
     target = ["--target", str(DEMO / "target")]
     assert main(["draft", *target, "--self-distill", str(prompts), "--out", str(out), *flags]) == 0
-    engine = Engine.load(str(DEMO / "target"), device="cpu", speculate=(f"draft={out}",), min_probability=0.0)
+    engine = Engine.load(str(DEMO / "target"), device="cpu", speculate=(f"draft={out}",), plan=ALL_NODES)
     (drafted,) = engine.generate("def add(", SamplingParams(max_tokens=12, temperature=0))
     assert drafted.speculation.drafted > 0
 

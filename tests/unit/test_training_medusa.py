@@ -12,6 +12,7 @@ from torch import Tensor
 from decoding.engine import Engine
 from decoding.request import SamplingParams
 from models.heads.medusa import HEADS_FILE, load_medusa, open_medusa
+from tests.engines import ALL_NODES
 from tests.parity.tiny import SHAPE, load_reference, save_tiny
 from training.capture import FrozenTarget
 from training.cli import main
@@ -167,7 +168,7 @@ def test_one_command_makes_a_drafter_that_is_served(tmp_path: Path) -> None:
     assert {HEADS_FILE, "config.json", "training.png", "training.jsonl"} <= {path.name for path in out.iterdir()}
     params = SamplingParams(max_tokens=12, temperature=0)
     plain = Engine.load(str(DEMO / "target"), device="cpu").generate("def add(", params)
-    engine = Engine.load(str(DEMO / "target"), device="cpu", speculate=(f"medusa={out}",), min_probability=0.0)
+    engine = Engine.load(str(DEMO / "target"), device="cpu", speculate=(f"medusa={out}",), plan=ALL_NODES)
     (drafted,) = engine.generate("def add(", params)
     assert drafted.token_ids == plain[0].token_ids
     assert drafted.speculation.drafted > 0

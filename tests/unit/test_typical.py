@@ -19,7 +19,7 @@ from decoding.verify import Rule, Verdict, rule_by_request
 from decoding.verify.typical import typical
 from models.tree_ops import TREE_OPS, load_tree_ops
 from tests.doubles import GarbageDrafter
-from tests.engines import EOS, VOCAB, make_engine, run, tiny_decoder
+from tests.engines import ALL_NODES, EOS, VOCAB, make_engine, run, tiny_decoder
 from tests.steps import CPU, Tree, pack, sampling_of
 
 WORDS = 8  # few, so that children are likely tokens and equal paths occur
@@ -197,7 +197,7 @@ TYPICAL = Acceptance("typical", epsilon=0.05, delta=0.3)
 
 @cache
 def engine() -> Engine:
-    return make_engine(tiny_decoder(torch.float64), {"garbage": Everything}, max_nodes=60, min_probability=0.0)
+    return make_engine(tiny_decoder(torch.float64), {"garbage": Everything}, max_nodes=60, plan=ALL_NODES)
 
 
 class Everything(GarbageDrafter):
@@ -237,7 +237,7 @@ def test_the_servers_rule_holds_where_a_request_names_none() -> None:
         tiny_decoder(torch.float64),
         {"garbage": Everything},
         max_nodes=60,
-        min_probability=0.0,
+        plan=ALL_NODES,
         acceptance="typical:epsilon=0.05,delta=0.3",
     )
     assert run(server, [ask(None)])["r", 0].tokens == run(engine(), [ask(TYPICAL)])["r", 0].tokens
