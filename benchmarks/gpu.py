@@ -1,14 +1,15 @@
 """``make bench-gpu``: an 8B-shaped target on a CUDA device, against the device's bandwidth and against transformers.
 
-    python -m benchmarks.gpu [--shape 8b] [--device cuda] [--folder build/gpu] [--budget 460] ...
+    python -m benchmarks.gpu [--shape 8b] [--device cuda] [--folder build/gpu] [--budget 440] ...
 
 Phases, each written as soon as it is measured; what the time does not suffice for is named and left out:
 
 1. ``family``: the demo's models are inflated to the shape, in bfloat16 (inflate.py), unless the folder has them.
 2. ``forward``: the target's forward pass over trees of 1 to 64 random tokens.
 3. ``limits``: plain decoding at batch 1 against the time that a copy of the weights' bytes takes.
-4. ``cell``: the never-slower matrix (matrix.py), shorter; concurrency 1 at temperatures 0 and 1 comes first.
-5. ``peer``: transformers with a static cache and compilation, in turns with plain decoding and ``auto``.
+4. ``cell``: one request at a time: plain decoding, the best fixed setting and ``auto``, as in matrix.py.
+5. ``peer``: transformers, with a static cache and compiled if that is faster, in turns with plain and ``auto``.
+6. ``cell``: the rest of the never-slower matrix, shorter.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ from decoding.errors import nearest
 from server.flags import Parser, positive
 
 if TYPE_CHECKING:
+    from benchmarks.peers import TransformersSystem
     from benchmarks.systems import System
 
 KIND = "gpu"
@@ -43,6 +46,8 @@ DRAFTERS = ("draft", "eagle3")
 SHAPES = {**TARGETS, "tiny": Shape(320, 9, 5, 5, 64, 768, 8256, tied=True)}
 COPY_BYTES = 2**32
 PATIENCE = 3
+PEER_TOKENS = 64
+TEMPERATURES = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Options:
     seconds: float
     runs: int
     prompts: int
+    transformers: bool
     budget: float
     threads: int
     out: Path
@@ -72,7 +78,9 @@ def parse(argv: Sequence[str]) -> Options:
     add("--seconds", type=float, default=0.8, help="of a run, if it decodes plainly (default: %(default)s)")
     add("--runs", type=positive, default=5, metavar="N", help="paired rounds (default: %(default)s)")
     add("--prompts", type=positive, default=40, metavar="N", help="the first N (default: %(default)s)")
-    add("--budget", type=float, default=460.0, metavar="SECONDS", help="no phase begins after (default: %(default)s)")
+    text = "do not compare with transformers"
+    add("--without-transformers", dest="transformers", action="store_false", default=True, help=text)
+    add("--budget", type=float, default=440.0, metavar="SECONDS", help="no phase begins after (default: %(default)s)")
     add("--threads", type=positive, default=4, metavar="N", help="CPU threads (default: %(default)s)")
     add("--out", type=Path, default=RESULTS / "gpu.json", metavar="FILE", help="(default: %(default)s)")
     args, extra = parser.parse_known_args(argv)
@@ -119,7 +127,7 @@ def bench(options: Options, command: Sequence[str]) -> Document:
     source["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     document = Document(KIND, [source], [{"session": 0, "part": "family", "seconds": seconds}])
     for piece in _phases(family, engines, cases, options, started):
-        document.pieces.append({"session": 0, "family": family.name, **piece})
+        document.pieces.append({"family": family.name, **piece, "session": 0})
         document.save(options.out)
         print(f"{time.monotonic() - started:4.0f} s: {piece['part']}", file=sys.stderr)
     return document
@@ -175,14 +183,26 @@ def _phases(
     times = ForcedTrees(engines.target).seconds(10 * options.runs)
     yield {"part": "forward", "context": CONTEXT, "times": {str(size): found for size, found in times.items()}}
     yield limits(family, engines, cases, options)
-    for concurrency in sorted(options.concurrency):
-        for temperature in (0.0, 1.0):
-            if not _in_time(f"concurrency {concurrency} at temperature {temperature:g}", options, started):
-                continue
-            cell = matrix.measure_cell(engines, cases, family.name, concurrency, temperature, matrix_options(options))
-            yield {**to_json(cell), "session": 0, "part": "cell"}
-    if _in_time("transformers", options, started):
+    yield from (cell(family, engines, cases, options, 1, temperature) for temperature in TEMPERATURES)
+    if options.transformers and _in_time("transformers", options, started):
         yield peer(family, engines, cases, options)
+    for concurrency in sorted(set(options.concurrency) - {1}):
+        for temperature in TEMPERATURES:
+            if _in_time(f"concurrency {concurrency} at temperature {temperature:g}", options, started):
+                yield cell(family, engines, cases, options, concurrency, temperature)
+
+
+def cell(
+    family: Family,
+    engines: Engines,
+    cases: Sequence[Case],
+    options: Options,
+    concurrency: int,
+    temperature: float,
+) -> dict[str, Any]:
+    """One cell of the never-slower matrix."""
+    found = matrix.measure_cell(engines, cases, family.name, concurrency, temperature, matrix_options(options))
+    return {**to_json(found), "part": "cell"}
 
 
 def _in_time(what: str, options: Options, started: float) -> bool:
@@ -209,23 +229,37 @@ def limits(family: Family, engines: Engines, cases: Sequence[Case], options: Opt
 
 
 def peer(family: Family, engines: Engines, cases: Sequence[Case], options: Options) -> dict[str, Any]:
-    """transformers' best plain setting, compiled where there is a GPU, in turns with ours; temperature 0."""
+    """transformers' plain decoding at its best, in turns with ours; temperature 0."""
     from benchmarks.compare import in_turns
-    from benchmarks.peers import load_transformers
     from benchmarks.systems import EngineSystem
-    from benchmarks.tuning import Trial
 
-    trial = Trial(tuple(cases[-2:]), tokens=64)
-    theirs = load_transformers(
-        str(family.target), None, engines.dtype, options.threads, device=options.device, trial=trial
-    )
-    systems: list[System] = [EngineSystem(name, engines.by_name[name]) for name in (PLAIN, AUTO)]
-    systems += [system for system in theirs if system.name == "hf"]
-    rounds = range(-1, options.runs)
-    tasks = [Task(number, 0.0, (case,), 64) for number in rounds for case in cases[:2]]
+    theirs = _transformers(family, engines, cases)
+    systems: list[System] = [*(EngineSystem(name, engines.by_name[name]) for name in (PLAIN, AUTO)), theirs]
+    tasks = [Task(number, 0.0, (case,), PEER_TOKENS) for number in range(-1, options.runs) for case in cases[:2]]
     runs = [run for run in in_turns(systems, tasks) if run.round >= 0]
-    settings = {system.name: getattr(system, "setting", "") for system in systems}
-    return {"part": "peer", "temperature": 0.0, "settings": settings, "runs": [asdict(run) for run in runs]}
+    return {
+        "part": "peer",
+        "temperature": 0.0,
+        "settings": {theirs.name: theirs.setting},
+        "runs": [asdict(run) for run in runs],
+    }
+
+
+def _transformers(family: Family, engines: Engines, cases: Sequence[Case]) -> TransformersSystem:
+    """As it comes, or with a static cache, compiled where there is a GPU: whichever is faster on other prompts."""
+    from transformers import CompileConfig
+
+    from benchmarks.peers import Loaded, TransformersSetting, TransformersSystem
+    from benchmarks.tuning import Trial, tune
+
+    device = engines.target.device
+    loaded = Loaded.load(str(family.target), None, engines.dtype, str(device))
+    static: dict[str, Any] = {"cache_implementation": "static"}
+    if device.type == "cuda":
+        static["compile_config"] = CompileConfig(mode="reduce-overhead")
+    settings = [TransformersSetting(), TransformersSetting(options=static)]
+    starts = {each.label: partial(TransformersSystem, "hf", loaded, each) for each in settings}
+    return tune(starts, Trial(tuple(cases[-2:]), PEER_TOKENS))
 
 
 if __name__ == "__main__":
