@@ -6,6 +6,8 @@ PORT ?= 8000
 MODEL ?= demo/target
 SPECULATE ?= --speculate draft=demo/draft --speculate ngram
 ARGS ?=
+FAMILY ?= demo
+RESULTS ?= $(wildcard benchmarks/results/*.json)
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
 VENV := .venv
@@ -16,7 +18,7 @@ LLAMA_SOURCES := build/llama-source
 KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kernels/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench-quick llama-cpp clean
+.PHONY: help setup serve test lint bench-quick bench-matrix bench-offline bench-compare bench-gpu bench-report llama-cpp clean
 
 help:
 	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
@@ -25,6 +27,11 @@ help:
 	@echo "make test          set up, then lint, types and all tests; this is what CI runs"
 	@echo "make lint          set up, then lint and types only"
 	@echo "make bench-quick   set up, then measure the demo model against plain decoding and transformers"
+	@echo "make bench-matrix  set up, then compare auto with plain decoding and fixed trees (FAMILY=demo)"
+	@echo "make bench-offline set up, then measure one request at a time, and what its step is made of (FAMILY=demo)"
+	@echo "make bench-compare set up, then compare with transformers and llama.cpp (FAMILY=demo)"
+	@echo "make bench-gpu     set up, then measure an 8B-shaped target on a CUDA device, in under 8 minutes"
+	@echo "make bench-report  set up, then write docs/benchmarks.md from benchmarks/results"
 	@echo "make llama-cpp     set up, then build llama.cpp's server, which benchmarks compare with"
 	@echo "make clean         remove $(VENV) and everything that was built"
 
@@ -62,6 +69,18 @@ test: lint
 
 bench-quick: setup
 	$(BIN)/python -m benchmarks.quick $(ARGS)
+
+bench-matrix bench-offline: bench-%: setup
+	$(BIN)/python -m benchmarks.$* --family $(FAMILY) $(ARGS)
+
+bench-compare: setup llama-cpp
+	$(BIN)/python -m benchmarks.compare --family $(FAMILY) --tune $(ARGS)
+
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+bench-report: setup
+	$(BIN)/python -m benchmarks.speed_report $(RESULTS) $(ARGS)
 
 # llama.cpp's releases are on no package index; its whole source lies in the source package of its Python binding.
 llama-cpp: $(LLAMA)/bin/llama-server

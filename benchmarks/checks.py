@@ -42,18 +42,23 @@ def check_spread(text: str, bound: float, spread: Spread | None, *, at_most: boo
 
 def matrix_checks(cells: Sequence[Cell]) -> list[Check]:
     """Never slower, over all cells of all families; and what speculation must bring a single request."""
-    ratios = [(spread.median, cell) for cell in cells if (spread := never_slower(cell)) is not None]
-    if not ratios:
+    if not cells:
         return []
+    return never_slower_checks(cells) + [check for cell in cells for check in _gain(cell)]
+
+
+def never_slower_checks(cells: Sequence[Cell], prefix: str = "") -> list[Check]:
+    """auto against the better one of plain and the best fixed setting."""
+    ratios = [(spread.median, cell) for cell in cells if (spread := never_slower(cell)) is not None]
+    mean = f"{prefix}auto / max(plain, best fixed), geometric mean of {len(ratios)} cells"
+    if not ratios:
+        return [Check(mean, MEAN_RATIO, None)]
     _, worst = min(ratios, key=lambda pair: pair[0])
     where = f"{worst.family}, T={worst.temperature:g}, concurrency {worst.concurrency}"
-    checks = [
-        Check(
-            f"auto / max(plain, best fixed), geometric mean of {len(ratios)} cells", MEAN_RATIO, geometric_mean(cells)
-        ),
-        check_spread(f"the same, worst cell ({where})", WORST_RATIO, never_slower(worst)),
+    return [
+        Check(mean, MEAN_RATIO, geometric_mean(cells)),
+        check_spread(f"{prefix}the same, worst cell ({where})", WORST_RATIO, never_slower(worst)),
     ]
-    return checks + [check for cell in cells for check in _gain(cell)]
 
 
 def _gain(cell: Cell) -> list[Check]:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from benchmarks.systems import System
 
 KIND = "compare"
-TRIED = 4  # prompts that settings are tried on
+TRIED = 4  # prompts that settings are tried on, and systems warmed up with
+WARM_UPS = 2  # rounds
 
 
 @dataclass(frozen=True)
@@ -164,20 +165,22 @@ PEERS: Mapping[str, Callable[[Family, str, Options, Any], Sequence[Any]]] = {
 
 
 def measure(systems: Sequence[System], cases: Sequence[Case], temperature: float, options: Options) -> Iterator[Run]:
-    """Every system on every prompt in every round, taking turns, after a warm-up of all of them."""
-    warm = range(-2, 0)
-    for number in [*warm, *range(options.rounds)]:
-        for case in cases[:4] if number in warm else cases:
-            task = Task(number, temperature, (case,), options.tokens)
-            # by chance, but the same in every measurement: who follows whom must not matter
-            order = random.Random(f"{number} {temperature} {case.index}").sample(systems, len(systems))
-            for system in order:
-                gc.collect()
-                run = system.run(task)
-                if number not in warm:
-                    yield run
-        if number not in warm:
+    """Every system on every prompt in every round, after a warm-up of all of them."""
+    for number in range(-WARM_UPS, options.rounds):
+        some = cases[:TRIED] if number < 0 else cases
+        tasks = [Task(number, temperature, (case,), options.tokens) for case in some]
+        yield from (run for run in in_turns(systems, tasks) if number >= 0)
+        if number >= 0:
             print(f"T={temperature:g}: round {number + 1} of {options.rounds}", file=sys.stderr)
+
+
+def in_turns(systems: Sequence[System], tasks: Sequence[Task]) -> Iterator[Run]:
+    """Every system on each task, in an order that is by chance, but the same in every measurement."""
+    for task in tasks:
+        key = f"{task.round} {task.temperature} {task.cases[0].index}"
+        for system in random.Random(key).sample(systems, len(systems)):
+            gc.collect()
+            yield system.run(task)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def bench(options: Options, command: Sequence[str]) -> Document:
         return document
     cases = load_prompts(family.target, options.prompts, options.prompt_tokens)
     ways = {name: (name, options.drafters) for name in _names(options)}
-    engines = load_engines(ways, family, _base(options, family, cases))
+    engines = load_engines(ways, family, base_config(options, family, cases))
     document.sessions.append(provenance(command, family.models, {"saccade": engines.dtype}))
     fill_prefix_caches(engines, cases)
     gc.collect()
@@ -140,7 +140,7 @@ def _names(options: Options) -> list[str]:
     return [name for name in SETTINGS if name in (PLAIN, AUTO, *options.systems)]
 
 
-def _base(options: Options, family: Family, cases: Sequence[Case]) -> EngineConfig:
+def base_config(options: Options, family: Family, cases: Sequence[Case]) -> EngineConfig:
     """Room for all rows, so that none is preempted, and for all prompts and texts: finished texts are kept, too."""
     from decoding.cache import pages_for
 

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compare, documents, matrix, offline, speed_plots
+from benchmarks import compare, documents, gpu, matrix, offline, speed_plots
 from benchmarks.cells import Cell, from_json
 from benchmarks.checks import Check, matrix_checks
 from benchmarks.command import carried_out
 from benchmarks.documents import Document
+from benchmarks.gpu_tables import gpu_checks, gpu_tables
 from benchmarks.offline_tables import TABLES, offline_checks
 from benchmarks.peer_tables import compare_checks, compare_table
 from benchmarks.roofline import Roofline
@@ -94,6 +95,7 @@ def page(merged: Mapping[str, Document], images: Path) -> str:
     pieces = {kind: merged[kind].pieces if kind in merged else [] for kind in NOT_MEASURED}
     cells = [from_json(piece) for piece in pieces[matrix.KIND]]
     checks = matrix_checks(cells) + offline_checks(pieces[offline.KIND]) + compare_checks(pieces[compare.KIND])
+    checks += gpu_checks(merged[gpu.KIND].pieces) if gpu.KIND in merged else []
     parts = [
         INTRODUCTION,
         *(text for kind, text in NOT_MEASURED.items() if not pieces[kind]),
@@ -101,7 +103,7 @@ def page(merged: Mapping[str, Document], images: Path) -> str:
         *(_matrix(cells, pieces[offline.KIND], images) if cells else []),
         *(_offline(pieces[offline.KIND], images) if pieces[offline.KIND] else []),
         *(_compare(pieces[compare.KIND], images) if pieces[compare.KIND] else []),
-        NO_GPU,
+        *_gpu(merged.get(gpu.KIND)),
         _sources(merged),
     ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
@@ -131,6 +133,13 @@ def _offline(pieces: Sequence[dict[str, Any]], images: Path) -> list[str]:
 def _compare(pieces: Sequence[dict[str, Any]], images: Path) -> list[str]:
     drawn = picture(speed_plots.draw_peers(images, pieces))
     return [COMPARE, drawn, *(indented(compare_table(piece)) for piece in pieces)]
+
+
+def _gpu(document: Document | None) -> list[str]:
+    if document is None:
+        return [NO_GPU]
+    devices = ", ".join(session["device"] for session in document.sessions)
+    return [f"## On a GPU\n\n{devices}.", indented(gpu_tables(document.pieces))]
 
 
 def _sources(merged: Mapping[str, Document]) -> str:

@@ -18,7 +18,7 @@ from decoding.drafters import DrafterChoice
 from decoding.drafters.base import Drafter, DrafterContext
 from decoding.drafters.team import DrafterTeam
 from decoding.errors import ConfigError, ModelError, nearest
-from decoding.memory import pool_size
+from decoding.memory import pool_size, room_for_weights
 from decoding.noise import NoiseBank
 from decoding.plan_choice import parse_plan
 from decoding.planner import Planner, StaticPlanner
@@ -61,21 +61,23 @@ def load_target(config: EngineConfig) -> LoadedModel:
 
     Raises:
         ModelError: a checkpoint that cannot be loaded; the message names cause and fix.
-        ConfigError: an unknown device, attention backend or quantization, or one that does not work here.
+        ConfigError: an unknown device, attention backend or quantization, or one that does not work here; too little
+            memory.
     """
     if config.attention not in (*BACKENDS, "auto"):
         raise ConfigError(f"unknown --attention {config.attention!r}: {nearest(config.attention, (*BACKENDS, 'auto'))}")
     if config.quantization not in FORMATS:
         raise ConfigError(f"unknown --quantization {config.quantization!r}: {nearest(config.quantization, FORMATS)}")
     try:
-        folder = resolve(config.model)
+        folder, device = resolve(config.model), resolve_device(config.device)
         target = load_model(
             folder,
             dtype=config.dtype,
-            device=resolve_device(config.device),
+            device=device,
             attention=config.attention,
             max_model_len=config.max_model_len,
             quantization=config.quantization,
+            room=room_for_weights(config, device),
         )
         generation = generation_config(folder)
         defaults = _sampling_defaults(config.generation_config, generation)

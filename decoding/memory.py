@@ -1,17 +1,26 @@
-"""How many pages the pool has: as given, from a byte budget, or from what a CUDA device has left."""
+"""What fits: whether weights and pool do, and how many pages the pool has.
+
+The number of pages is as given, from a byte budget, or from what is left beside the weights.
+"""
 
 from __future__ import annotations
+
+import logging
 
 import torch
 
 from decoding.cache import pages_for
 from decoding.config import EngineConfig
 from decoding.errors import ConfigError
+from decoding.machine import available_memory
 from models.batch import PAGE_SIZE
 from models.kv_cache import KVSpec
 from models.target import CausalModel
 
-CPU_BUDGET = 2 * 2**30  # bytes, unless --kv-cache-memory says otherwise
+logger = logging.getLogger("saccade.engine")
+
+CPU_BUDGET = 2 * 2**30  # bytes, unless --kv-cache-memory says otherwise or the machine has less
+CPU_SHARE = 0.8  # of the memory that is left beside the weights, for a pool of no given size
 LOGITS_PEAK = 4  # float32 copies of a step's logits that may be alive at one time
 
 
@@ -25,19 +34,22 @@ def pool_size(config: EngineConfig, target: CausalModel, specs: list[KVSpec], pa
     Raises:
         ConfigError: too little memory for one request of the model's full length; the message names the flags.
     """
+    available = available_memory() if target.device.type == "cpu" else None
     scratch = sum(spec.bytes_per_page(target.dtype) for spec in specs)  # a page of each beside the pool's
     page = scratch + page_bytes
     longest = pages_for(target.max_model_len)
     if config.num_pages is not None:
         if config.num_pages < 1:
             raise ConfigError(f"--num-pages must be at least 1, not {config.num_pages}")
+        _check_pool(config.num_pages * page + scratch, available, "--num-pages")
         return config.num_pages
     if config.kv_cache_memory is not None:
         budget = config.kv_cache_memory
+        _check_pool(budget, available, "--kv-cache-memory")
     elif target.device.type == "cuda":
         budget = _device_budget(config, target)
     else:
-        budget = CPU_BUDGET
+        budget = _cpu_budget(available)
     pages = max(0, budget - scratch) // page
     if pages < longest:
         least = -(-(longest * page + scratch) // 2**20)
@@ -47,6 +59,39 @@ def pool_size(config: EngineConfig, target: CausalModel, specs: list[KVSpec], pa
             "also --gpu-memory-utilization), or lower --max-model-len"
         )
     return int(pages)
+
+
+def room_for_weights(config: EngineConfig, device: torch.device) -> int | None:
+    """Bytes that weights may take on a CPU before the kernel would end the process; None: not known, or not a CPU."""
+    available = available_memory() if device.type == "cpu" else None
+    return None if available is None else max(0, available - (config.kv_cache_memory or 0))
+
+
+def _check_pool(pool: int, available: int | None, flag: str) -> None:
+    if available is not None and pool > available:
+        raise ConfigError(
+            f"a K/V pool of {_gib(pool)} does not fit the {_gib(available)} of memory that are free beside the weights "
+            f"(the machine's or the container's); lower {flag}, or raise the limit"
+        )
+
+
+def _cpu_budget(available: int | None) -> int:
+    """The default, or less where there is less."""
+    if available is None or available * CPU_SHARE >= CPU_BUDGET:
+        return CPU_BUDGET
+    budget = int(available * CPU_SHARE)
+    logger.warning(
+        "the K/V pool gets %s in place of %s: that is %.0f%% of the memory that is free beside the weights; "
+        "--kv-cache-memory sets another size",
+        _gib(budget),
+        _gib(CPU_BUDGET),
+        100 * CPU_SHARE,
+    )
+    return budget
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB" if size >= 2**29 else f"{size / 2**20:.3g} MiB"
 
 
 def _device_budget(config: EngineConfig, target: CausalModel) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,7 @@ def load_model(
     max_model_len: int | None = None,
     ops: LayerOps | None = None,
     quantization: str = "none",
+    room: int | None = None,
 ) -> CausalModel:
     """Load the model in a folder: with the native decoder where it can, else through transformers.
 
@@ -93,6 +95,7 @@ def load_model(
         max_model_len: the longest text to serve; default: the longest that the model supports.
         ops: element-wise operations of the native decoder; default: the best for the device and dtype.
         quantization: of the native decoder's linear layers, a name in ``models.layers.quantization.FORMATS``.
+        room: bytes that the weights may take; checked before they are loaded, for the native decoder.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read or served; the message names cause and fix.
@@ -124,6 +127,8 @@ def load_model(
         config = replace(config, tied=False)
     chosen = resolve_dtype(dtype, hf)
     packing = packing_of(quantization, place, chosen)
+    if room is not None:
+        _check_room(checkpoint, path, chosen.itemsize if quantization == "none" else 1, room)
     model = Decoder(config, ops or load_ops(place, chosen), load_backend(attention, place, chosen), place, chosen)
     fill(model.weights(), checkpoint, family, path, layer_packer(model, packing))
     model.pack(packing)  # what no layer holds: the head
@@ -160,6 +165,17 @@ def layer_packer(model: Decoder, packing: Packing | None) -> Callable[[str], Non
             model.layers[index].pack(packing)
 
     return filled
+
+
+def _check_room(checkpoint: Checkpoint, path: Path, width: int, room: int) -> None:
+    """Raise CheckpointError, before anything is loaded, if weights of ``width`` bytes do not fit ``room`` bytes."""
+    size = width * sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    if size > room:
+        raise CheckpointError(
+            f"the weights in {path} take at least {size / 2**30:.3g} GiB, and the machine (or the container's limit) "
+            f"has {room / 2**30:.3g} GiB for them; free memory or raise the limit, lower --kv-cache-memory, or use "
+            "--quantization int8 or a smaller model"
+        )
 
 
 def fill(

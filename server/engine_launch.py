@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import msgspec
 
 from decoding.config import EngineConfig
+from decoding.machine import cores
 
 # OpenMP's idle threads. Left alone they spin for milliseconds and starve the HTTP process on a small machine; with
 # OMP_WAIT_POLICY=passive they sleep at once, and every small operation pays about 50 us to wake them. This many turns
@@ -22,24 +23,19 @@ EXIT_SECONDS = 0.5  # how long an engine may take to end by itself; it has nothi
 
 
 def engine_environment(config: EngineConfig, environment: Mapping[str, str]) -> dict[str, str]:
-    """The engine process's environment: it must be there before torch is imported."""
+    """The engine process's environment: it must be there before torch is imported.
+
+    Threads are not pinned: two engines on a machine would be pinned to the same cores. Whoever gives an engine cores of
+    its own can say so (``OMP_PROC_BIND=close OMP_PLACES=cores``), and is obeyed, as with every variable set already.
+    """
     env = dict(environment)
     if "OMP_WAIT_POLICY" not in env and "GOMP_SPINCOUNT" not in env:
         env["GOMP_SPINCOUNT"] = str(GOMP_SPINCOUNT)
     if config.threads is not None:
         env["OMP_NUM_THREADS"] = str(config.threads)
     elif "OMP_NUM_THREADS" not in env:
-        env["OMP_NUM_THREADS"] = str(default_threads(len(os.sched_getaffinity(0))))
+        env["OMP_NUM_THREADS"] = str(cores().engine_threads())
     return env
-
-
-def default_threads(cores: int) -> int:
-    """Threads of the engine on a machine with that many cores: one core is left to the HTTP process.
-
-    Two processes on one core are worse than a thread less: while one waits for its turn, all threads of the engine
-    wait at their next barrier, some milliseconds instead of microseconds.
-    """
-    return max(1, cores - 1)
 
 
 class EngineProcess:

@@ -119,7 +119,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="do not keep pages for later requests with the same beginning",
     )
     add("--attention", metavar="BACKEND", help="attention backend (default: auto)")
-    add("--threads", type=positive, metavar="N", help="CPU threads of the engine process (default: all cores but one)")
+    threads = "CPU threads of the engine (default: one for each core, less one for the HTTP process; within a quota)"
+    add("--threads", type=positive, metavar="N", help=threads)
 
 
 def _default(field: str) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass, fields
+
+import torch
 
 from decoding.acceptance import LOSSY
 from decoding.config import EngineConfig
 from decoding.engine import Engine
 from decoding.generation import Generation
+from decoding.machine import cores
 from decoding.request import SamplingParams
 from server.engine_driver import memory_named
 
@@ -41,6 +45,8 @@ def generate(config: EngineConfig, prompt: str, sampling: Sampling) -> str:
         ConfigError: the model cannot be loaded.
         RequestError: the prompt or the sampling parameters cannot be served.
     """
+    if config.threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(config.threads or cores().lone_threads())
     with memory_named():
         engine = Engine.load(config)
     started = time.monotonic()

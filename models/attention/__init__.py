@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from models import kernels
 from models.batch import RaggedBatch
+from models.kernels import triton as triton_kernels
 
 
 @dataclass(frozen=True)
@@ -42,21 +44,29 @@ class AttentionBackend(Protocol):
         ...
 
 
-def _reference() -> AttentionBackend:
+def _reference(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     from models.attention.reference import attend
 
     return attend
 
 
-def _cpu() -> AttentionBackend:
+def _cpu(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     from models.attention.cpu import load
 
     return load()
 
 
-BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
+def _triton(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    triton_kernels.require(device, dtype)
+    from models.attention.triton import load
+
+    return load(device)
+
+
+BACKENDS: dict[str, Callable[[torch.device, torch.dtype], AttentionBackend]] = {
     "reference": _reference,
     "cpu": _cpu,
+    "triton": _triton,
 }
 
 
@@ -67,4 +77,6 @@ def load_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attenti
         ValueError: for an unknown name.
         RuntimeError: the backend was named and does not work here.
     """
-    return kernels.pick("attention backend", BACKENDS, name, "reference", kernels.serves(device, dtype))
+    table = {known: partial(make, device, dtype) for known, make in BACKENDS.items()}
+    general = "triton" if name == "auto" and triton_kernels.serves(device, dtype) else "reference"
+    return kernels.pick("attention backend", table, name, general, kernels.serves(device, dtype))

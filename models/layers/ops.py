@@ -1,11 +1,12 @@
 """The element-wise operations of a decoder layer, behind one protocol so that a device can fuse them.
 
-``TorchOps`` runs anywhere and defines what is correct; ``models/kernels`` has the fused ones for CPUs.
+``TorchOps`` runs anywhere and defines what is correct; ``models/kernels`` has the fused ones for CPUs and for CUDA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import kernels
+from models.kernels import triton as triton_kernels
 
 
 class LayerOps(Protocol):
@@ -96,15 +98,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
 
 
-def _cpu() -> LayerOps:
+def _torch(device: torch.device, dtype: torch.dtype) -> LayerOps:
+    return TorchOps()
+
+
+def _cpu(device: torch.device, dtype: torch.dtype) -> LayerOps:
     from models.kernels.cpu_ops import CpuOps
 
     return CpuOps()
 
 
-OPS: dict[str, Callable[[], LayerOps]] = {
-    "torch": TorchOps,
+def _triton(device: torch.device, dtype: torch.dtype) -> LayerOps:
+    triton_kernels.require(device, dtype)
+    from models.layers.triton_ops import TritonOps
+
+    return TritonOps()
+
+
+OPS: dict[str, Callable[[torch.device, torch.dtype], LayerOps]] = {
+    "torch": _torch,
     "cpu": _cpu,
+    "triton": _triton,
 }
 
 
@@ -115,4 +129,6 @@ def load_ops(device: torch.device, dtype: torch.dtype, name: str = "auto") -> La
         ValueError: for an unknown name.
         RuntimeError: the operations were named and do not work here.
     """
-    return kernels.pick("layer operations", OPS, name, "torch", kernels.serves(device, dtype))
+    table = {known: partial(make, device, dtype) for known, make in OPS.items()}
+    general = "triton" if name == "auto" and triton_kernels.serves(device, dtype) else "torch"
+    return kernels.pick("layer operations", table, name, general, kernels.serves(device, dtype))

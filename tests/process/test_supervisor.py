@@ -12,10 +12,11 @@ import pytest
 
 from decoding.config import EngineConfig
 from decoding.errors import ConfigError, EngineDeadError
+from decoding.machine import cores
 from decoding.messages import EngineInfo
 from decoding.request import GenerateRequest, SamplingParams
 from server.engine_client import EngineClient
-from server.engine_launch import GOMP_SPINCOUNT, default_threads, engine_environment
+from server.engine_launch import GOMP_SPINCOUNT, engine_environment
 from server.errors import UnavailableError
 from server.fake_client import FakeEngineClient, Pause
 from server.socket_client import SocketEngineClient
@@ -177,9 +178,7 @@ def test_delays_grow_to_a_limit() -> None:
 def test_threads_spin_a_little_unless_the_user_said_otherwise(given: dict[str, str], expected: dict[str, str]) -> None:
     assert engine_environment(EngineConfig("m", threads=3), given) == expected
     assert engine_environment(EngineConfig("m"), {"OMP_NUM_THREADS": "5"})["OMP_NUM_THREADS"] == "5"
-    cores = len(os.sched_getaffinity(0))
-    assert engine_environment(EngineConfig("m"), {})["OMP_NUM_THREADS"] == str(default_threads(cores))
-    assert [default_threads(n) for n in (1, 2, 8)] == [1, 1, 7]
+    assert engine_environment(EngineConfig("m"), {})["OMP_NUM_THREADS"] == str(cores().engine_threads())
 
 
 @pytest.mark.process
