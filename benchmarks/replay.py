@@ -20,7 +20,7 @@ from torch import Tensor
 
 from decoding.batcher import Nodes
 from decoding.drafters.base import Drafter
-from decoding.drafters.team import DrafterTeam
+from decoding.drafters.team import DrafterTeam, Proposal
 from decoding.plan import Plan, Quota
 from decoding.planner import StaticPlanner
 from decoding.sampling import Sampling
@@ -45,9 +45,15 @@ class Dictation(DrafterTeam, ABC):
         super().__init__(members)
         self._texts = texts
         self.depth = depth
+        self.guesses: list[Proposal] = []  # of this step
         self._due: Tensor
 
-    def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> list[Trees]:
+    def guess(self, plan: Plan, limits: Quota, sampling: Sampling) -> list[Proposal]:
+        """Let the drafters without a model propose, and hand nothing on."""
+        self.guesses = super().guess(plan, limits, sampling)
+        return []
+
+    def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> list[Proposal]:
         """Let the drafters propose, and hand nothing on."""
         future = self._future(plan, sampling.next_position.device)
         self._due = future[:, 0]
@@ -97,7 +103,7 @@ class ReplayTeam(Dictation):
 
     def listen(self, plan: Plan, quota: Quota, sampling: Sampling, future: Tensor, scored: list[bool]) -> None:
         """See ``Dictation``."""
-        proposals = DrafterTeam.propose(self, plan, quota, sampling)
+        proposals = self.guesses + DrafterTeam.propose(self, plan, quota, sampling)
         chosen = self._planner.choose(plan, proposals, quota, future.device)
         drawn = future.gather(1, mask_depths(chosen.masks).clamp(0, self.depth))
         accepted = walk(chosen.trees, chosen.masks, drawn, chosen.deepest)[0].tolist()

@@ -19,6 +19,7 @@ from decoding.acceptance import Acceptance
 from decoding.assemble import LoadedModel, build_drafters, build_stepper, load_target
 from decoding.cache import pages_for
 from decoding.config import EngineConfig
+from decoding.cost_file import learn_costs
 from decoding.errors import RequestError
 from decoding.generation import Generation, GenerationBuilder
 from decoding.messages import EngineInfo, EngineStats, TokenEvent
@@ -68,7 +69,9 @@ class Engine:
             else EngineConfig(model, **settings)
         )
         loaded = load_target(config)
-        return cls(config, loaded, build_stepper(config, loaded, build_drafters(config, loaded)))
+        stepper = build_stepper(config, loaded, build_drafters(config, loaded))
+        learn_costs(stepper, config, loaded.vocab_size, loaded.folder)
+        return cls(config, loaded, stepper)
 
     # requests --------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -110,6 +109,8 @@ class Probe:
                 tokens.append(rows * (1 + nodes))
                 seconds.append(max(self._steps(nodes) - row * (rows - 1), seconds[-1]))
         drafters = {d.name: self._draft_price(d) for d in self._stepper.drafters.members}
+        for i in reversed(range(len(seconds) - 1)):  # a step of fewer tokens costs no more
+            seconds[i] = min(seconds[i], seconds[i + 1])
         table = CostTable(tuple(tokens), tuple(seconds), row, context, drafters)
         table.check()
         return table
@@ -145,17 +146,17 @@ class Probe:
     def _steps(self, nodes: int) -> float:
         """Seconds of a step with so many nodes in each row, drafting left out."""
         self._planner.nodes, self._planner.drafter = nodes, None
-        return self._median(lambda: self._stepper.seconds - self._stepper.drafters.seconds)
+        return self._least(lambda: self._stepper.seconds - self._stepper.drafters.seconds)
 
     def _drafting(self, drafter: Drafter, depth: int) -> float:
         """Seconds of a drafter in a step."""
         self._planner.nodes, self._planner.drafter, self._planner.depth = 0, drafter, depth
         try:
-            return self._median(lambda: self._stepper.drafters.taken[drafter.name])
+            return self._least(lambda: self._stepper.drafters.taken[drafter.name])
         finally:
             self._planner.drafter = None
 
-    def _median(self, clock: Callable[[], float]) -> float:
+    def _least(self, clock: Callable[[], float]) -> float:
         for _ in range(WARM_UP):
             self._stepper.step()
         found: list[float] = []
@@ -164,7 +165,7 @@ class Probe:
             self._stepper.step()
             found.append(clock() - before)
             if len(found) >= next(count for limit, count in REPEATS if found[0] < limit):
-                return statistics.median(found)
+                return min(found)  # whatever else runs on the machine only adds
 
     def _begin(self, rows: int, prompt: int) -> bool:
         """Make an idle stepper run so many texts of so many tokens; False where it cannot."""
@@ -192,7 +193,7 @@ class Probe:
 
 
 def draft_price(taken: dict[tuple[int, int], float], deepest: int, token: float) -> DraftPrice:
-    """The price that fits what was taken by (rows, depth), at one row or two numbers of rows, and depths 1 and deepest."""
+    """The price that fits what was taken by (rows, depth): one number of rows or two, depths 1 and ``deepest``."""
     sizes = sorted({rows for rows, _ in taken})
     if not sizes:
         return DraftPrice(token=token)
