@@ -67,7 +67,8 @@ def _build_fused(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[
         trees.tokens,
         masks,
     )
-    return RaggedBatch(*made[:12]), Nodes(*made[12:], masks)
+    row, column, depth, first = made[12:]
+    return RaggedBatch(*made[:12]), Nodes(row, column, depth, first, masks)
 
 
 def build_anywhere(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -> tuple[RaggedBatch, Nodes]:

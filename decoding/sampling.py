@@ -217,7 +217,7 @@ class Sampling:
         best, confidence = self.ops.guess(y, temperature, noise, noise_row, tried, tau)
         if self.table.filtered:
             best, confidence = self._keep_guesses(x / temperature[:, None], row, best, confidence)
-        best, confidence = best[:, :k], confidence[:, :k]
+            best, confidence = best[:, :k].contiguous(), confidence[:, :k].contiguous()
         return (best if ids is None else ids[best]), confidence
 
     def noise_row(self, row: Tensor, depth: Tensor) -> Tensor:
