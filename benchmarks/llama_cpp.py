@@ -98,6 +98,14 @@ def gguf_of(folder: Path, dtype: str, files: Path = FILES) -> Path:
     return out
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What came of one request."""
+
+    tokens: list[int]
+    seconds: float  # by the server's own account
+
+
 class LlamaServer:
     """A running llama-server; ``batch`` requests have a slot each."""
 
@@ -134,16 +142,17 @@ class LlamaServer:
             self._server = self._start()
         self._used = True
         before = self._server.metrics()
-        outputs, seconds = self.complete(task)
-        return _run(self.name, task, outputs, seconds, before, self._server.metrics())
-
-    def complete(self, task: Task) -> tuple[list[list[int]], float]:
-        """(tokens of each text, seconds for all of them)."""
         bodies = [completion_body(case.ids, case.seed, task) for case in task.cases]
         started = time.perf_counter()
-        answers = self._server.posts("/completion", bodies)
+        contents = self._server.posts("/completion", bodies)
         seconds = time.perf_counter() - started
-        return [completion_tokens(answer) for answer in answers], seconds
+        answers = [read_answer(content) for content in contents]
+        return _run(self.name, task, answers, seconds, before, self._server.metrics())
+
+    def complete(self, task: Task) -> list[list[int]]:
+        """The tokens of each text, untimed."""
+        bodies = [completion_body(case.ids, case.seed, task) for case in task.cases]
+        return [read_answer(content).tokens for content in self._server.posts("/completion", bodies)]
 
     def close(self) -> None:
         self._server.close()
@@ -179,28 +188,30 @@ def completion_body(ids: Sequence[int], seed: int, task: Task) -> dict[str, Any]
         "seed": seed,
         "cache_prompt": False,
         "return_tokens": True,
-        "response_fields": ["tokens"],
+        "response_fields": ["tokens", "timings"],
         **sampling,
     }
 
 
-def completion_tokens(answer: bytes) -> list[int]:
-    """The tokens of an answer.
+def read_answer(content: bytes) -> Answer:
+    """The tokens of an answer, and what the server says of its time.
 
     Raises:
         RuntimeError: an answer without them.
     """
-    content = json.loads(answer)
-    tokens = content.get("tokens") if isinstance(content, dict) else None
-    if not isinstance(tokens, list):
-        raise RuntimeError(f"llama-server gave no tokens: {answer[:500]!r}")
-    return [int(token) for token in tokens]
+    try:
+        answer = json.loads(content)
+        timings = answer["timings"]
+        milliseconds = float(timings["prompt_ms"]) + float(timings["predicted_ms"])
+        return Answer([int(token) for token in answer["tokens"]], milliseconds / 1e3)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f"llama-server gave no tokens or timings: {content[:500]!r}") from error
 
 
 def _run(
     name: str,
     task: Task,
-    outputs: Sequence[Sequence[int]],
+    answers: Sequence[Answer],
     seconds: float,
     before: dict[str, float],
     after: dict[str, float],
@@ -211,9 +222,10 @@ def _run(
         temperature=task.temperature,
         prompts=tuple(case.index for case in task.cases),
         seconds=seconds,
-        tokens=checked_tokens(name, task, outputs),
+        tokens=checked_tokens(name, task, [answer.tokens for answer in answers]),
         steps=int(after[_DECODES] - before[_DECODES]),  # of the target; its draft model's are not in it
-        texts=tuple(digest(ids) for ids in outputs),
+        texts=tuple(digest(answer.tokens) for answer in answers),
+        own_seconds=max(answer.seconds for answer in answers),  # all of them began together
         drafted=int(after[_DRAFTED] - before[_DRAFTED]),
         accepted=int(after[_ACCEPTED] - before[_ACCEPTED]),
     )
