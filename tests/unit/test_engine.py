@@ -136,7 +136,7 @@ def test_two_requests_of_one_name() -> None:
         ({"max_num_seqs": 0}, "--max-num-seqs must be at least 1"),
         ({"max_num_batched_tokens": 0}, "--max-num-batched-tokens must be at least 1"),
         ({"num_pages": 0}, "--num-pages must be at least 1"),
-        ({"kv_cache_memory": 2**20}, "raise --kv-cache-memory to at least 8MiB"),
+        ({"kv_cache_memory": 2**20}, "raise --kv-cache-memory to at least 9MiB"),
         ({"speculate": ("ngrams",)}, "did you mean 'ngram'"),
         ({"min_probability": 1.5}, r"min_probability must be in 0 \.\. 1"),
         ({"min_probability": float("nan")}, r"min_probability must be in 0 \.\. 1"),
