@@ -113,6 +113,7 @@ def test_a_window_closes_after_its_limit_whatever_came_out() -> None:
     engine = FakeEngine()
     window = run_loop(engine, CASES, load(limit=4.0), engine.clock)
     assert (window.tokens, window.seconds) == (12, 4.0)
+    assert run_loop(FakeEngine(), CASES, load(limit=0.0)).tokens == 3  # never nothing: rates are divided by
 
 
 def test_one_request_at_a_time_makes_the_same_tokens_whatever_the_pace() -> None:

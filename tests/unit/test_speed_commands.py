@@ -140,7 +140,7 @@ def test_single_requests_are_measured_with_each_drafter(tmp_path: Path) -> None:
     options = offline.parse([*words, "--runs", "1", "--tokens", "8", "--out", str(tmp_path / "offline.json")])
     speeds, forward = offline.bench(options, ["it"]).pieces
     assert {turn["system"] for turn in speeds["turns"]} == {"plain", *FIXED, "auto", "auto:ngram"}
-    assert all(turn["window"]["tokens"] >= 32 for turn in speeds["turns"])
+    assert all(turn["window"]["tokens"] >= turn["window"]["steps"] > 0 for turn in speeds["turns"])
     assert set(forward["times"]) == {"1", "2", "4", "8", "12", "16", "24", "32", "48", "64"}
 
 
