@@ -6,12 +6,14 @@ to what the client, the token budget and the page pool allow.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from decoding.cache import SequenceCache
 from decoding.drafters.base import Drafter
 from decoding.plan import Plan, PlannedRow, Quota, RowQuota
 from decoding.sequence import Sequence
+from models.transfer import upload
 from models.tree import Trees
 from models.tree_ops import ChosenTrees, TreeOps
 
@@ -55,7 +57,7 @@ class StaticPlanner:
         """Merge the drafters' trees and keep the most probable nodes within the quota."""
         if not proposals or not plan.deciding:
             last = [int(row.sequence.tokens[-1]) for row in plan.deciding]
-            return ChosenTrees.roots(torch.tensor(last, dtype=torch.int64, device=device))
+            return ChosenTrees.roots(upload(device, np.array(last, dtype=np.int64))[0])
         nodes, depth = [row.nodes for row in quota.rows], [row.depth for row in quota.rows]
         return self._tree_ops.choose(proposals, nodes, depth, self._min_probability, self._spared)
 
