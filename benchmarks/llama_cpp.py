@@ -126,6 +126,10 @@ class LlamaServer:
         self._used = False
 
     @property
+    def pid(self) -> int:
+        return self._server.pid
+
+    @property
     def way(self) -> Speculation:
         """How it speculates.
 
@@ -240,6 +244,7 @@ def load_llama(
     *,
     batch: int = 1,
     trial: Trial | None = None,
+    start: type[LlamaServer] = LlamaServer,
 ) -> list[LlamaServer]:
     """llama.cpp's server, running: "llama", "llama-ngram" and, with a draft model, "llama-draft" and "llama-both".
 
@@ -249,13 +254,14 @@ def load_llama(
         dtype: bfloat16, float32, or "auto" for the checkpoint's.
         threads: at most.
         batch: requests at once.
-        trial: what each is tuned on; None: settings that were good on a 2-core machine, untuned.
+        trial: what each is tuned on; None: the first of the settings in ``llama_settings``, untuned.
+        start: another kind of server, for tests.
 
     Raises:
         ConfigError: it is not built, does not start, or cannot have such a model.
         CheckpointError: no model.
     """
-    tuner = _Tuner(LlamaFiles.prepare(target, draft, dtype, build), batch, trial)
+    tuner = Tuner(LlamaFiles.prepare(target, draft, dtype, build), batch, trial, start)
     with contextlib.ExitStack() as running:  # what runs is ended if something after it fails
         plain = tuner.plain(threads)
         running.callback(plain.close)
@@ -272,12 +278,13 @@ def load_llama(
 
 
 @dataclass(frozen=True)
-class _Tuner:
+class Tuner:
     """Starts servers with the best of some settings; without a trial, with the first."""
 
     files: LlamaFiles
     batch: int
     trial: Trial | None
+    start: type[LlamaServer] = LlamaServer
 
     def plain(self, threads: int) -> LlamaServer:
         """Two times, because all combinations are too many: threads and attention, then prompts and sampling."""
@@ -289,6 +296,6 @@ class _Tuner:
 
     def best(self, name: str, settings: Sequence[LlamaSetting]) -> LlamaServer:
         if self.trial is None:
-            return LlamaServer(name, self.files, settings[0], self.batch)
-        starts = {each.label: partial(LlamaServer, name, self.files, each, self.batch) for each in settings}
+            return self.start(name, self.files, settings[0], self.batch)
+        starts = {each.label: partial(self.start, name, self.files, each, self.batch) for each in settings}
         return tune(starts, self.trial)
