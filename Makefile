@@ -9,7 +9,7 @@ ARGS ?=
 FAMILY ?= demo
 # a family under build/ is inflated to the shape that its name says
 INFLATED = $(patsubst %,%/inflate.json,$(filter build/%,$(FAMILY)))
-RESULTS ?= $(wildcard $(foreach kind,matrix offline compare gpu,benchmarks/results/$(kind)*.json))
+RESULTS ?= $(wildcard $(foreach kind,matrix offline compare gpu,benchmarks/results/$(kind)*.json) benchmarks/results/*.txt)
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
 VENV := .venv

@@ -250,7 +250,9 @@ def test_a_page_is_written_from_results_and_says_what_is_missing(tmp_path: Path)
     for kind, pieces in made.items():
         Document(kind, [SESSION], pieces).save(tmp_path / f"{kind}.json")
     out = tmp_path / "docs" / "benchmarks.md"
-    assert report([*(str(tmp_path / f"{kind}.json") for kind in made), "--out", str(out)]) == 0
+    (tmp_path / "bf16-flips.txt").write_text("texts  flips\n\n   20      0\n")
+    given = [*(str(tmp_path / f"{kind}.json") for kind in made), str(tmp_path / "bf16-flips.txt")]
+    assert report([*given, "--out", str(out)]) == 0
     page = out.read_text()
     pictures = {"speed-demo", "never-slower", "forward-cost", "peers"}
     assert all(f"(images/{name}.png)" in page for name in pictures)
@@ -258,6 +260,7 @@ def test_a_page_is_written_from_results_and_says_what_is_missing(tmp_path: Path)
     assert "Not measured: no CUDA device" in page
     assert matrix_tables(cells).splitlines()[2].strip() in page
     assert "python -m benchmarks.it" in page
+    assert "## Bf16 flips\n\n    texts  flips\n\n       20      0\n" in page
     assert report([str(tmp_path / "matrix.json"), "--out", str(out)]) == 0
     assert "Single requests were not measured" in out.read_text()
 
