@@ -7,7 +7,9 @@ MODEL ?= demo/target
 SPECULATE ?= --speculate draft=demo/draft --speculate ngram
 ARGS ?=
 FAMILY ?= demo
-RESULTS ?= $(wildcard benchmarks/results/*.json)
+# a family under build/ is inflated to the shape that its name says
+INFLATED = $(patsubst %,%/inflate.json,$(filter build/%,$(FAMILY)))
+RESULTS ?= $(wildcard $(foreach kind,matrix offline compare gpu,benchmarks/results/$(kind)*.json) benchmarks/results/*.txt)
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
 VENV := .venv
@@ -70,11 +72,14 @@ test: lint
 bench-quick: setup
 	$(BIN)/python -m benchmarks.quick $(ARGS)
 
-bench-matrix bench-offline: bench-%: setup
+bench-matrix bench-offline: bench-%: setup $(INFLATED)
 	$(BIN)/python -m benchmarks.$* --family $(FAMILY) $(ARGS)
 
-bench-compare: setup llama-cpp
+bench-compare: setup llama-cpp $(INFLATED)
 	$(BIN)/python -m benchmarks.compare --family $(FAMILY) --tune $(ARGS)
+
+build/%/inflate.json: | setup
+	$(BIN)/python -m benchmarks.inflate demo/target build/$* --shape $*
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

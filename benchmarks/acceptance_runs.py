@@ -21,6 +21,7 @@ from decoding.config import EngineConfig
 from decoding.drafters.base import Drafter
 from decoding.engine import Engine
 from decoding.messages import TokenEvent
+from decoding.plan_choice import FixedPlan
 from decoding.planner import StaticPlanner
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
 from decoding.step import Stepper
@@ -176,7 +177,7 @@ class Bench:
             max_nodes=self.config.max_nodes,
             max_depth=self.config.max_depth,
             max_step_tokens=self.config.max_num_batched_tokens,
-            min_probability=EngineConfig.min_probability,
+            min_probability=FixedPlan.min_probability,
         )
         parts = (step.target, step.cache, step.scheduler, planner, step.sampler, step.drafters, step.rule)
         return Engine(self.config, self.loaded, Stepper(*parts, step.committer))

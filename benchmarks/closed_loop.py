@@ -40,7 +40,7 @@ class Load:
     temperature: float
     tokens: int  # of each request
     window: int  # tokens, all rows together, that are timed
-    limit: float  # seconds after which the window closes all the same
+    limit: float  # seconds after which the window closes all the same, if anything came out
     first: int = 0  # the case that the first request takes; the others follow in order, round and round
 
 
@@ -76,7 +76,7 @@ def run_loop(engine: Steps, cases: Sequence[Case], load: Load, clock: Clock = ti
     while first:  # until each has made a token
         first -= {event.request_id for event in flight.step()}
     before, started, tokens = engine.stats(), clock(), 0
-    while tokens < load.window and clock() - started < load.limit:
+    while tokens < load.window and (not tokens or clock() - started < load.limit):
         tokens += sum(len(event.token_ids) for event in flight.step())
     seconds, after = clock() - started, engine.stats()
     flight.land()

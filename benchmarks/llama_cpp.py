@@ -98,6 +98,14 @@ def gguf_of(folder: Path, dtype: str, files: Path = FILES) -> Path:
     return out
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What came of one request."""
+
+    tokens: list[int]
+    seconds: float  # by the server's own account
+
+
 class LlamaServer:
     """A running llama-server; ``batch`` requests have a slot each."""
 
@@ -118,6 +126,10 @@ class LlamaServer:
         self._used = False
 
     @property
+    def pid(self) -> int:
+        return self._server.pid
+
+    @property
     def way(self) -> Speculation:
         """How it speculates.
 
@@ -134,16 +146,17 @@ class LlamaServer:
             self._server = self._start()
         self._used = True
         before = self._server.metrics()
-        outputs, seconds = self.complete(task)
-        return _run(self.name, task, outputs, seconds, before, self._server.metrics())
-
-    def complete(self, task: Task) -> tuple[list[list[int]], float]:
-        """(tokens of each text, seconds for all of them)."""
         bodies = [completion_body(case.ids, case.seed, task) for case in task.cases]
         started = time.perf_counter()
-        answers = self._server.posts("/completion", bodies)
+        contents = self._server.posts("/completion", bodies)
         seconds = time.perf_counter() - started
-        return [completion_tokens(answer) for answer in answers], seconds
+        answers = [read_answer(content) for content in contents]
+        return _run(self.name, task, answers, seconds, before, self._server.metrics())
+
+    def complete(self, task: Task) -> list[list[int]]:
+        """The tokens of each text, untimed."""
+        bodies = [completion_body(case.ids, case.seed, task) for case in task.cases]
+        return [read_answer(content).tokens for content in self._server.posts("/completion", bodies)]
 
     def close(self) -> None:
         self._server.close()
@@ -179,28 +192,30 @@ def completion_body(ids: Sequence[int], seed: int, task: Task) -> dict[str, Any]
         "seed": seed,
         "cache_prompt": False,
         "return_tokens": True,
-        "response_fields": ["tokens"],
+        "response_fields": ["tokens", "timings"],
         **sampling,
     }
 
 
-def completion_tokens(answer: bytes) -> list[int]:
-    """The tokens of an answer.
+def read_answer(content: bytes) -> Answer:
+    """The tokens of an answer, and what the server says of its time.
 
     Raises:
         RuntimeError: an answer without them.
     """
-    content = json.loads(answer)
-    tokens = content.get("tokens") if isinstance(content, dict) else None
-    if not isinstance(tokens, list):
-        raise RuntimeError(f"llama-server gave no tokens: {answer[:500]!r}")
-    return [int(token) for token in tokens]
+    try:
+        answer = json.loads(content)
+        timings = answer["timings"]
+        milliseconds = float(timings["prompt_ms"]) + float(timings["predicted_ms"])
+        return Answer([int(token) for token in answer["tokens"]], milliseconds / 1e3)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f"llama-server gave no tokens or timings: {content[:500]!r}") from error
 
 
 def _run(
     name: str,
     task: Task,
-    outputs: Sequence[Sequence[int]],
+    answers: Sequence[Answer],
     seconds: float,
     before: dict[str, float],
     after: dict[str, float],
@@ -211,9 +226,10 @@ def _run(
         temperature=task.temperature,
         prompts=tuple(case.index for case in task.cases),
         seconds=seconds,
-        tokens=checked_tokens(name, task, outputs),
+        tokens=checked_tokens(name, task, [answer.tokens for answer in answers]),
         steps=int(after[_DECODES] - before[_DECODES]),  # of the target; its draft model's are not in it
-        texts=tuple(digest(ids) for ids in outputs),
+        texts=tuple(digest(answer.tokens) for answer in answers),
+        own_seconds=max(answer.seconds for answer in answers),  # all of them began together
         drafted=int(after[_DRAFTED] - before[_DRAFTED]),
         accepted=int(after[_ACCEPTED] - before[_ACCEPTED]),
     )
@@ -228,6 +244,7 @@ def load_llama(
     *,
     batch: int = 1,
     trial: Trial | None = None,
+    start: type[LlamaServer] = LlamaServer,
 ) -> list[LlamaServer]:
     """llama.cpp's server, running: "llama", "llama-ngram" and, with a draft model, "llama-draft" and "llama-both".
 
@@ -237,13 +254,14 @@ def load_llama(
         dtype: bfloat16, float32, or "auto" for the checkpoint's.
         threads: at most.
         batch: requests at once.
-        trial: what each is tuned on; None: settings that were good on a 2-core machine, untuned.
+        trial: what each is tuned on; None: the first of the settings in ``llama_settings``, untuned.
+        start: another kind of server, for tests.
 
     Raises:
         ConfigError: it is not built, does not start, or cannot have such a model.
         CheckpointError: no model.
     """
-    tuner = _Tuner(LlamaFiles.prepare(target, draft, dtype, build), batch, trial)
+    tuner = Tuner(LlamaFiles.prepare(target, draft, dtype, build), batch, trial, start)
     with contextlib.ExitStack() as running:  # what runs is ended if something after it fails
         plain = tuner.plain(threads)
         running.callback(plain.close)
@@ -260,12 +278,13 @@ def load_llama(
 
 
 @dataclass(frozen=True)
-class _Tuner:
+class Tuner:
     """Starts servers with the best of some settings; without a trial, with the first."""
 
     files: LlamaFiles
     batch: int
     trial: Trial | None
+    start: type[LlamaServer] = LlamaServer
 
     def plain(self, threads: int) -> LlamaServer:
         """Two times, because all combinations are too many: threads and attention, then prompts and sampling."""
@@ -277,6 +296,6 @@ class _Tuner:
 
     def best(self, name: str, settings: Sequence[LlamaSetting]) -> LlamaServer:
         if self.trial is None:
-            return LlamaServer(name, self.files, settings[0], self.batch)
-        starts = {each.label: partial(LlamaServer, name, self.files, each, self.batch) for each in settings}
+            return self.start(name, self.files, settings[0], self.batch)
+        starts = {each.label: partial(self.start, name, self.files, each, self.batch) for each in settings}
         return tune(starts, self.trial)

@@ -40,6 +40,7 @@ class Run:
     tokens: int
     steps: int  # forward passes of the target
     texts: tuple[str, ...]  # a digest of the tokens of each prompt
+    own_seconds: float | None = None  # by a server's own account, without HTTP
     forward_seconds: float | None = None  # in the target's forward pass
     draft_seconds: float | None = None  # in the drafters
     drafted: int | None = None  # draft tokens verified

@@ -71,7 +71,7 @@ def llama_tokens(folder: str, dtype: str, cases: Sequence[Case], tokens: int, bu
     """Of llama.cpp, plain, one prompt at a time."""
     server = LlamaServer("llama", LlamaFiles.prepare(folder, None, dtype, build), LlamaSetting(torch.get_num_threads()))
     try:
-        return [server.complete(Task(0, 0.0, (case,), tokens))[0][0] for case in cases]
+        return [server.complete(Task(0, 0.0, (case,), tokens))[0] for case in cases]
     finally:
         server.close()
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.speed_report benchmarks/results/*.json --out docs/benchmarks.md
 
-Results of several commands and sessions are put together; what is not among them is named as not measured.
+Results of several commands and sessions are put together; what is not among them is named as not measured. A ``.txt``
+file among the results, what another benchmark printed, goes onto the page as it is, under its name.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks.speed_tables import checks_table, matrix_tables
 from server.flags import Parser
 
 IMAGES = "images"  # beside the page
+TEXT = ".txt"
 INTRODUCTION = """\
 # Measured
 
@@ -85,13 +87,18 @@ def write(results: Sequence[Path], out: Path) -> None:
     Raises:
         ConfigError: a file that holds no result.
     """
-    merged = documents.merge([documents.load(path) for path in results])
+    merged = documents.merge([documents.load(path) for path in results if path.suffix != TEXT])
+    printed = {path.stem: path.read_text(encoding="utf-8") for path in results if path.suffix == TEXT}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(merged, out.parent / IMAGES), encoding="utf-8")
+    out.write_text(page(merged, out.parent / IMAGES, printed), encoding="utf-8")
 
 
-def page(merged: Mapping[str, Document], images: Path) -> str:
-    """The whole page; its images are drawn on the way."""
+def page(merged: Mapping[str, Document], images: Path, printed: Mapping[str, str]) -> str:
+    """The whole page; its images are drawn on the way.
+
+    Args:
+        printed: a name -> what another benchmark printed.
+    """
     pieces = {kind: merged[kind].pieces if kind in merged else [] for kind in NOT_MEASURED}
     cells = [from_json(piece) for piece in pieces[matrix.KIND]]
     checks = matrix_checks(cells) + offline_checks(pieces[offline.KIND]) + compare_checks(pieces[compare.KIND])
@@ -104,6 +111,7 @@ def page(merged: Mapping[str, Document], images: Path) -> str:
         *(_offline(pieces[offline.KIND], images) if pieces[offline.KIND] else []),
         *(_compare(pieces[compare.KIND], images) if pieces[compare.KIND] else []),
         *_gpu(merged.get(gpu.KIND)),
+        *(f"## {name.replace('-', ' ').capitalize()}\n\n{indented(text)}" for name, text in printed.items()),
         _sources(merged),
     ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"

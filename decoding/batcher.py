@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models import kernels
 from models.batch import PAGE_SIZE, RaggedBatch
+from models.transfer import upload
 from models.tree import Trees, mask_depths
 
 
@@ -67,12 +68,12 @@ def _build_fused(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[
         trees.tokens,
         masks,
     )
-    return RaggedBatch(*made[:12]), Nodes(*made[12:], masks)
+    row, column, depth, first = made[12:]
+    return RaggedBatch(*made[:12]), Nodes(row, column, depth, first, masks)
 
 
 def build_anywhere(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -> tuple[RaggedBatch, Nodes]:
-    """``build`` in NumPy and PyTorch, on any device: what it means."""
-    device = trees.tokens.device
+    """``build`` in NumPy and PyTorch, on any device: what it means. One copy to the device, and no wait for it."""
     lengths = np.array([len(c.tokens) for c in chains])
     starts = np.array([c.start for c in chains])
     extra = np.zeros_like(lengths)  # query tokens after the chain
@@ -86,42 +87,39 @@ def build_anywhere(chains: list[Chain], trees: Trees, masks: Tensor, counts: lis
     index = starts[row_of] + offset  # logical index, for chain tokens also the position
     column = index - ends[row_of] + 1  # column in the tree; <= 0 in the chain, 0 at the root
     table = page_table([c.pages for c in chains])
-    slots = table[row_of, index // PAGE_SIZE] * PAGE_SIZE + index % PAGE_SIZE
 
     tokens = np.zeros(len(index), dtype=np.int64)
     tokens[column <= 0] = np.concatenate([c.tokens for c in chains])
-    decides = row_of < len(counts)
-    wanted = np.flatnonzero((column >= 0) & decides)
-
-    def upload(array: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.from_numpy(array).to(device, dtype)
-
-    node_row, node_column = upload(row_of[wanted]), upload(column[wanted])
-    node_mask = masks[node_row, node_column]
-    depth = mask_depths(node_mask)
-    at = upload(wanted)
-    positions, tree_mask = upload(index), torch.zeros(len(index), dtype=torch.int64, device=device)
-    token_ids = upload(tokens)
-    if trees.width > 1:
-        token_ids[at] = trees.tokens[node_row, node_column]
-        positions[at] = upload(ends[row_of[wanted]] - 1) + depth
-    tree_mask[at] = node_mask
-    batch = RaggedBatch(
-        token_ids=token_ids,
-        positions=positions,
-        slots=upload(slots),
-        visible=upload(np.minimum(index + 1, ends[row_of]), torch.int32),
-        tree_mask=tree_mask,
-        row_of=upload(row_of, torch.int32),
-        row_starts=upload(row_starts, torch.int32),
-        tree_base=upload(ends - 1, torch.int32),
-        page_table=upload(table, torch.int32),
-        wanted=at,
-        max_query=int(queries.max()),
-        max_keys=int((ends + extra).max()),
-    )
+    wanted = np.flatnonzero((column >= 0) & (row_of < len(counts)))
+    tree_mask = np.zeros_like(tokens)
+    tree_mask[wanted] = 1  # of roots; of the other nodes it is known on the device
     first = np.cumsum([0, *counts[:-1]]) if counts else np.zeros(0, dtype=np.int64)
-    return batch, Nodes(node_row, node_column, depth, upload(first), masks)
+    there = upload(
+        trees.tokens.device,
+        *(tokens, index, table[row_of, index // PAGE_SIZE] * PAGE_SIZE + index % PAGE_SIZE),
+        *(np.minimum(index + 1, ends[row_of]).astype(np.int32), tree_mask),
+        *(each.astype(np.int32) for each in (row_of, row_starts, ends - 1, table)),
+        *(wanted, row_of[wanted], column[wanted], first, ends[row_of[wanted]] - 1),
+    )
+    token_ids, positions, slots, visible, masks_of, rows, begins, bases, pages, at, *places = there
+    longest, keys = int(queries.max()), int((ends + extra).max())
+    batch = RaggedBatch(
+        token_ids, positions, slots, visible, masks_of, rows, begins, bases, pages, at, max_query=longest, max_keys=keys
+    )
+    return batch, _place_nodes(batch, places, trees, masks)
+
+
+def _place_nodes(batch: RaggedBatch, places: list[Tensor], trees: Trees, masks: Tensor) -> Nodes:
+    """Write the wanted nodes into the batch: their row and column [W]; first node [S]; position of their root [W]."""
+    row, column, first, base = places
+    if trees.width == 1:
+        return Nodes(row, column, torch.zeros_like(row), first, masks)
+    node_mask = masks[row, column]
+    depth = mask_depths(node_mask)
+    batch.token_ids[batch.wanted] = trees.tokens[row, column]
+    batch.positions[batch.wanted] = base + depth
+    batch.tree_mask[batch.wanted] = node_mask
+    return Nodes(row, column, depth, first, masks)
 
 
 def page_table(pages: list[list[int]]) -> np.ndarray:

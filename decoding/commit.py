@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from decoding.batcher import Nodes
 from decoding.cache import SequenceCache
 from decoding.drafters.team import DrafterTeam
-from decoding.logprobs import node_logprobs, prompt_logprobs
+from decoding.logprobs import by_row, node_logprobs, prompt_logprobs, wishes_of
 from decoding.messages import FinishReason, TokenEvent, TokenLogprobs
 from decoding.plan import Plan, PlannedRow
 from decoding.planner import Planner
@@ -20,6 +19,7 @@ from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence, SpeculationCounter
 from decoding.verify import Verdict
 from models.target import CausalModel, ForwardOutput
+from models.transfer import fetch, upload
 from models.tree_ops import ChosenTrees
 
 
@@ -70,10 +70,11 @@ class Committer:
         """Apply a step's verdict: here the tokens reach the host."""
         self.totals.steps += 1
         self._prompt_logprobs(plan, chosen, out)
-        tokens = verdict.tokens.tolist()
-        path = verdict.path.tolist() if chosen.deepest else [[]] * len(tokens)
-        source = chosen.trees.source.tolist()
-        logprobs = node_logprobs(plan, nodes, verdict, logits, self._vocab_size)
+        wishes = wishes_of(plan)
+        asked = node_logprobs(wishes, nodes, verdict, logits, self._vocab_size).tensors if wishes else ()
+        fetched = fetch(verdict.tokens, verdict.path, chosen.trees.source, *asked)()
+        tokens, path, source = fetched[0].tolist(), fetched[1].tolist(), fetched[2].tolist()
+        logprobs = by_row(wishes, fetched[3:]) if wishes else {}
         events = []
         for index, row in enumerate(plan.deciding):
             sequence, drawn = row.sequence, tokens[index]
@@ -82,7 +83,7 @@ class Committer:
             count = len(drawn) - 1
             kept, reason = self._append(sequence, drawn)
             sequence.cached = min(row.end + count, sequence.length)  # the text may end within the accepted path
-            self._account(sequence, source[index][1 : chosen.counts[index]], path[index][: min(count, kept)], kept)
+            self._account(sequence, source[index], path[index][: min(count, kept)], kept)
             events.append(self._event(sequence, drawn[:kept], reason, logprobs.get(index)))
             self._settle(sequence, reason)
         for row in plan.rows[len(plan.deciding) :]:
@@ -108,15 +109,16 @@ class Committer:
         return len(tokens), None
 
     def _account(self, sequence: Sequence, source: list[int], path: list[int], kept: int) -> None:
-        """Count a row's step: the sources of its drafted nodes, the columns of those that were accepted."""
-        drafted = Counter(source).items()  # few drafters, so few different sources
-        accepted = Counter([source[column - 1] for column in path]).items()
+        """Count a row's step: the sources of its tree's columns, the columns of those that were accepted."""
+        drafted = Counter(source)  # few drafters, so few different sources
+        nodes = len(source) - drafted.pop(0)  # the root has no source, nor has padding
+        accepted = Counter([source[column] for column in path]).items()
         for counter in (sequence.counter, self.totals.speculation):
             counter.steps += 1
-            counter.drafted += len(source)
+            counter.drafted += nodes
             counter.accepted += len(path)
             for bit, name in enumerate(self._names):
-                counter.drafted_by[name] += sum(count for bits, count in drafted if bits >> bit & 1)
+                counter.drafted_by[name] += sum(count for bits, count in drafted.items() if bits >> bit & 1)
                 counter.accepted_by[name] += sum(count for bits, count in accepted if bits >> bit & 1)
         self.totals.generated_tokens += kept
 
@@ -171,7 +173,7 @@ class Committer:
         # the logits at chain token i tell the logprob of token i + 1
         after = range(max(row.start + 1, len(known)), min(row.end + 1, sequence.prompt_len))
         if after:
-            targets = torch.from_numpy(sequence.tokens[after.start : after.stop]).to(hidden.device)
+            [targets] = upload(hidden.device, sequence.tokens[after.start : after.stop])
             rows = hidden[after.start - 1 - row.start : after.stop - 1 - row.start]
             top = sequence.params.prompt_logprobs or 0
             known.extend(prompt_logprobs(self._target, rows, targets, top, self._vocab_size))

@@ -1,7 +1,8 @@
 """argmax(F(x / T) + g) where some of the nodes have filters F: two ways to the same tokens.
 
 ``by_candidates`` tries the few best of x / T + g in turn and computes F only where it drops them all: far less work,
-but each of its branches reads from the device. ``by_sorting`` computes F outright and never reads.
+but each of its branches reads from the device. ``by_sorting`` computes F outright and never reads. ``keeps_some`` and
+``keeps`` likewise.
 """
 
 from __future__ import annotations
@@ -55,3 +56,21 @@ def by_sorting(
         keep = kept_everywhere(x[some] / temperature[some, None], filters.at(some))
         parts.append(ops.draw(x[some].masked_fill(~keep, -torch.inf), temperature[some], noise, noise_row[some]))
     return torch.cat(parts)
+
+
+def keeps_some(scaled: Tensor, filters: Filters, at: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
+    """See ``SamplingOps.keeps``."""
+    result = torch.zeros_like(where)
+    some = where.nonzero().squeeze(1)
+    if some.numel():
+        result[some] = kept(scaled[at[some]], filters.at(some), tokens[some, None]).squeeze(1)
+    return result
+
+
+def keeps(scaled: Tensor, filters: Filters, at: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
+    """See ``SamplingOps.keeps``."""
+    parts = []
+    for first in range(0, len(at), SORTED):
+        some = slice(first, first + SORTED)
+        parts.append(kept(scaled[at[some]], filters.at(some), tokens[some, None]).squeeze(1))
+    return torch.cat(parts) & where

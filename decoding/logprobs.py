@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,57 +13,80 @@ from decoding.messages import TokenLogprobs
 from decoding.plan import Plan
 from decoding.verify import Verdict
 from models.target import CausalModel
+from models.transfer import fetch, upload
 
 CHUNK = 256  # prompt positions whose logits exist at one time
 
 
-def node_logprobs(
-    plan: Plan, nodes: Nodes, verdict: Verdict, logits: Tensor, vocab_size: int
-) -> dict[int, list[TokenLogprobs]]:
-    """For each deciding row that asked: one entry per committed token, the bonus included.
+@dataclass(frozen=True)
+class Logprobs:
+    """Of M tokens, on the device."""
+
+    tokens: Tensor  # [M] int64; -1 where there is none
+    chosen: Tensor  # [M] the tokens' own
+    top_ids: Tensor  # [M, K] int64, the most probable tokens
+    top: Tensor  # [M, K] theirs
+
+    @staticmethod
+    def of(logits: Tensor, tokens: Tensor, top: int) -> Logprobs:
+        """From logits [M, V] before the tokens [M]."""
+        logprobs = logits.log_softmax(dim=-1)
+        best = logprobs.topk(min(top, logprobs.shape[1]), dim=1)
+        return Logprobs(tokens, logprobs.gather(1, tokens[:, None]).squeeze(1), best.indices, best.values)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is to be fetched for ``entries``."""
+        return self.tokens, self.chosen, self.top_ids, self.top
+
+
+def entries(fetched: list[np.ndarray]) -> list[TokenLogprobs]:
+    """One for each token, from ``Logprobs.tensors`` on the host."""
+    return [
+        TokenLogprobs(token, logprob, tuple(zip(ids, values, strict=True)))
+        for token, logprob, ids, values in zip(*(each.tolist() for each in fetched), strict=True)
+    ]
+
+
+def wishes_of(plan: Plan) -> dict[int, int]:
+    """The deciding rows that asked for logprobs, and for how many of the most probable tokens."""
+    wishes = {i: row.sequence.params.logprobs for i, row in enumerate(plan.deciding)}
+    return {row: top for row, top in wishes.items() if top is not None}
+
+
+def node_logprobs(wishes: dict[int, int], nodes: Nodes, verdict: Verdict, logits: Tensor, vocab_size: int) -> Logprobs:
+    """Of the rows that asked, D + 1 entries each: the accepted tokens, the bonus, then what is not to be looked at.
 
     Args:
+        wishes: of at least one row.
         logits: [W, V] raw logits of the nodes.
-        vocab_size: ids beyond do not count.
+        vocab_size: ids beyond are padding and do not count.
     """
-    wishes = {
-        i: row.sequence.params.logprobs
-        for i, row in enumerate(plan.deciding)
-        if row.sequence.params.logprobs is not None
-    }
-    if not wishes:
-        return {}
-    asked = torch.tensor(list(wishes), device=logits.device)
+    [asked] = upload(logits.device, np.array(list(wishes)))
     roots = verdict.path.new_zeros(len(wishes), 1)
-    columns = torch.cat([roots, verdict.path[asked]], dim=1)  # [A, D + 1] the nodes where the tokens were drawn
-    on_path = columns >= 0
-    at = (nodes.first[asked, None] + columns)[on_path]
-    entries = _entries(logits[at, :vocab_size], verdict.tokens[asked][on_path], max(wishes.values()))
-    result: dict[int, list[TokenLogprobs]] = {}
-    for (row, top), length in zip(wishes.items(), on_path.sum(dim=1).tolist(), strict=True):
-        result[row] = [TokenLogprobs(e.token_id, e.logprob, e.top[:top]) for e in entries[:length]]
-        del entries[:length]
-    return result
+    columns = torch.cat([roots, verdict.path[asked]], dim=1).clamp(min=0)  # the nodes where the tokens were drawn
+    at = (nodes.first[asked, None] + columns).flatten()
+    tokens = verdict.tokens[asked].flatten()
+    made = Logprobs.of(logits[at, :vocab_size], tokens.clamp(min=0), max(wishes.values()))
+    return replace(made, tokens=tokens)
+
+
+def by_row(wishes: dict[int, int], fetched: list[np.ndarray]) -> dict[int, list[TokenLogprobs]]:
+    """For each row that asked: one entry per committed token, the bonus included, from ``node_logprobs`` fetched."""
+    known = entries(fetched)
+    size = len(known) // len(wishes)
+    return {
+        row: [TokenLogprobs(e.token_id, e.logprob, e.top[:top]) for e in known[i * size :][:size] if e.token_id >= 0]
+        for i, (row, top) in enumerate(wishes.items())
+    }
 
 
 def prompt_logprobs(
     target: CausalModel, hidden: Tensor, tokens: Tensor, top: int, vocab_size: int
 ) -> list[TokenLogprobs]:
     """Logprobs of prompt tokens [M] from the hidden states [M, H] before each of them."""
-    entries: list[TokenLogprobs] = []
+    known: list[TokenLogprobs] = []
     for first in range(0, len(tokens), CHUNK):
         rows, chunk = hidden[first : first + CHUNK], tokens[first : first + CHUNK]
-        entries.extend(_entries(target.logits(rows)[:, :vocab_size], chunk, top))
-    return entries
-
-
-def _entries(logits: Tensor, tokens: Tensor, top: int) -> list[TokenLogprobs]:
-    logprobs = logits.log_softmax(dim=-1)
-    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
-    best = logprobs.topk(min(top, logprobs.shape[1]), dim=1)
-    return [
-        TokenLogprobs(token, logprob, tuple(zip(ids, values, strict=True)))
-        for token, logprob, ids, values in zip(
-            tokens.tolist(), chosen, best.indices.tolist(), best.values.tolist(), strict=True
-        )
-    ]
+        known += entries(fetch(*Logprobs.of(target.logits(rows)[:, :vocab_size], chunk, top).tensors)())
+    return known

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from decoding.sequence import Sequence, SequenceId
+from models.transfer import upload
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # of the two multiplications in a Philox4x32 round
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # added to the key after each round
@@ -49,7 +51,7 @@ def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 
 def fill_rows(bank: Tensor, places: list[int], seeds: list[int], positions: list[int], choices: list[int]) -> None:
     """The reference NoiseKernel, in PyTorch on any device."""
-    index = torch.tensor([places, seeds, positions, choices], device=bank.device)
+    [index] = upload(bank.device, np.array([places, seeds, positions, choices]))
     made = bank.new_empty(len(places), bank.shape[1])
     gumbel(made, index[1], index[2], index[3])
     bank[index[0]] = made

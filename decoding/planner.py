@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from decoding.cache import SequenceCache
@@ -15,6 +16,7 @@ from decoding.drafters.base import Drafter
 from decoding.drafters.team import Proposal
 from decoding.plan import Plan, PlannedRow, Quota, RowQuota
 from decoding.sequence import Sequence
+from models.transfer import upload
 from models.tree_ops import ChosenTrees, TreeOps
 
 
@@ -158,7 +160,7 @@ def share_of(plan: Plan, max_step_tokens: int) -> int:
 def roots_of(plan: Plan, device: torch.device) -> ChosenTrees:
     """No nodes for anybody."""
     last = [int(row.sequence.tokens[-1]) for row in plan.deciding]
-    return ChosenTrees.roots(torch.tensor(last, dtype=torch.int64, device=device))
+    return ChosenTrees.roots(upload(device, np.array(last, dtype=np.int64))[0])
 
 
 def _limit(ours: int, theirs: int | None) -> int:

@@ -10,6 +10,7 @@ from decoding.plan import Plan, Quota
 from decoding.sampling import Sampling, SamplingTable, count, make_table
 from decoding.sampling_ops import SamplingOps
 from decoding.sequence import Sequence, SequenceId
+from models.transfer import upload
 
 
 class Sampler:
@@ -42,7 +43,7 @@ class Sampler:
         positions = self._table.first_noise  # not read; no tensor is made for it
         if not self._table.all_greedy:
             self.noise.fill(sequences, quota.depth)
-            positions = torch.from_numpy(np.array([s.length for s in sequences])).to(self._device)
+            [positions] = upload(self._device, np.array([s.length for s in sequences]))
         return Sampling(
             table=self._table,
             counts=count(sequences, self._table, self._vocab_size, self._device),

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from decoding.noise import NoiseBank
 from decoding.rule_table import RuleTable, make_rule_table
 from decoding.sampling_ops import SamplingOps
 from decoding.sequence import Sequence
+from models.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,14 @@ def count(sequences: list[Sequence], table: SamplingTable, vocab_size: int, devi
     """The counts of ``sequences`` now."""
     generated = None
     if table.stops is not None:
-        generated = torch.tensor([s.generated for s in sequences], dtype=torch.int64, device=device)
+        [generated] = upload(device, np.array([s.generated for s in sequences]))
     if not table.penalised:
         return Counts(generated, None)
     output = torch.zeros(len(sequences), vocab_size)
     for i in table.penalised:
         written = torch.from_numpy(sequences[i].tokens[sequences[i].prompt_len :])
         output[i] = torch.bincount(written, minlength=vocab_size)
-    return Counts(generated, output.to(device))
+    return Counts(generated, upload(device, output.numpy())[0])
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ class Sampling:
         best, confidence = self.ops.guess(y, temperature, noise, noise_row, tried, tau)
         if self.table.filtered:
             best, confidence = self._keep_guesses(x / temperature[:, None], row, best, confidence)
-        best, confidence = best[:, :k], confidence[:, :k]
+            best, confidence = best[:, :k].contiguous(), confidence[:, :k].contiguous()
         return (best if ids is None else ids[best]), confidence
 
     def noise_row(self, row: Tensor, depth: Tensor) -> Tensor:

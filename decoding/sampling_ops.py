@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from decoding.filtered_draw import by_candidates, by_sorting
+from decoding.filtered_draw import by_candidates, by_sorting, keeps, keeps_some
 from decoding.filters import Filters
 from decoding.noise import fill_rows
 from models import kernels
@@ -50,6 +50,10 @@ class SamplingOps(Protocol):
         """argmax(F(x / T) + g) [W] int64; nodes without noise have no filters."""
         ...
 
+    def keeps(self, scaled: Tensor, filters: Filters, at: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
+        """[W] bool: the filters keep ``tokens`` [W] among scaled[at] (at [W]); asked for only ``where`` [W] is true."""
+        ...
+
     def candidates(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, k: int) -> Tensor:
         """The k best ids of x / T + g [W, k], best first."""
         ...
@@ -86,6 +90,9 @@ class TorchSamplingOps:
     ) -> Tensor:
         return by_candidates(self, x, temperature, noise, noise_row, filters)
 
+    def keeps(self, scaled: Tensor, filters: Filters, at: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
+        return keeps_some(scaled, filters, at, tokens, where)
+
     def candidates(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, k: int) -> Tensor:
         return self._noisy(x / temperature[:, None], x, noise, noise_row).topk(k, dim=1).indices
 
@@ -114,6 +121,9 @@ class DeviceSamplingOps(TorchSamplingOps):
     ) -> Tensor:
         return by_sorting(self, x, temperature, noise, noise_row, filters)
 
+    def keeps(self, scaled: Tensor, filters: Filters, at: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
+        return keeps(scaled, filters, at, tokens, where)
+
 
 class CpuSamplingOps:
     """Fused, see models/kernels/sampling.cpp.
@@ -139,6 +149,9 @@ class CpuSamplingOps:
         self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, filters: Filters
     ) -> Tensor:
         return by_candidates(self, x, temperature, noise, noise_row, filters)
+
+    def keeps(self, scaled: Tensor, filters: Filters, at: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
+        return keeps_some(scaled, filters, at, tokens, where)
 
 
 SAMPLING_OPS: dict[str, Callable[[], SamplingOps]] = {

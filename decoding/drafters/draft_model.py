@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from decoding.batcher import Chain, Nodes, build
@@ -28,6 +28,7 @@ from models.batch import RaggedBatch
 from models.kv_cache import KVCache
 from models.loader import CheckpointError, load_model, resolve
 from models.target import CausalModel, ForwardOutput
+from models.transfer import upload
 from models.tree import Trees, root_masks, roots_only
 
 
@@ -128,13 +129,13 @@ class DraftModelDrafter:
         if not chains:
             return None
         last = [int(plan.deciding[i].sequence.tokens[-1]) for i in drafting]
-        roots = torch.tensor(last, dtype=torch.int64, device=self._model.device)
+        [roots] = upload(self._model.device, np.array(last, dtype=np.int64))
         trees = roots_only(roots)
         batch, _ = build(chains, trees, root_masks(len(drafting), roots.device), [1] * len(drafting))
         hidden = self._model.forward(batch, self._cache).hidden
         if not drafting:
             return None
-        row = torch.tensor(drafting, device=self._model.device)
+        [row] = upload(self._model.device, np.array(drafting))
         guide = quota.guide(self.name)
         limits = [self._options.depth, max(quota.rows[i].depth for i in drafting)]
         depth = min(limits if guide.depth is None else [*limits, guide.depth])

@@ -17,8 +17,9 @@ from decoding.cache import scratch_slots
 from decoding.errors import ConfigError
 from decoding.plan import UNGUIDED, Guide
 from decoding.sampling import Sampling
+from models import kernels
 from models.batch import MAX_TREE, PAGE_SIZE, RaggedBatch
-from models.tree import NO_PARENT, Trees
+from models.tree import NO_PARENT, Trees, root_masks
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,17 @@ class Beam:
     chance: Tensor  # [S, B] float32, path probability
     carry: Tensor | None  # [S * B, C], what their own pass takes of their parents'; None: the model takes nothing
     paths: Tensor | None  # [S, B, d] int64, tokens from depth 1 on; None unless penalties ask for them
+
+
+@dataclass(frozen=True)
+class Front:
+    """A beam as the fused way keeps it: the nodes of all rows that are expanded next, B of each, row after row."""
+
+    columns: Tensor  # [S * B] int64, their columns in the tree of candidates
+    masks: Tensor  # [S * B] int64, ancestors-or-self among the scratch nodes
+    chance: Tensor  # [S * B] float32, path probability
+    row: Tensor  # [S * B] int64, their rows' numbers in ``Sampling``
+    depth: Tensor  # [S * B] int64
 
 
 Pass = Callable[[RaggedBatch, Tensor | None, int], tuple[Tensor, Tensor | None]]
@@ -116,6 +128,89 @@ class Expansion:
         guide: Guide = UNGUIDED,
     ) -> Trees:
         """See ``Growth.grow``."""
+        # penalties look at paths, which only the general way carries along
+        fused = kernels.serves(row.device, torch.float32) and not sampling.needs_paths()
+        grow = self._grow_fused if fused else self.grow_anywhere
+        return grow(roots, batch, hidden, carry, row, depth, sampling, guide)
+
+    def _grow_fused(
+        self,
+        roots: Trees,
+        batch: RaggedBatch,
+        hidden: Tensor,
+        carry: Tensor | None,
+        row: Tensor,
+        depth: int,
+        sampling: Sampling,
+        guide: Guide,
+    ) -> Trees:
+        """``grow_anywhere`` with one call between two passes: see models/kernels/expansion.cpp."""
+        rows, zeros = len(row), torch.zeros_like(row)
+        front = Front(zeros, root_masks(rows, row.device), roots.confidence, row, zeros)
+        levels: list[tuple[Tensor, Tensor, Tensor]] = []
+        width, scratch = 1, 0
+        for level in range(depth):
+            tokens, confidence = self._guess(hidden, front.row, front.depth, None, sampling, guide.tau(level))
+            levels.append((front.columns, tokens, confidence))
+            if level + 1 == depth:
+                break
+            front, step, parents, promise = self._next(front, tokens, confidence, batch, row, width, scratch)
+            if self._ends(promise, guide):
+                break
+            hidden, carry = self.forward(step, None if carry is None else carry.index_select(0, parents), level + 1)
+            width += tokens.numel() // rows
+            scratch += step.max_query
+        return Trees(*torch.ops.saccade.join_levels.default(roots.tokens, *zip(*levels, strict=True), self.source))
+
+    def _next(
+        self,
+        front: Front,
+        tokens: Tensor,
+        confidence: Tensor,
+        batch: RaggedBatch,
+        row: Tensor,
+        first: int,
+        scratch: int,
+    ) -> tuple[Front, RaggedBatch, Tensor, tuple[float, float]]:
+        """The next front, the batch of its pass, its nodes' parents in the old one; what ``_ends`` asks for."""
+        rows, table = len(row), batch.page_table
+        size = min(self.options.beam, tokens.numel() // rows)
+        made = torch.ops.saccade.next_beam.default(
+            *(tokens, confidence),
+            *(front.columns, front.masks, front.chance, front.depth, row),
+            *(first, scratch, size),
+            *(batch.positions, batch.wanted, batch.tree_base, table, self.last_position),
+        )
+        columns, masks, chance, node_row, depth, parents, token_ids, positions, slots, visible = made[:10]
+        row_of, row_starts, wanted, largest, total = made[10:]
+        step = RaggedBatch(
+            token_ids=token_ids,
+            positions=positions,
+            slots=slots,
+            visible=visible,
+            tree_mask=masks,
+            row_of=row_of,
+            row_starts=row_starts,
+            tree_base=batch.tree_base if batch.num_rows == rows else batch.tree_base[:rows],
+            page_table=table if batch.num_rows == rows else table[:rows],
+            wanted=wanted,
+            max_query=size,
+            max_keys=min(batch.max_keys + scratch + size, table.shape[1] * PAGE_SIZE),
+        )
+        return Front(columns, masks, chance, node_row, depth), step, parents, (largest, total)
+
+    def grow_anywhere(
+        self,
+        roots: Trees,
+        batch: RaggedBatch,
+        hidden: Tensor,
+        carry: Tensor | None,
+        row: Tensor,
+        depth: int,
+        sampling: Sampling,
+        guide: Guide = UNGUIDED,
+    ) -> Trees:
+        """``grow`` in PyTorch, on any device: what it means."""
         rows, device = len(row), row.device
         zeros = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         paths = zeros.new_zeros(rows, 1, 0) if sampling.needs_paths() else None
@@ -123,11 +218,11 @@ class Expansion:
         columns = [(roots.tokens, roots.parents, roots.confidence)]
         width, scratch = 1, 0
         for level in range(depth):
-            tokens, confidence = self._guess(hidden, row, level, beam, sampling, guide.tau(level))  # [S, B, K]
+            tokens, confidence = self._guess_beam(hidden, row, level, beam, sampling, guide.tau(level))  # [S, B, K]
             parents = beam.columns[:, :, None].expand_as(tokens)
             columns.append((tokens.flatten(1), parents.flatten(1), confidence.flatten(1)))
             chance = (beam.chance[:, :, None] * confidence).flatten(1)
-            if level + 1 == depth or (device.type == "cpu" and self._ends(chance, guide)):
+            if level + 1 == depth or (device.type == "cpu" and self._ends(_promise(chance), guide)):
                 break
             beam = self._choose(beam, tokens.flatten(1), chance, carry, width, scratch)
             hidden, carry = self._forward(batch, rows, beam, level + 1, scratch)
@@ -137,11 +232,10 @@ class Expansion:
         source = torch.where(all_parents == NO_PARENT, 0, self.source)
         return Trees(all_tokens, all_parents, all_confidence, source)
 
-    def _ends(self, chance: Tensor, guide: Guide) -> bool:
-        """Whether another pass is not worth it, by the last level's path probabilities [S, B * K]."""
-        if guide.least_gain is None:
-            return float(chance.max()) < self.options.min_confidence
-        return float(chance.amax(dim=1).sum()) < guide.least_gain
+    def _ends(self, promise: tuple[float, float], guide: Guide) -> bool:
+        """Whether another pass is not worth it: see ``_promise``."""
+        largest, total = promise
+        return largest < self.options.min_confidence if guide.least_gain is None else total < guide.least_gain
 
     def _choose(
         self, beam: Beam, tokens: Tensor, chance: Tensor, carry: Tensor | None, first: int, scratch: int
@@ -190,15 +284,25 @@ class Expansion:
         )
         return self.forward(step, beam.carry, level)
 
-    def _guess(
+    def _guess_beam(
         self, hidden: Tensor, row: Tensor, level: int, beam: Beam, sampling: Sampling, tau: float
     ) -> tuple[Tensor, Tensor]:
-        """(tokens, confidence) [S, B, K]: the drafter's most probable next tokens after each node of the beam."""
+        """``_guess`` [S, B, K] for the nodes of a beam at depth ``level``."""
         size = beam.tokens.shape[1]
         node_row = row.repeat_interleave(size)
-        depth = torch.full_like(node_row, level)
         paths = beam.paths.flatten(0, 1) if beam.paths is not None else None
-        x = sampling.process(self.logits(hidden), node_row, depth, paths, self.token_ids)
-        options = self.options
-        tokens, confidence = sampling.guess(x, node_row, depth, options.top_k, tau * options.tau, self.token_ids)
+        tokens, confidence = self._guess(hidden, node_row, torch.full_like(node_row, level), paths, sampling, tau)
         return tokens.view(-1, size, tokens.shape[1]), confidence.view(-1, size, tokens.shape[1])
+
+    def _guess(
+        self, hidden: Tensor, row: Tensor, depth: Tensor, paths: Tensor | None, sampling: Sampling, tau: float
+    ) -> tuple[Tensor, Tensor]:
+        """(tokens, confidence) [W, K]: the drafter's most probable next tokens after each node."""
+        x = sampling.process(self.logits(hidden), row, depth, paths, self.token_ids)
+        return sampling.guess(x, row, depth, self.options.top_k, tau * self.options.tau, self.token_ids)
+
+
+def _promise(chance: Tensor) -> tuple[float, float]:
+    """The largest of the last level's path probabilities [S, B * K], and the sum of each row's largest."""
+    best = chance.amax(dim=1)
+    return float(best.max()), float(best.sum())

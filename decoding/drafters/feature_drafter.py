@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from models.batch import PAGE_SIZE, RaggedBatch
 from models.heads.feature_model import Drafted, FeatureModel
 from models.kv_cache import KVCache
 from models.target import ForwardOutput
+from models.transfer import upload
 from models.tree import Trees, root_masks, roots_only
 
 PENDING = 128  # tokens that a row may commit without drafting before it loses what came before; they cost memory
@@ -144,7 +146,7 @@ class FeatureDrafter:
         batch, trees, drafted = self._catch_up(runs, len(drafting))
         if not drafting:
             return None
-        row = torch.tensor(drafting, device=self._model.device)
+        [row] = upload(self._model.device, np.array(drafting))
         guide = quota.guide(self.name)
         limits = [self._options.depth, max(quota.rows[number].depth for number in drafting)]
         depth = min(limits if guide.depth is None else [*limits, guide.depth])
@@ -177,7 +179,7 @@ class FeatureDrafter:
         """Write the runs' entries. The first ``count`` of them end in roots, whose results are wanted."""
         device = self._model.device
         last = [int(run.sequence.tokens[-1]) for run in runs[:count]]
-        trees = roots_only(torch.tensor(last, dtype=torch.int64, device=device))
+        trees = roots_only(upload(device, np.array(last, dtype=np.int64))[0])
         batch, _ = build([run.chain() for run in runs], trees, root_masks(count, device), [1] * count)
         batch = replace(batch, positions=batch.positions - 1)
         features = [part for run in runs for part in self._features.take(run.sequence.id, run.start - 1, run.end - 1)]
@@ -214,7 +216,7 @@ class FeatureDrafter:
                 target.append(run.sequence.pages[last // PAGE_SIZE])
             first += run.end - run.start
         if source:
-            where = torch.tensor([source, target], device=carry.device)
+            [where] = upload(carry.device, np.array([source, target]))
             self._page_carry.index_copy_(0, where[1], carry.index_select(0, where[0]))
 
     def _extend(self, batch: RaggedBatch, carry: Tensor | None, depth: int) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from decoding.verify import Verdict
 from models.batch import PAGE_SIZE, RaggedBatch
 from models.heads.feature_model import FeatureSource
 from models.target import CausalModel, ForwardOutput
+from models.transfer import upload
 
 LOOSE_PIECES = 16  # a sequence's pieces are views into whole steps' features; beyond this they are copied into one
 
@@ -83,7 +84,7 @@ class FeatureStore:
             at = (at[:, None] + torch.nn.functional.pad(verdict.path.clamp(min=0), (1, 0))).flatten()
         index = batch.wanted[at]
         if heads.rows:
-            where = torch.from_numpy(heads.where()).to(index.device)
+            [where] = upload(index.device, heads.where())
             index = torch.cat([index, batch.row_starts[where[0]] + where[1]])
         taken = [part.index_select(0, index) for part in parts]
         gathered = torch.cat(taken, dim=1) if len(taken) > 1 else taken[0]  # [n, F]
@@ -157,7 +158,7 @@ class FeatureStore:
         source += [len(plan.deciding) * tail + at for at in heads.page_ends]
         target += heads.pages
         if source:
-            where = torch.tensor([source, target], device=gathered.device)
+            [where] = upload(gathered.device, np.array([source, target]))
             self._pages.index_copy_(0, where[1], gathered.index_select(0, where[0]))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from models.heads.medusa import MedusaHeads, load_medusa, open_medusa
 from models.layers.linear import Packing
 from models.loader import CheckpointError, resolve
 from models.target import CausalModel, ForwardOutput
+from models.transfer import upload
 from models.tree import Trees
 
 PROBABILITY, CALIBRATED = "probability", "calibrated"
@@ -156,7 +158,7 @@ class MedusaDrafter:
         if not drafting:
             return None
         last = [int(plan.deciding[index].sequence.tokens[-1]) for index in drafting]
-        roots, row = torch.tensor([last, drafting], device=self._device)
+        roots, row = upload(self._device, np.array([last, drafting]))[0]
         limits = [quota.rows[index] for index in drafting]
         guide = quota.guide(self.name)
         depth = min(self._shape.depth, max(limit.depth for limit in limits), guide.depth or self._shape.depth)

@@ -17,6 +17,7 @@ from decoding.plan import Plan, Quota, RowQuota
 from decoding.sampling import Sampling
 from models import kernels
 from models.batch import MAX_TREE
+from models.transfer import upload
 from models.tree import NO_PARENT, Trees
 
 RIVAL = 0.5  # a second continuation after the same tokens is about half as likely as the first
@@ -63,7 +64,8 @@ class NgramDrafter(TokenDrafter):
             return None
         tokens, parents, confidence = arrays
         source = (parents != NO_PARENT).long() << self._bit
-        return Trees(*(array.to(self._device) for array in (tokens, parents, confidence, source)))
+        there = upload(self._device, *(array.numpy() for array in (tokens, parents, confidence, source)))
+        return Trees(*there)
 
     def _search_fused(self, plan: Plan, quota: Quota) -> tuple[Tensor, Tensor, Tensor] | None:
         """``search_anywhere`` in one call: see models/kernels/ngram.cpp."""

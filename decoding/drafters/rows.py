@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from decoding.plan import Plan
 from decoding.sequence import Sequence
+from models.transfer import upload
 from models.tree import NO_PARENT, Trees
 
 
@@ -23,7 +24,7 @@ def spread(drafted: Trees, row: Tensor, plan: Plan) -> Trees:
     """Trees of all deciding rows from those of the rows ``row`` [S]; the others' are bare roots."""
     if len(row) == len(plan.deciding):
         return drafted
-    roots = torch.tensor([int(r.sequence.tokens[-1]) for r in plan.deciding], device=row.device)
+    [roots] = upload(row.device, np.array([r.sequence.tokens[-1] for r in plan.deciding], dtype=np.int64))
     size = (len(plan.deciding), drafted.width)
     tokens = drafted.tokens.new_full(size, -1)
     tokens[:, 0] = roots

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from decoding.batcher import Nodes
-from decoding.filters import kept
 from decoding.sampling import Sampling
 from decoding.verify import Verdict
 from models.tree import Trees, is_node, mask_depths, path_to, reached
@@ -46,9 +45,7 @@ def _judge(trees: Trees, nodes: Nodes, x: Tensor, sampling: Sampling) -> tuple[T
     prob = probs[parent, token]
     likely = prob > threshold[parent]
     if table.filtered:
-        at = likely.nonzero().squeeze(1)  # few; the filters look at the whole vocabulary
-        if at.numel():
-            likely[at] = kept(scaled[parent[at]], table.filters.at(row[at]), token[at, None]).squeeze(1)
+        likely = sampling.ops.keeps(scaled, table.filters.at(row), parent, token, likely)
     accepted = torch.zeros_like(trees.tokens, dtype=torch.bool)
     accepted[row, nodes.column] = likely
     logprobs = torch.zeros_like(trees.confidence)

@@ -29,6 +29,7 @@ SOURCES: dict[str, list[str]] = {  # file: flags of its own
     "bindings.cpp": [],
     "attention.cpp": [],
     "batch.cpp": [],
+    "expansion.cpp": [],
     "calibration.cpp": [],
     "int8_linear.cpp": [],
     "layer_ops.cpp": [],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -10,14 +13,17 @@ from torch import Tensor
 from decoding.batcher import Chain, build
 from decoding.drafters.expansion import Expansion, TreeOptions
 from decoding.errors import ConfigError
+from decoding.plan import Guide
 from decoding.request import GenerateRequest, SamplingParams
 from decoding.sequence import Sequence
+from models import kernels
 from models.batch import PAGE_SIZE, RaggedBatch
-from models.tree import NO_PARENT, roots_only
+from models.tree import NO_PARENT, Trees, root_masks, roots_only
 from tests.steps import sampling_of
 
 VOCAB = 12
 LAST_POSITION = 40
+PAGES = [[7 * n + page for page in range(6)] for n in range(3)]
 LENGTHS = (5, 39, 18)  # of the rows' texts; the second one's nodes lie beyond the last position
 HEAD = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 MIX = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -66,18 +72,23 @@ class Passes:
         return hidden, hidden
 
 
+def rooted(temperature: float) -> tuple[list[Sequence], Trees, RaggedBatch]:
+    """Rows, their roots, and the pass over the two tokens of each that end in its root."""
+    rows = [
+        Sequence(GenerateRequest(f"r{n}", (1,) * (length - 1) + (n,), SamplingParams(temperature=temperature)), 0, n)
+        for n, length in enumerate(LENGTHS)
+    ]
+    trees = roots_only(torch.tensor([int(row.tokens[-1]) for row in rows]))
+    chains = [Chain(np.array(row.tokens[-2:]), row.length - 2, own) for row, own in zip(rows, PAGES, strict=True)]
+    batch, _ = build(chains, trees, root_masks(len(rows), trees.tokens.device), [1] * len(rows))
+    return rows, trees, batch
+
+
 @pytest.mark.parametrize("carried", [True, False])
 @pytest.mark.parametrize(("top_k", "beam", "depth"), [(1, 1, 5), (3, 3, 5), (4, 2, 3), (2, 7, 4), (5, 4, 1)])
 def test_every_node_comes_from_its_own_path(top_k: int, beam: int, depth: int, carried: bool) -> None:
-    rows = [
-        Sequence(GenerateRequest(f"r{n}", (1,) * (length - 1) + (n,), SamplingParams(temperature=0.0)), 0, 0)
-        for n, length in enumerate(LENGTHS)
-    ]
-    pages = [[7 * n + page for page in range(6)] for n in range(len(rows))]
-    roots = torch.tensor([int(row.tokens[-1]) for row in rows])
-    trees = roots_only(roots)
-    chains = [Chain(np.array(row.tokens[-2:]), row.length - 2, own) for row, own in zip(rows, pages, strict=True)]
-    batch, _ = build(chains, trees, torch.ones_like(trees.parents), [1] * len(rows))
+    rows, trees, batch = rooted(0.0)
+    roots = trees.tokens[:, 0]
     options = TreeOptions("", depth=depth, top_k=top_k, beam=beam, tau=1.3, min_confidence=0.0)
     above = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     root = after(above, roots)
@@ -106,7 +117,7 @@ def test_every_node_comes_from_its_own_path(top_k: int, beam: int, depth: int, c
         assert passes.depths == list(range(1, depth))
         assert len(set(passes.slots)) == len(passes.slots), "no scratch slot is written twice"
         written = {slot // PAGE_SIZE for slot in passes.slots}
-        assert written <= {page for own in pages for page in own}
+        assert written <= {page for own in PAGES for page in own}
         assert len(passes.slots) <= len(rows) * options.scratch_slots(depth)
     assert (grown.parents[:, 1:] != NO_PARENT).all()
 
@@ -114,6 +125,37 @@ def test_every_node_comes_from_its_own_path(top_k: int, beam: int, depth: int, c
 def alone(batch: RaggedBatch, carry: Tensor | None, depth: int) -> tuple[Tensor, None]:
     assert carry is None
     return after(torch.zeros(len(batch.token_ids), VOCAB, dtype=torch.float64), batch.token_ids), None
+
+
+@pytest.mark.skipif(not kernels.load(), reason="the kernels are not built")
+@pytest.mark.parametrize("least", [None, 0.0, 1.2])
+@pytest.mark.parametrize(("top_k", "beam", "depth"), [(1, 1, 5), (3, 3, 5), (4, 2, 3), (2, 7, 4), (12, 4, 2)])
+def test_the_fused_way_is_the_plain_one(top_k: int, beam: int, depth: int, least: float | None) -> None:
+    """The same passes over the same batches, and the same trees, also where drafting ends early."""
+    rows, trees, batch = rooted(0.8)
+    options = TreeOptions("", depth=depth, top_k=top_k, beam=beam, min_confidence=0.2)
+    root = after(torch.randn(len(rows), VOCAB, dtype=torch.float64), trees.tokens[:, 0])
+    number, guide = torch.tensor([2, 0, 1]), Guide(taus=(1.0, 0.7), least_gain=least)
+    sampling = sampling_of([rows[1], rows[2], rows[0]], depth, vocab=VOCAB, ops="cpu")
+    seen: list[list[RaggedBatch]] = []
+
+    def grown(grow: Callable[..., Trees]) -> Trees:
+        seen.append([])
+        return grow(trees, batch, root, root, number, depth, sampling, guide)
+
+    def forward(step: RaggedBatch, carry: Tensor | None, level: int) -> tuple[Tensor, Tensor]:
+        assert carry is not None
+        seen[-1].append(step)
+        hidden = after(carry, step.token_ids)
+        return hidden, hidden
+
+    expansion = Expansion(options, 4, LAST_POSITION, forward, logits)
+    fused, plain = grown(expansion.grow), grown(expansion.grow_anywhere)
+    for ours, theirs in [(fused, plain), *zip(*seen, strict=True)]:
+        for field in dataclasses.fields(ours):
+            mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+            assert torch.equal(mine, other) if isinstance(mine, Tensor) else mine == other, field.name
+            assert not isinstance(mine, Tensor) or mine.dtype == other.dtype, field.name
 
 
 @pytest.mark.parametrize("wrong", [{"depth": 0}, {"top_k": 0}, {"beam": 0}, {"beam": 32, "depth": 3}, {"tau": 0.0}])
