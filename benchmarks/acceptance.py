@@ -26,6 +26,7 @@ from decoding.assemble import load_target
 from decoding.config import Dtype, EngineConfig
 from decoding.drafters import DrafterChoice
 from decoding.errors import ConfigError, nearest
+from decoding.plan_choice import FixedPlan
 from training.checkpoint import replace_folder
 
 
@@ -218,7 +219,7 @@ def settings_of(options: Options, prompts: Sequence[Prompt], scripts: Sequence[S
         "replayed": len(scripts),
         "nodes": options.nodes,
         "max_depth": options.max_depth,
-        "pruned": EngineConfig.min_probability,
+        "pruned": FixedPlan.min_probability,
     }
 
 

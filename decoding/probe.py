@@ -63,7 +63,8 @@ class ProbePlanner:
         tokens[:, 0] = torch.tensor([int(row.sequence.tokens[-1]) for row in plan.deciding], device=device)
         parents = torch.zeros_like(tokens)
         parents[:, 0] = NO_PARENT
-        trees = Trees(tokens, parents, torch.full(tokens.shape, 0.5, device=device), torch.ones_like(tokens))
+        drafted = (parents != NO_PARENT).long()
+        trees = Trees(tokens, parents, torch.full(tokens.shape, 0.5, device=device), drafted)
         return ChosenTrees(trees, ancestor_masks(parents), [width] * rows, 1)
 
     def learn(self, plan: Plan, chosen: ChosenTrees, made: int, times: StepTimes) -> None:

@@ -176,7 +176,7 @@ class Expansion:
         rows, table = len(row), batch.page_table
         size = min(self.options.beam, tokens.numel() // rows)
         made = torch.ops.saccade.next_beam.default(
-            *(tokens, confidence),
+            *(tokens.contiguous(), confidence.contiguous()),
             *(front.columns, front.masks, front.chance, front.depth, row),
             *(first, scratch, size),
             *(batch.positions, batch.wanted, batch.tree_base, table, self.last_position),

@@ -74,7 +74,7 @@ class Watched:
 
     def __init__(self, inner: Drafter, bit: int, vocab_size: int) -> None:
         self.inner = inner
-        self.name, self.needs = inner.name, inner.needs
+        self.name, self.needs, self.max_depth = inner.name, inner.needs, inner.max_depth
         self.proposals = 0
         self._bit = bit
         self._vocab_size = vocab_size
@@ -86,6 +86,14 @@ class Watched:
         assert 0 <= cached_tokens <= sequence.cached
         self.inner.admit(sequence, cached_tokens)
         assert self.inner.valid_length(sequence) in (0, cached_tokens)
+
+    def ready(self, sequence: Sequence) -> bool:
+        return self.inner.ready(sequence)
+
+    def backlog(self, sequence: Sequence) -> int:
+        tokens = self.inner.backlog(sequence)
+        assert 0 <= tokens <= sequence.length
+        return tokens
 
     def scratch_slots(self, depth: int) -> int:
         slots = self.inner.scratch_slots(depth)

@@ -33,7 +33,8 @@ def prompts() -> list[tuple[int, ...]]:
 
 
 def built(*speculate: str) -> Engine:
-    config = EngineConfig(f"{ROOT}/demo/target", dtype="float32", speculate=speculate, num_pages=400, max_nodes=16)
+    folder = f"{ROOT}/demo/target"
+    config = EngineConfig(folder, dtype="float32", speculate=speculate, num_pages=400, max_nodes=16, plan="fixed")
     return Engine(config, demo(), build_stepper(config, demo(), build_drafters(config, demo())))
 
 
