@@ -15,6 +15,7 @@ from decoding.sequence import Sequence, SequenceId
 from decoding.text import Tokenizer
 from decoding.verify import Verdict
 from models.batch import RaggedBatch
+from models.graphs import Capture
 from models.kv_cache import KVSpec
 from models.layers.linear import Packing
 from models.layers.quantization import packing_of
@@ -46,6 +47,7 @@ class DrafterContext:
     max_model_len: int
     max_step_tokens: int  # query tokens that one forward pass may have
     target_folder: Path | None = None  # where the target was loaded from, for drafters that lie beside it
+    capture: Capture | None = None  # records the passes of the drafter's own model; None: they run as they are
     quantization: str = "none"  # of the drafter's own weights, a key of models.layers.quantization.FORMATS
 
     @property
