@@ -74,18 +74,20 @@ def load_engines(ways: Mapping[str, tuple[str, Sequence[str]]], family: Family, 
     """
     from decoding.assemble import build_drafters, build_stepper, load_target
     from decoding.engine import Engine
+    from models.graphed_model import GraphedModel
 
     loaded = load_target(base)
     engines = {}
     for name, (setting, drafters) in ways.items():
         config = config_of(setting, family, base, drafters)
         engines[name] = Engine(config, loaded, build_stepper(config, loaded, build_drafters(config, loaded)))
-    return Engines(engines, loaded.target)
+    target = loaded.target if loaded.capture is None else GraphedModel(loaded.target, loaded.capture)
+    return Engines(engines, target)
 
 
 @dataclass(frozen=True)
 class Engines:
-    """Engines by the name of their setting, and the target that they share."""
+    """Engines by the name of their setting, and the target that they share, its passes recorded as theirs are."""
 
     by_name: dict[str, Engine]
     target: Any  # models.target.CausalModel
