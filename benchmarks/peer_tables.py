@@ -47,7 +47,9 @@ def runs_of(piece: Piece) -> dict[str, list[Run]]:
     names, tuples = {field.name for field in fields(Run)}, ("prompts", "texts")
     found: dict[str, list[Run]] = defaultdict(list)
     for run in piece["runs"]:
-        given = {name: tuple(value) if name in tuples else value for name, value in run.items() if name in names}
+        given: dict[str, Any] = {
+            name: tuple(value) if name in tuples else value for name, value in run.items() if name in names
+        }
         found[run["system"]].append(Run(**given))
     return found
 

@@ -59,8 +59,13 @@ def config_of(name: str, family: Family, base: EngineConfig, drafters: Sequence[
     if name == AUTO:
         return replace(base, speculate=family.speculate(drafters or (*family.drafters, "ngram")))
     tree = FIXED[name]
-    limits = {"max_nodes": tree.nodes, "max_depth": tree.depth, "min_probability": tree.min_probability}
-    return replace(base, speculate=family.speculate(tree.drafters), **limits)
+    return replace(
+        base,
+        speculate=family.speculate(tree.drafters),
+        max_nodes=tree.nodes,
+        max_depth=tree.depth,
+        min_probability=tree.min_probability,
+    )
 
 
 def load_engines(ways: Mapping[str, tuple[str, Sequence[str]]], family: Family, base: EngineConfig) -> Engines:
