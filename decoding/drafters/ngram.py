@@ -55,7 +55,7 @@ class NgramDrafter(TokenDrafter):
         self._device = context.device
         self._chance = [_confidence(match) for match in range(options.max_match + MAX_TREE)]
         self._search = (
-            self._search_fused if kernels.serves(torch.device("cpu"), torch.float32) else self._search_anywhere
+            self._search_fused if kernels.serves(torch.device("cpu"), torch.float32) else self.search_anywhere
         )
 
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
