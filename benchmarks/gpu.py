@@ -240,6 +240,7 @@ def peer(family: Family, engines: Engines, cases: Sequence[Case], options: Optio
     return {
         "part": "peer",
         "temperature": 0.0,
+        "concurrency": 1,
         "settings": {theirs.name: theirs.setting},
         "runs": [asdict(run) for run in runs],
     }

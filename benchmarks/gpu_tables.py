@@ -8,9 +8,8 @@ from typing import Any
 
 from benchmarks.cells import Cell, Spread, from_json, ratio
 from benchmarks.checks import Check, check_spread, never_slower_checks
-from benchmarks.measure import ratio as run_ratio
 from benchmarks.offline_tables import forward_text, over_one
-from benchmarks.peer_tables import HF, compare_table, runs_of
+from benchmarks.peer_tables import HF, compare_table, over, runs_of
 from benchmarks.report import table
 from benchmarks.settings import AUTO, PLAIN
 from benchmarks.speed_tables import checks_table, matrix_tables
@@ -86,11 +85,6 @@ def _gain(cells: Sequence[Cell], temperature: float, bound: float) -> Check:
 
 
 def _over_transformers(piece: Piece | None) -> Check:
-    text = "GPU, plain decoding / transformers' best"
-    if piece is None:
-        return Check(text, OVER_TRANSFORMERS, None)
-    runs = runs_of(piece)
-    found = run_ratio(runs[PLAIN], runs[HF])
-    if found is None:
-        return Check(text, OVER_TRANSFORMERS, None)
-    return Check(text, OVER_TRANSFORMERS, found.total, found.low, found.high)
+    runs = {} if piece is None else runs_of(piece)
+    spread = over(runs.get(PLAIN, []), runs.get(HF, []))
+    return check_spread("GPU, plain decoding / transformers' best", OVER_TRANSFORMERS, spread)

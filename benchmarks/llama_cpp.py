@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,6 +83,16 @@ def find_server(build: Path = BUILD) -> Path:
     if not program.is_file():
         raise ConfigError(f"{program} is not there; build it with: make llama-cpp")
     return program.resolve()
+
+
+def server_version(build: Path = BUILD) -> str:
+    """What the server says of itself, for a result's provenance.
+
+    Raises:
+        ConfigError: it is not built.
+    """
+    said = subprocess.run([str(find_server(build)), "--version"], capture_output=True, text=True, check=True)
+    return " ".join((said.stdout + said.stderr).split())
 
 
 def gguf_of(folder: Path, dtype: str, files: Path = FILES) -> Path:

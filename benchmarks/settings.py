@@ -59,8 +59,13 @@ def config_of(name: str, family: Family, base: EngineConfig, drafters: Sequence[
     if name == AUTO:
         return replace(base, speculate=family.speculate(drafters or (*family.drafters, "ngram")))
     tree = FIXED[name]
-    limits = {"max_nodes": tree.nodes, "max_depth": tree.depth, "min_probability": tree.min_probability}
-    return replace(base, speculate=family.speculate(tree.drafters), **limits)
+    return replace(
+        base,
+        speculate=family.speculate(tree.drafters),
+        max_nodes=tree.nodes,
+        max_depth=tree.depth,
+        min_probability=tree.min_probability,
+    )
 
 
 def load_engines(ways: Mapping[str, tuple[str, Sequence[str]]], family: Family, base: EngineConfig) -> Engines:
@@ -74,18 +79,20 @@ def load_engines(ways: Mapping[str, tuple[str, Sequence[str]]], family: Family, 
     """
     from decoding.assemble import build_drafters, build_stepper, load_target
     from decoding.engine import Engine
+    from models.graphed_model import GraphedModel
 
     loaded = load_target(base)
     engines = {}
     for name, (setting, drafters) in ways.items():
         config = config_of(setting, family, base, drafters)
         engines[name] = Engine(config, loaded, build_stepper(config, loaded, build_drafters(config, loaded)))
-    return Engines(engines, loaded.target)
+    target = loaded.target if loaded.capture is None else GraphedModel(loaded.target, loaded.capture)
+    return Engines(engines, target)
 
 
 @dataclass(frozen=True)
 class Engines:
-    """Engines by the name of their setting, and the target that they share."""
+    """Engines by the name of their setting, and the target that they share, its passes recorded as theirs are."""
 
     by_name: dict[str, Engine]
     target: Any  # models.target.CausalModel

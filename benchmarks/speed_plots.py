@@ -61,7 +61,7 @@ def draw_peers(folder: Path, pieces: Sequence[Piece]) -> Path:
         speeds = [summarise(runs[name], [], comparable_text=False).tokens_per_second for name in names]
         bars = axis.barh(names, speeds, color=[COLOURS[0] if name in OURS else "#999999" for name in names])
         axis.bar_label(bars, fmt="%.0f", padding=3, fontsize=9)
-        axis.set_title(f"{piece['family']}, T={piece['temperature']:g}", fontsize=11)
+        axis.set_title(f"{piece['family']}, T={piece['temperature']:g}, {piece['concurrency']} at once", fontsize=11)
         axis.set_xlabel("tokens/s")
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)

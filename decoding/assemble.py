@@ -25,19 +25,21 @@ from decoding.planner import Planner, StaticPlanner
 from decoding.prefix_cache import PrefixCache
 from decoding.proposal_ops import load_proposal_ops
 from decoding.sampler import Sampler
-from decoding.sampling_ops import load_sampling_ops
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
 from decoding.step import Stepper
+from decoding.step_ops import StepOps, load_step_ops
 from decoding.text import Tokenizer
 from decoding.verify import Rule, rule_by_request
 from models.attention import BACKENDS
 from models.batch import PAGE_SIZE
+from models.graphed_model import GraphedModel
+from models.graphs import Capture, CudaCapture
 from models.kv_cache import KVCache
 from models.layers.quantization import FORMATS
 from models.loader import CheckpointError, generation_config, load_model, read_config, resolve
 from models.target import CausalModel
-from models.tree_ops import TreeOps, load_tree_ops
+from models.tree_ops import TreeOps
 
 logger = logging.getLogger("saccade.engine")
 
@@ -54,6 +56,7 @@ class LoadedModel:
     eos_ids: tuple[int, ...]
     default_sampling: dict[str, float]
     folder: Path | None = None  # None: not loaded but made
+    capture: Capture | None = None  # records the passes of target and drafters; None: they run as they are
 
 
 def load_target(config: EngineConfig) -> LoadedModel:
@@ -92,7 +95,8 @@ def load_target(config: EngineConfig) -> LoadedModel:
     listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
     vocab_size = min(tokenizer.vocab_size, target.vocab_size)
     eos_ids = tuple(int(token) for token in listed if 0 <= token < vocab_size)  # others cannot be drawn
-    return LoadedModel(target, tokenizer, vocab_size, eos_ids, defaults, folder)
+    capture = CudaCapture(target.device) if target.device.type == "cuda" and not config.enforce_eager else None
+    return LoadedModel(target, tokenizer, vocab_size, eos_ids, defaults, folder, capture)
 
 
 def _sampling_defaults(chosen: str, models_own: dict[str, Any]) -> dict[str, float]:
@@ -149,6 +153,7 @@ def build_drafters(config: EngineConfig, loaded: LoadedModel) -> list[Drafter]:
                 max_step_tokens=config.max_num_batched_tokens,
                 target_folder=loaded.folder,
                 quantization=config.quantization,
+                capture=loaded.capture,
             )
         )
         for bit, choice in enumerate(choices)
@@ -156,11 +161,16 @@ def build_drafters(config: EngineConfig, loaded: LoadedModel) -> list[Drafter]:
 
 
 def build_stepper(
-    config: EngineConfig, loaded: LoadedModel, drafters: list[Drafter], rule: Rule | None = None
+    config: EngineConfig,
+    loaded: LoadedModel,
+    drafters: list[Drafter],
+    rule: Rule | None = None,
+    ops: StepOps | None = None,
 ) -> Stepper:
     """Size the pool, allocate K/V, and put the collaborators together.
 
     Args:
+        ops: default: the best for the target's device.
         rule: judges all requests alike, in place of the rule that each asks for.
 
     Raises:
@@ -168,6 +178,7 @@ def build_stepper(
     """
     check_limits(config)
     target, device = loaded.target, loaded.target.device
+    ops = ops or load_step_ops(device)
     team = DrafterTeam(drafters)
     specs = [target.kv_spec, *(d.needs.kv for d in drafters if d.needs.kv is not None)]
     num_pages = pool_size(config, target, specs, sum(d.needs.page_bytes for d in drafters))
@@ -175,7 +186,7 @@ def build_stepper(
         drafter.attach(num_pages)
     kv = KVCache(target.kv_spec, num_pages, target.dtype, device)
     prefixes = PrefixCache(num_pages, enabled=config.prefix_caching)
-    cache = SequenceCache(kv, prefixes, team.valid_length, team.kv_bits)
+    cache = SequenceCache(kv, prefixes, team.valid_length, team.kv_bits, ops.moves)
 
     def admit(sequence: Sequence, page_flags: list[int]) -> None:
         if not sequence.admitted:
@@ -196,11 +207,9 @@ def build_stepper(
         on_admit=admit,
         on_preempt=preempted,
     )
-    ops = load_sampling_ops(device)
-    noise = NoiseBank(loaded.vocab_size, deepest_tree(config) + 2, device, ops.fill_noise)
-    sampler = Sampler(noise, ops, loaded.vocab_size, loaded.eos_ids, device)
-    tree_ops = load_tree_ops(device)
-    planner = build_planner(config, cache, drafters, tree_ops, device)
+    noise = NoiseBank(loaded.vocab_size, deepest_tree(config) + 2, device, ops.sampling.fill_noise)
+    sampler = Sampler(noise, ops.sampling, loaded.vocab_size, loaded.eos_ids, device)
+    planner = build_planner(config, cache, drafters, ops.tree, device)
     committer = Committer(target, cache, scheduler, sampler, team, planner, loaded.vocab_size, loaded.eos_ids)
     longest = pages_for(target.max_model_len)
     logger.info(
@@ -210,7 +219,8 @@ def build_stepper(
         num_pages * PAGE_SIZE,
         longest,
     )
-    return Stepper(target, cache, scheduler, planner, sampler, team, rule or rule_by_request(tree_ops), committer)
+    model = target if loaded.capture is None else GraphedModel(target, loaded.capture)
+    return Stepper(model, cache, scheduler, planner, sampler, team, rule or rule_by_request(ops.tree), committer)
 
 
 def deepest_tree(config: EngineConfig) -> int:

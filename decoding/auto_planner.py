@@ -30,6 +30,7 @@ from decoding.plan import Guide, Plan, Quota, RowQuota
 from decoding.planner import Limits, StepTimes, roots_of, share_of
 from decoding.proposal_ops import ProposalOps
 from decoding.sequence import Sequence
+from models.transfer import upload
 from models.tree import Trees
 from models.tree_ops import ChosenTrees, TreeOps
 
@@ -48,6 +49,7 @@ class _Step:
     modes: Tensor  # [R]
     slots: Tensor  # [R] of the forecast
     extra: float  # seconds beside its query tokens
+    guessed: Floats  # [R] nodes of the guesses that will be verified, about
     plain: bool = False
     guesses: dict[int, Trees] = field(default_factory=dict)  # calibrated, by bit
     drafting: dict[str, tuple[int, int]] = field(default_factory=dict)  # drafter -> (rows, depth)
@@ -73,7 +75,7 @@ class AutoPlanner:
         device: torch.device,
     ) -> None:
         self.costs = costs
-        self.calibration = Calibration(len(drafters), proposal_ops, device)
+        self.calibration = Calibration(len(drafters), proposal_ops)
         self.forecast = Forecast(len(drafters), max(max_depth, 1), proposal_ops)
         self.members = [Member(bit, drafter) for bit, drafter in enumerate(drafters) if not drafter.needs.host]
         self._limits = Limits(cache, drafters, max_nodes, max_depth)
@@ -102,7 +104,7 @@ class AutoPlanner:
         slots = [self.forecast.join(sequence.id, mode) for sequence, mode in zip(sequences, modes, strict=True)]
         self._settle_followers(plan)
         extra = self.costs.extra(len(plan.rows), sum(row.end for row in plan.rows))
-        step = self._step = _Step(plan, torch.tensor(modes), torch.tensor(slots), extra)
+        step = self._step = _Step(plan, torch.tensor(modes), torch.tensor(slots), extra, np.zeros(len(sequences)))
         if self._number % DRIFT_STEP == 0:
             self.forecast.drift(step.slots, step.modes)
         if self._number % PLAIN_STEP == 0:
@@ -126,7 +128,7 @@ class AutoPlanner:
             if step.offer is not None:
                 self._ask(step, step.offer.member, step.offer.depth, step.offer.rows, drafting, guides)
             self._explore(step, limits, drafting, guides)
-        return self._granted(plan, limits, drafting, guides, bool(guesses))
+        return self._granted(step, limits, drafting, guides, bool(guesses))
 
     def choose(self, plan: Plan, proposals: list[Proposal], quota: Quota, device: torch.device) -> ChosenTrees:
         """See ``Planner``."""
@@ -137,7 +139,8 @@ class AutoPlanner:
             if proposal.bit not in step.guesses:
                 self._calibrate(step, proposal)
         nodes, depth = [row.nodes for row in quota.rows], [row.depth for row in quota.rows]
-        return self._tree_ops.choose(list(step.guesses.values()), nodes, depth, 0.0, 0, self._prices(step, sum(nodes)))
+        trees = [calibrated.to(device) for calibrated in step.guesses.values()]
+        return self._tree_ops.choose(trees, nodes, depth, 0.0, 0, self._prices(step, sum(nodes)))
 
     def learn(self, plan: Plan, chosen: ChosenTrees, made: int, times: StepTimes) -> None:
         """See ``Planner``."""
@@ -166,20 +169,21 @@ class AutoPlanner:
     # before a model drafts --------------------------------------------------------------------------------------------
 
     def _calibrate(self, step: _Step, proposal: Proposal) -> None:
-        modes = step.modes if self._device.type == "cpu" else step.modes.to(self._device)
-        calibrated = self.calibration.apply(proposal.bit, proposal.trees, modes)
+        calibrated = self.calibration.apply(proposal.bit, proposal.trees, step.modes)
         self._history.add(step.plan, step.modes, proposal, calibrated)
         step.guesses[proposal.bit] = calibrated
 
     def _scene(self, step: _Step) -> Scene:
         rows = len(step.plan.deciding)
-        held, guessed = np.zeros((rows, self._max_depth)), 0.0
+        held = np.zeros((rows, self._max_depth))
         for trees in step.guesses.values():
             part, nodes = self._proposal_ops.coverage(trees, self._floor, self._max_depth)
-            held = np.maximum(held, part.cpu().numpy())
-            guessed += float(nodes.sum())
+            held = np.maximum(held, part.numpy())
+            step.guessed += nodes.numpy()
         covered: Floats = self.forecast.coverage(step.slots).numpy()
-        return Scene(held, covered, self.forecast.widths.numpy(), step.plan.chain_tokens, guessed, step.extra)
+        return Scene(
+            held, covered, self.forecast.widths.numpy(), step.plan.chain_tokens, float(step.guessed.sum()), step.extra
+        )
 
     def _best_offer(self, step: _Step, limits: Quota, scene: Scene) -> Offer | None:
         """The drafter at work that promises the most tokens a second; None: no model should draft."""
@@ -241,13 +245,22 @@ class AutoPlanner:
                 self._ask(step, member, depth, [row], drafting, guides, exploring=True)
                 return
 
+    def _bound(self, step: _Step, row: int) -> int:
+        """Nodes of a row where the host does not wait for their number: those that are foreseen, and room for more."""
+        foreseen = float(step.guessed[row])
+        if step.offer is not None and row in step.offer.rows:
+            foreseen += float(self.forecast.widths[step.offer.member.bit, : step.offer.depth].sum())
+        return int(1.25 * foreseen + 1)
+
     def _granted(
-        self, plan: Plan, limits: Quota, drafting: list[set[str]], guides: dict[str, Guide], guessed: bool
+        self, step: _Step, limits: Quota, drafting: list[set[str]], guides: dict[str, Guide], guessed: bool
     ) -> Quota:
         """The limits with each row's drafters; slots are reserved for those that have any."""
         rows = []
-        for row, limit, names in zip(plan.deciding, limits.rows, drafting, strict=True):
+        for number, (row, limit, names) in enumerate(zip(step.plan.deciding, limits.rows, drafting, strict=True)):
             granted = replace(limit, drafters=frozenset(names | (self._hosts & limit.drafters)))
+            if self._device.type != "cpu":
+                granted = replace(granted, nodes=min(granted.nodes, self._bound(step, number)))
             wanted = limit.nodes and (names or (guessed and granted.drafters))
             rows.append(granted if wanted and self._limits.reserve(row, granted) else RowQuota())
         return Quota(tuple(rows), guides)
@@ -274,4 +287,4 @@ class AutoPlanner:
         ahead = max(1, min(LOOK_AHEAD, nodes))
         needed = (price[min(ahead, nodes)] - price[0]) / ahead * self._rate
         self._floor += 0.1 * (min(max(float(needed), FLOOR[0]), FLOOR[1]) - self._floor)
-        return torch.from_numpy(price).to(self._device)
+        return upload(self._device, price)[0]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from decoding.proposal_ops import FIRST_KNOT, KNOTS, ProposalOps, Scores, Tally
 from decoding.sequence import Sequence
+from models.transfer import upload
 from models.tree import Trees
 
 MODES = ("greedy", "coupled", "uncoupled", "lossy")  # what acceptance means differs; see ``mode_of``
@@ -52,9 +53,8 @@ class Calibration:
         drafters: how many; they are known by their bits.
     """
 
-    def __init__(self, drafters: int, ops: ProposalOps, device: torch.device) -> None:
+    def __init__(self, drafters: int, ops: ProposalOps) -> None:
         self._ops = ops
-        self._device = device
         odds = torch.arange(KNOTS, dtype=torch.float64) + FIRST_KNOT
         self._prior = odds.sigmoid()
         size = (len(MODES), DEPTHS, KNOTS)
@@ -65,7 +65,7 @@ class Calibration:
                     torch.zeros(size, dtype=torch.float64),
                     torch.zeros(len(MODES), DEPTHS, 2, dtype=torch.float64),
                 ),
-                self._prior.expand(size).contiguous().to(device),
+                self._prior.expand(size).contiguous(),
                 np.zeros((len(MODES), DEPTHS)),
             )
             for _ in range(drafters)
@@ -73,8 +73,10 @@ class Calibration:
 
     def apply(self, bit: int, trees: Trees, mode: Tensor) -> Trees:
         """The proposals of a drafter with calibrated confidences; ``mode`` [R]."""
-        learned = self._learned[bit]
-        confidence = self._ops.recalibrate(trees, mode, learned.curves)
+        curves, device = self._learned[bit].curves, trees.tokens.device
+        if device.type != "cpu":
+            curves, mode = upload(device, curves.numpy(), mode.numpy())
+        confidence = self._ops.recalibrate(trees, mode, curves)
         return Trees(trees.tokens, trees.parents, confidence, trees.source)
 
     def taus(self, bit: int, mode: int) -> tuple[float, ...]:

@@ -142,7 +142,7 @@ class StaticPlanner:
         if not proposals or not plan.deciding:
             return roots_of(plan, device)
         nodes, depth = [row.nodes for row in quota.rows], [row.depth for row in quota.rows]
-        trees = [proposal.trees for proposal in proposals]
+        trees = [proposal.trees.to(device) for proposal in proposals]
         return self._tree_ops.choose(trees, nodes, depth, self._min_probability, self._spared)
 
     def learn(self, plan: Plan, chosen: ChosenTrees, made: int, times: StepTimes) -> None:

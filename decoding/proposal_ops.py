@@ -238,7 +238,7 @@ class CpuProposalOps:
 
 
 class DeviceProposalOps(TorchProposalOps):
-    """Proposals lie on another device than the host's, where they are scored by the kernels if there are any."""
+    """Models' proposals lie on a device; what lies on the host is the kernels', if there are any."""
 
     def __init__(self) -> None:
         self._host: ProposalOps = CpuProposalOps() if kernels.load() else TorchProposalOps()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from decoding.sequence import Sequence
+from models.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,11 @@ def make_rule_table(sequences: list[Sequence], device: torch.device) -> RuleTabl
     wanted = [s.acceptance for s in sequences]
     names = tuple(dict.fromkeys(each.rule for each in wanted)) or ("exact",)
     likeliest = [each.bonus == "argmax" for each in wanted]
-    return RuleTable(
-        names,
-        torch.tensor([names.index(each.rule) for each in wanted], dtype=torch.int64, device=device),
-        torch.tensor([each.epsilon for each in wanted], dtype=torch.float32, device=device),
-        torch.tensor([each.delta for each in wanted], dtype=torch.float32, device=device),
-        torch.tensor(likeliest, device=device) if any(likeliest) else None,
+    rule, epsilon, delta, argmax = upload(
+        device,
+        np.array([names.index(each.rule) for each in wanted], dtype=np.int64),
+        np.array([each.epsilon for each in wanted], dtype=np.float32),
+        np.array([each.delta for each in wanted], dtype=np.float32),
+        np.array(likeliest, dtype=bool),
     )
+    return RuleTable(names, rule, epsilon, delta, argmax if any(likeliest) else None)

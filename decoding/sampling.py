@@ -54,7 +54,7 @@ def make_table(
     greedy = [s.is_greedy for s in sequences]
 
     def column(values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype, device=device)
+        return upload(device, torch.tensor(list(values), dtype=dtype).numpy())[0]
 
     # the argmax passes every filter, so greedy sequences have none
     filters = [
@@ -97,7 +97,7 @@ def _bias(sequences: list[Sequence], vocab_size: int, device: torch.device) -> T
     for i, sequence in enumerate(sequences):
         for token, value in sequence.params.logit_bias.items():
             bias[i, token] = value
-    return bias.to(device)
+    return upload(device, bias.numpy())[0]
 
 
 def _stops(sequences: list[Sequence], vocab_size: int, eos: tuple[int, ...], device: torch.device) -> Tensor | None:
@@ -106,7 +106,7 @@ def _stops(sequences: list[Sequence], vocab_size: int, eos: tuple[int, ...], dev
     stops = torch.zeros(len(sequences), vocab_size, dtype=torch.bool)
     for i, sequence in enumerate(sequences):
         stops[i, [*eos, *sequence.params.stop_token_ids]] = True
-    return stops.to(device)
+    return upload(device, stops.numpy())[0]
 
 
 def _prompt(
@@ -117,7 +117,7 @@ def _prompt(
     prompt = torch.zeros(len(sequences), vocab_size, dtype=torch.bool)
     for i in penalised:
         prompt[i, torch.from_numpy(sequences[i].tokens[: sequences[i].prompt_len])] = True
-    return prompt.to(device)
+    return upload(device, prompt.numpy())[0]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from models.attention import AttentionBackend, AttentionSpec
 from models.batch import MAX_TREE, RaggedBatch
 from models.config import ModelConfig
+from models.kernels.fused_stack import FusedStack, fuses
 from models.kv_cache import KVCache, KVSpec
 from models.layers.linear import Linear, Packing
 from models.layers.ops import LayerOps
@@ -104,7 +105,7 @@ class DecoderLayer:
         for name in ("input_norm", "mlp_norm", "q_norm", "k_norm"):
             if getattr(self, name) is not None:
                 named[f"{name}.weight"] = getattr(self, name)
-        for name, linear in self._linears().items():
+        for name, linear in self.linears().items():
             for kind, fused in (("weight", linear.weight), ("bias", linear.bias)):
                 if fused is not None:
                     named |= {f"{part}.{kind}": view for part, view in self._parts(name, fused).items()}
@@ -112,10 +113,11 @@ class DecoderLayer:
 
     def pack(self, packing: Packing | None = None) -> None:
         """See ``Linear.pack``."""
-        for linear in self._linears().values():
+        for linear in self.linears().values():
             linear.pack(packing)
 
-    def _linears(self) -> dict[str, Linear]:
+    def linears(self) -> dict[str, Linear]:
+        """The products by name: qkv, o, gate_up, down."""
         return {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
 
     def _parts(self, name: str, fused: Tensor) -> dict[str, Tensor]:
@@ -134,6 +136,7 @@ class LayerStack:
     Args:
         final_norm: [H] the norm after the last layer; None if it has none.
         rope: see ``rope_table``.
+        first: the first layer's number in the cache.
     """
 
     def __init__(
@@ -143,37 +146,64 @@ class LayerStack:
         rope: Tensor,
         ops: LayerOps,
         attention: AttentionBackend,
+        first: int = 0,
     ) -> None:
         self.layers = layers
+        self._final_norm = final_norm
         self._rope = rope
         self._ops = ops
         self._attention = attention
+        self._first = first
         # the norm that follows each layer's MLP is the next layer's first, or the final one
         self._next_norms = [*(layer.input_norm for layer in layers[1:]), final_norm]
+        self._fused: FusedStack | None = None
+
+    def pack(self, packing: Packing | None = None) -> None:
+        """Pack the filled layers (``Linear.pack``), and run them in one call from then on where that is possible."""
+        for layer in self.layers:
+            layer.pack(packing)
+        if fuses(self.layers, self._ops, self._attention):
+            self._fused = FusedStack(self.layers, self._final_norm, self._rope, self._first)
 
     def run(
-        self, hidden: Tensor, stream: Tensor, batch: RaggedBatch, cache: KVCache, taps: tuple[int, ...] = ()
+        self,
+        stream: Tensor,
+        batch: RaggedBatch,
+        cache: KVCache,
+        taps: tuple[int, ...] = (),
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """All layers.
 
         Args:
-            hidden: [T, I] what the first layer's attention reads: normed, if it has a norm.
-            stream: [T, H] the residual stream that enters it; its memory may be reused.
-            taps: layers whose incoming stream is kept; the number of layers is what leaves the last.
+            stream: [T, H] the residual stream that enters the first layer; its memory may be reused.
+            taps: layers whose incoming stream is kept, from 1 on; the number of layers is what leaves the last.
+            hidden: [T, I] what the first layer's attention reads; default: the stream, normed if the layer has a norm.
         Returns:
-            the stream after the last layer, normed (as it is, without a final norm), and not, both [T, H]; taps 1 ..
+            the stream after the last layer, normed (as it is, without a final norm), and not, both [T, H]; the taps.
         """
+        if self._fused is not None:
+            return self._fused.run(stream, batch, cache, taps, hidden)
+        return self.run_each(stream, batch, cache, taps, hidden)
+
+    def run_each(
+        self, stream: Tensor, batch: RaggedBatch, cache: KVCache, taps: tuple[int, ...], hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """``run``, operation by operation: what the fused stack must equal to the bit."""
         ops, attention, rope = self._ops, self._attention, self._rope
         kept: dict[int, Tensor] = {}
+        if hidden is None:
+            norm, eps = self.layers[0].input_norm, self.layers[0].eps
+            hidden = stream if norm is None else ops.rms_norm(stream, norm, eps)
         for index, layer in enumerate(self.layers):
-            attended = layer.attend(hidden, batch, cache.layer(index), rope, ops, attention)
+            attended = layer.attend(hidden, batch, cache.layer(self._first + index), rope, ops, attention)
             hidden, stream = ops.add_rms_norm(attended, stream, layer.mlp_norm, layer.eps)
             norm = self._next_norms[index]
             if norm is None:
                 hidden = stream = stream + layer.mlp(hidden, ops)
             else:
                 hidden, stream = ops.add_rms_norm(layer.mlp(hidden, ops), stream, norm, layer.eps)
-            if taps and index + 1 in taps:
+            if index + 1 in taps:
                 kept[index + 1] = stream.clone()  # the next layer may reuse its memory
         return hidden, stream, kept
 
@@ -197,7 +227,6 @@ class Decoder:
         self.kv_spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, config.head_dim)
         self.dtype = dtype
         self.device = device
-        self._ops = ops
         # draft nodes may lie past the last position of a text
         rope = rope_table(config.rope, config.max_len, config.max_len + MAX_TREE, device, dtype)
         self.layers = [DecoderLayer(config, index, device, dtype) for index in range(config.num_layers)]
@@ -215,14 +244,9 @@ class Decoder:
     def forward(self, batch: RaggedBatch, cache: KVCache, taps: tuple[int, ...] = ()) -> ForwardOutput:
         """See ``CausalModel.forward``."""
         stream = torch.embedding(self.embedding, batch.token_ids)  # [T, H] the residual stream
-        entering = stream.clone() if 0 in taps else None
-        first_norm = self.layers[0].input_norm
-        assert first_norm is not None
-        normed = self._ops.rms_norm(stream, first_norm, self.config.norm_eps)
-        hidden, _, kept = self._stack.run(normed, stream, batch, cache, taps)
-        if entering is not None:
-            kept[0] = entering
-        return ForwardOutput(hidden, kept)
+        entering = {0: stream.clone()} if 0 in taps else {}
+        hidden, _, kept = self._stack.run(stream, batch, cache, tuple(tap for tap in taps if tap))
+        return ForwardOutput(hidden, entering | kept)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See ``CausalModel.logits``."""
@@ -248,6 +272,5 @@ class Decoder:
 
     def pack(self, packing: Packing | None = None) -> None:
         """Pack the filled weights (``Linear.pack``); ``weights`` is not available afterwards where that happened."""
-        for layer in self.layers:
-            layer.pack(packing)
+        self._stack.pack(packing)
         self.head.pack(packing)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models.batch import MAX_TREE
+from models.transfer import upload
 
 NO_PARENT = -1  # parent of the root and of padding
 # The most that a node's confidence counts for: below 1 by more than the rounding of a product of 64 float32 factors,
@@ -38,6 +39,13 @@ class Trees:
     @property
     def width(self) -> int:
         return int(self.tokens.shape[1])
+
+    def to(self, device: torch.device) -> Trees:
+        """The same on a device; the host's go there without waiting."""
+        if self.tokens.device == device:
+            return self
+        host = (part.numpy() for part in (self.tokens, self.parents, self.confidence, self.source))
+        return Trees(*upload(device, *host))
 
     def narrow(self, width: int) -> Trees:
         """The first ``width`` columns."""

@@ -119,6 +119,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="do not keep pages for later requests with the same beginning",
     )
     add("--attention", metavar="BACKEND", help="attention backend (default: auto)")
+    eager = "no CUDA graphs: slower in small batches, but less memory and a quicker start"
+    add("--enforce-eager", action="store_true", help=eager)
     threads = "CPU threads of the engine (default: one for each core, less one for the HTTP process; within a quota)"
     add("--threads", type=positive, metavar="N", help=threads)
 

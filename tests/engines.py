@@ -9,18 +9,23 @@ from pathlib import Path
 import torch
 
 from decoding.assemble import LoadedModel, build_stepper
+from decoding.cache import all_moves
 from decoding.config import EngineConfig
 from decoding.drafters.base import Drafter, DrafterContext
 from decoding.engine import Engine
 from decoding.messages import TokenEvent, TokenLogprobs
 from decoding.request import GenerateRequest
+from decoding.sampling_ops import DeviceSamplingOps
 from decoding.sequence import SequenceId
+from decoding.step_ops import StepOps
 from decoding.text import Tokenizer
 from models.attention import load_backend
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.graphs import Capture
 from models.layers.ops import load_ops
 from models.layers.rope import RopeConfig
+from models.tree_ops import DeviceTreeOps
 
 ROOT = Path(__file__).parents[1]
 VOCAB = 48
@@ -62,11 +67,23 @@ def demo_tokenizer() -> Tokenizer:
     return Tokenizer.load(ROOT / "demo/target")
 
 
-def make_engine(target: Decoder, drafters: dict[str, BuildDrafter] | None = None, **settings: object) -> Engine:
+def device_ops() -> StepOps:
+    """What CUDA gets: nothing waits but for a step's results, sizes are bounds."""
+    return StepOps(DeviceTreeOps(), DeviceSamplingOps(), all_moves)
+
+
+def make_engine(
+    target: Decoder,
+    drafters: dict[str, BuildDrafter] | None = None,
+    *,
+    ops: StepOps | None = None,
+    capture: Capture | None = None,
+    **settings: object,
+) -> Engine:
     """An engine around a model object; drafters by name, in the order of their bits. Trees are fixed by default."""
     # (a pool of the default size would have a page for every 16 KiB of 2 GiB, and checking it takes a while)
     config = EngineConfig("tiny", **{"num_pages": 512, "plan": "fixed", **settings})  # type: ignore[arg-type]
-    loaded = LoadedModel(target, demo_tokenizer(), min(VOCAB, target.vocab_size), (EOS,), {})
+    loaded = LoadedModel(target, demo_tokenizer(), min(VOCAB, target.vocab_size), (EOS,), {}, capture=capture)
     built = [
         build(
             DrafterContext(
@@ -79,11 +96,12 @@ def make_engine(target: Decoder, drafters: dict[str, BuildDrafter] | None = None
                 attention="auto",
                 max_model_len=target.max_model_len,
                 max_step_tokens=config.max_num_batched_tokens,
+                capture=capture,
             )
         )
         for bit, (name, build) in enumerate((drafters or {}).items())
     ]
-    return Engine(config, loaded, build_stepper(config, loaded, built))
+    return Engine(config, loaded, build_stepper(config, loaded, built, ops=ops))
 
 
 class Outcome:

@@ -79,10 +79,7 @@ class ToyFeatureModel:
         stream = self.body.embed(batch.token_ids) + 0.1 * first
         if self.continues:
             stream = stream + earlier @ self._mix
-        first_norm = self.body.layers[0].input_norm
-        assert first_norm is not None
-        normed = self.body._ops.rms_norm(stream, first_norm, self.body.config.norm_eps)
-        hidden, stream, _ = self.body._stack.run(normed, stream, batch, cache)
+        hidden, stream, _ = self.body._stack.run(stream, batch, cache)
         return Drafted(hidden, torch.cat([first, stream], dim=1))
 
 

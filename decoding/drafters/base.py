@@ -15,6 +15,7 @@ from decoding.sequence import Sequence, SequenceId
 from decoding.text import Tokenizer
 from decoding.verify import Verdict
 from models.batch import MAX_TREE, RaggedBatch
+from models.graphs import Capture
 from models.kv_cache import KVSpec
 from models.layers.linear import Packing
 from models.layers.quantization import packing_of
@@ -29,7 +30,7 @@ class Needs:
     kv: KVSpec | None = None  # own K/V layers on the shared pages
     taps: tuple[int, ...] = ()  # target's hidden states, see ForwardOutput.taps
     page_bytes: int = 0  # kept with each page beside K/V
-    host: bool = False  # runs no model: proposes on the host, at next to no cost
+    host: bool = False  # runs no model: proposes on the host, trees of the host, at next to no cost
     fixed_tree: bool = False  # all its nodes are wanted, however improbable; --max-nodes and --max-depth still hold
 
 
@@ -47,6 +48,7 @@ class DrafterContext:
     max_model_len: int
     max_step_tokens: int  # query tokens that one forward pass may have
     target_folder: Path | None = None  # where the target was loaded from, for drafters that lie beside it
+    capture: Capture | None = None  # records the passes of the drafter's own model; None: they run as they are
     quantization: str = "none"  # of the drafter's own weights, a key of models.layers.quantization.FORMATS
 
     @property

@@ -25,6 +25,7 @@ from decoding.sequence import Sequence, SequenceId
 from decoding.text import Tokenizer
 from decoding.verify import Verdict
 from models.batch import RaggedBatch
+from models.graphed_model import GraphedModel
 from models.kv_cache import KVCache
 from models.loader import CheckpointError, load_model, resolve
 from models.target import CausalModel, ForwardOutput
@@ -92,7 +93,7 @@ class DraftModelDrafter:
         self.needs = Needs(kv=model.kv_spec)
         self.max_depth = options.depth
         self._options = options
-        self._model = model
+        self._model = model if context.capture is None else GraphedModel(model, context.capture)
         self._max_step_tokens = context.max_step_tokens
         self._last_position = model.max_model_len - 1
         self._expansion = Expansion(options, 1 << context.bit, self._last_position, self._forward, model.logits)

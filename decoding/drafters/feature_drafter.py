@@ -29,6 +29,7 @@ from decoding.sampling import Sampling
 from decoding.sequence import Sequence, SequenceId
 from decoding.verify import Verdict
 from models.batch import PAGE_SIZE, RaggedBatch
+from models.graphed_model import GraphedFeatureModel
 from models.heads.feature_model import Drafted, FeatureModel
 from models.kv_cache import KVCache
 from models.target import ForwardOutput
@@ -81,7 +82,7 @@ class FeatureDrafter:
         self.needs = Needs(kv=model.kv_spec, taps=model.source.taps, page_bytes=width * model.dtype.itemsize)
         self.max_depth = options.depth
         self._options = options
-        self._model = model
+        self._model = model if context.capture is None else GraphedFeatureModel(model, context.capture)
         self._target = context.target
         self._max_step_tokens = context.max_step_tokens
         self._growth = growth or Expansion(

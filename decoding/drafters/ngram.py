@@ -17,7 +17,6 @@ from decoding.plan import Plan, Quota, RowQuota
 from decoding.sampling import Sampling
 from models import kernels
 from models.batch import MAX_TREE
-from models.transfer import upload
 from models.tree import NO_PARENT, Trees
 
 RIVAL = 0.5  # a second continuation after the same tokens is about half as likely as the first
@@ -52,7 +51,6 @@ class NgramDrafter(TokenDrafter):
         self.name = context.name
         self._options = options
         self._bit = context.bit
-        self._device = context.device
         self._chance = [_confidence(match) for match in range(options.max_match + MAX_TREE)]
         self._search = (
             self._search_fused if kernels.serves(torch.device("cpu"), torch.float32) else self.search_anywhere
@@ -64,8 +62,7 @@ class NgramDrafter(TokenDrafter):
             return None
         tokens, parents, confidence = arrays
         source = (parents != NO_PARENT).long() << self._bit
-        there = upload(self._device, *(array.numpy() for array in (tokens, parents, confidence, source)))
-        return Trees(*there)
+        return Trees(tokens, parents, confidence, source)
 
     def _search_fused(self, plan: Plan, quota: Quota) -> tuple[Tensor, Tensor, Tensor] | None:
         """``search_anywhere`` in one call: see models/kernels/ngram.cpp."""

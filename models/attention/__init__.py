@@ -51,9 +51,9 @@ def _reference(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
 
 
 def _cpu(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    from models.attention.cpu import load
+    from models.attention.cpu import CpuAttention
 
-    return load()
+    return CpuAttention()
 
 
 def _triton(device: torch.device, dtype: torch.dtype) -> AttentionBackend:

@@ -9,19 +9,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from models import kernels
-from models.attention import AttentionBackend, AttentionSpec
+from models.attention import AttentionSpec
 from models.batch import RaggedBatch
 
 
-def load() -> AttentionBackend:
-    """The backend, for float32, bfloat16, float16 and float64.
+class CpuAttention:
+    """An ``AttentionBackend`` for float32, bfloat16, float16 and float64.
 
     Raises:
         RuntimeError: the kernels are not available; the log says why.
     """
-    kernel = kernels.required().attend.default
 
-    def attend(
+    def __init__(self) -> None:
+        self._kernel = kernels.required().attend.default
+
+    def __call__(
+        self,
         query: Tensor,  # [T, Hq, D]
         keys: Tensor,  # [S, Hkv, D]
         values: Tensor,  # [S, Hkv, Dv]
@@ -29,7 +32,7 @@ def load() -> AttentionBackend:
         spec: AttentionSpec,
         sinks: Tensor | None = None,  # [Hq]
     ) -> Tensor:  # [T, Hq, Dv]
-        return kernel(  # type: ignore[no-any-return]
+        return self._kernel(  # type: ignore[no-any-return]
             query,
             keys,
             values,
@@ -45,5 +48,3 @@ def load() -> AttentionBackend:
             spec.window,
             spec.first_key,
         )
-
-    return attend

@@ -90,7 +90,7 @@ class EagleModel:
         """See ``FeatureModel.catch_up``."""
         embedded = embed(batch.token_ids, self._embedding, self._target)
         stream = self.fc(torch.cat([embedded, features], dim=1))
-        hidden, _, _ = self._stack.run(stream, stream, batch, cache)
+        hidden, _, _ = self._stack.run(stream, batch, cache)
         return Drafted(hidden, hidden)
 
     def extend(self, batch: RaggedBatch, carry: Tensor, depth: int, cache: KVCache) -> Drafted:
@@ -114,8 +114,7 @@ class EagleModel:
     def pack(self, packing: Packing | None = None) -> None:
         """Pack the filled weights (``Linear.pack``); ``weights`` is not available afterwards where that happened."""
         self.fc.pack(packing)
-        for layer in self.layers:
-            layer.pack(packing)
+        self._stack.pack(packing)
 
 
 def embed(token_ids: Tensor, own: Tensor | None, target: CausalModel) -> Tensor:

@@ -150,13 +150,13 @@ class Eagle3Model:
         """Pack the filled weights (``Linear.pack``); ``weights`` is not available afterwards where that happened."""
         self.fc.pack(packing)
         self.head.pack(packing)
-        for layer in self.layers:
-            layer.pack(packing)
+        self._stack.pack(packing)
 
     def _run(self, batch: RaggedBatch, stream: Tensor, cache: KVCache) -> Drafted:
         ops, eps = self._ops, self.config.layer.norm_eps
         embedded = ops.rms_norm(embed(batch.token_ids, self._embedding, self._target), self.embedding_norm, eps)
         normed = ops.rms_norm(stream, self.hidden_norm, eps)
         residual = normed if self.config.norm_before_residual else stream
-        hidden, stream, _ = self._stack.run(torch.cat([embedded, normed], dim=1), residual, batch, cache)
+        joined = torch.cat([embedded, normed], dim=1)
+        hidden, stream, _ = self._stack.run(residual, batch, cache, hidden=joined)
         return Drafted(hidden, hidden if self.config.norm_output else stream)

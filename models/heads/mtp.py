@@ -23,7 +23,7 @@ from torch import Tensor
 from models.attention import AttentionBackend
 from models.batch import MAX_TREE, RaggedBatch
 from models.config import ModelConfig
-from models.decoder import DecoderLayer
+from models.decoder import DecoderLayer, LayerStack
 from models.heads.feature_model import Drafted, FeatureSource
 from models.kv_cache import KVCache, KVSpec
 from models.layers.linear import Linear, Packing
@@ -54,7 +54,7 @@ class MTPConfig:
 
 
 class MTPModule:
-    """One module's weights, uninitialised until a loader fills them, and its pass."""
+    """One module's weights, uninitialised until a loader fills them."""
 
     def __init__(self, config: MTPConfig, index: int, device: torch.device, dtype: torch.dtype) -> None:
         hidden = config.layer.hidden_size
@@ -65,25 +65,11 @@ class MTPModule:
         self.proj = Linear(2 * hidden, hidden, False, device, dtype)
         self._hidden_first = config.hidden_first
 
-    def __call__(
-        self,
-        embedded: Tensor,  # [T, H]
-        hidden: Tensor,  # [T, H]
-        batch: RaggedBatch,
-        slots: tuple[Tensor, Tensor],  # the module's keys and values
-        rope: Tensor,
-        ops: LayerOps,
-        attention: AttentionBackend,
-    ) -> tuple[Tensor, Tensor]:
-        """The module's output after its last norm and before it, [T, H] each."""
-        layer, eps = self.layer, self.layer.eps
+    def join(self, embedded: Tensor, hidden: Tensor, ops: LayerOps) -> Tensor:
+        """What enters the layer, of the tokens' embeddings and the hidden states before them; [T, H] each."""
+        eps = self.layer.eps
         joined = [ops.rms_norm(embedded, self.embedding_norm, eps), ops.rms_norm(hidden, self.hidden_norm, eps)]
-        stream = self.proj(torch.cat(joined[::-1] if self._hidden_first else joined, dim=1))
-        assert layer.input_norm is not None
-        normed = ops.rms_norm(stream, layer.input_norm, eps)
-        attended = layer.attend(normed, batch, slots, rope, ops, attention)
-        normed, stream = ops.add_rms_norm(attended, stream, layer.mlp_norm, eps)
-        return ops.add_rms_norm(layer.mlp(normed, ops), stream, self.final_norm, eps)
+        return self.proj(torch.cat(joined[::-1] if self._hidden_first else joined, dim=1))
 
     def weights(self) -> dict[str, Tensor]:
         """Every weight by name: those of ``DecoderLayer.weights`` and enorm, hnorm, proj, norm, with ".weight"."""
@@ -95,11 +81,6 @@ class MTPModule:
             "norm.weight": self.final_norm,
             **self.layer.weights(),
         }
-
-    def pack(self, packing: Packing | None = None) -> None:
-        """See ``Linear.pack``."""
-        self.layer.pack(packing)
-        self.proj.pack(packing)
 
 
 class MTPModel:
@@ -118,10 +99,13 @@ class MTPModel:
         self.max_positions = min(layer.max_len, target.max_model_len)
         self.dtype, self.device = dtype, device
         self.modules = [MTPModule(config, index, device, dtype) for index in range(config.num_modules)]
+        rope = rope_table(layer.rope, self.max_positions, self.max_positions + MAX_TREE, device, dtype)
+        self._stacks = [
+            LayerStack([module.layer], module.final_norm, rope, ops, attention, first=index)
+            for index, module in enumerate(self.modules)
+        ]
         self._target = target
         self._ops = ops
-        self._attention = attention
-        self._rope = rope_table(layer.rope, self.max_positions, self.max_positions + MAX_TREE, device, dtype)
 
     def catch_up(self, batch: RaggedBatch, features: Tensor, before: Tensor | None, cache: KVCache) -> Drafted:
         """See ``FeatureModel.catch_up``: every module, each on the one before's outputs a token earlier."""
@@ -168,16 +152,16 @@ class MTPModel:
 
     def pack(self, packing: Packing | None = None) -> None:
         """Pack the filled weights (``Linear.pack``); ``weights`` is not available afterwards where that happened."""
-        for module in self.modules:
-            module.pack(packing)
+        for module, stack in zip(self.modules, self._stacks, strict=True):
+            module.proj.pack(packing)
+            stack.pack(packing)
 
     def _run(
         self, index: int, embedded: Tensor, hidden: Tensor, batch: RaggedBatch, cache: KVCache
     ) -> tuple[Tensor, Tensor]:
         """(what the head takes, what is recycled) of one module."""
-        normed, stream = self.modules[index](
-            embedded, hidden, batch, cache.layer(index), self._rope, self._ops, self._attention
-        )
+        stream = self.modules[index].join(embedded, hidden, self._ops)
+        normed, stream, _ = self._stacks[index].run(stream, batch, cache)
         return normed, normed if self.config.recycle == "post" else stream
 
     def _part(self, carry: Tensor, index: int) -> Tensor:

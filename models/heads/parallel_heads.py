@@ -18,7 +18,7 @@ from models.attention import AttentionBackend
 from models.batch import MAX_TREE, RaggedBatch
 from models.checkpoint import CheckpointError
 from models.config import ModelConfig
-from models.decoder import DecoderLayer
+from models.decoder import DecoderLayer, LayerStack
 from models.families import LLAMA_NAMES, NATIVE_FAMILIES
 from models.heads.feature_model import Drafted, FeatureSource
 from models.heads.head_files import fill_head
@@ -51,14 +51,17 @@ class ParallelHeads:
         self.dtype, self.device = dtype, device
         self.layers = [DecoderLayer(config, index, device, dtype, first_key=1) for index in range(config.num_layers)]
         self.final_norm = torch.empty(config.hidden_size, device=device, dtype=dtype)
+        rope = rope_table(config.rope, self.max_positions, self.max_positions + MAX_TREE, device, dtype)
+        self._stacks = [
+            LayerStack([layer], self.final_norm, rope, ops, attention, first=index)
+            for index, layer in enumerate(self.layers)
+        ]
         self._target = target
-        self._ops = ops
-        self._attention = attention
-        self._rope = rope_table(config.rope, self.max_positions, self.max_positions + MAX_TREE, device, dtype)
 
     def catch_up(self, batch: RaggedBatch, features: Tensor, before: Tensor | None, cache: KVCache) -> Drafted:
         """See ``FeatureModel.catch_up``."""
-        carry = torch.cat([self._run(index, features, batch, cache) for index in range(self.num_heads)], dim=1)
+        # copies, since a stack may reuse the memory of its stream
+        carry = torch.cat([stack.run(features.clone(), batch, cache)[0] for stack in self._stacks], dim=1)
         return Drafted(self.of_depth(carry, 1), carry)
 
     def extend(self, batch: RaggedBatch, carry: Tensor, depth: int, cache: KVCache) -> Drafted:
@@ -82,18 +85,8 @@ class ParallelHeads:
 
     def pack(self, packing: Packing | None = None) -> None:
         """Pack the filled weights (``Linear.pack``); ``weights`` is not available afterwards where that happened."""
-        for layer in self.layers:
-            layer.pack(packing)
-
-    def _run(self, index: int, features: Tensor, batch: RaggedBatch, cache: KVCache) -> Tensor:
-        """One head's output after the final norm, [T, H]."""
-        layer, ops = self.layers[index], self._ops
-        assert layer.input_norm is not None
-        normed = ops.rms_norm(features, layer.input_norm, layer.eps)
-        attended = layer.attend(normed, batch, cache.layer(index), self._rope, ops, self._attention)
-        # (a copy, as the sum may be written into the memory of the residual, which all heads share)
-        normed, stream = ops.add_rms_norm(attended, features.clone(), layer.mlp_norm, layer.eps)
-        return ops.add_rms_norm(layer.mlp(normed, ops), stream, self.final_norm, layer.eps)[0]
+        for stack in self._stacks:
+            stack.pack(packing)
 
 
 def load_parallel_heads(

@@ -1,7 +1,9 @@
 // Paged tree attention, cut into tasks that threads may run in any order (attention.cpp).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "vec.h"
@@ -28,17 +30,35 @@ struct AttentionProblem {
   }
 };
 
-// Query tokens [first, last) of a row with one key/value head.
+// Keys are taken in chunks of this many positions, each with a softmax of its own, and chunks are added in their order.
+// So results do not depend on which tasks, if any, share a long context.
+constexpr int64_t kChunk = 512;
+
+// Query tokens whose chunks are tasks of their own: where the chunks' results lie until the last of them is there.
+struct SplitQueries {
+  int64_t chunks;
+  std::atomic<int64_t> open;  // chunks that are not done
+  std::unique_ptr<char[]> results;  // of all chunks, aligned by whoever uses it
+
+  SplitQueries(int64_t count, int64_t bytes) : chunks(count), open(count), results(new char[bytes]) {}
+};
+
+// Query tokens [first, last) of a row with one key/value head: all their keys, or one chunk of them.
 struct AttentionTask {
   int64_t row, kv_head, first, last;
+  int64_t keys;  // how many there are, at most
+  int64_t chunk = 0;
+  SplitQueries* split = nullptr;  // null: all keys
 };
 
 struct AttentionPlan {
   std::vector<AttentionTask> tasks;
-  int64_t cost;  // of all of them, in the units of parallel_tasks
+  int64_t cost = 0;  // of all of them, in the units of parallel_tasks
+  std::vector<std::shared_ptr<SplitQueries>> splits;
 };
 
-// The tasks of R rows. They are the same for every layer of a forward pass whose heads are the same.
+// The tasks of R rows, the longest first where threads share them. They are the same for every layer of a forward pass whose heads are the same,
+// and may be run again when all are done.
 template <typename T>
 AttentionPlan plan_attention(const AttentionProblem<T>& problem, int64_t rows);
 

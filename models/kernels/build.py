@@ -33,6 +33,7 @@ SOURCES: dict[str, list[str]] = {  # file: flags of its own
     "calibration.cpp": [],
     "int8_linear.cpp": [],
     "layer_ops.cpp": [],
+    "layer_stack.cpp": [],
     "linear.cpp": [],
     "ngram.cpp": [],
     "sampling.cpp": ["-ffp-contract=off"],  # it says why

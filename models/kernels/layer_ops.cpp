@@ -2,10 +2,79 @@
 // float64 tensors; a row's result does not depend on the other rows.
 #include <optional>
 
+#include "layer_rows.h"
 #include "tensors.h"
-#include "vec.h"
 
 namespace saccade {
+
+template <typename T, typename W>
+[[gnu::noinline]] void norm_row(const T* x, const W* weight, acc_t<T> eps, int64_t width, T* out) {
+  using A = acc_t<T>;
+  vec_t<A> squares[2] = {};
+  for (int64_t d = 0, i = 0; d < width; d += kLanes, i ^= 1) {
+    const vec_t<A> lanes = load_upto<T>(x + d, width - d);
+    squares[i] += lanes * lanes;
+  }
+  const A factor = 1 / std::sqrt(sum<A>(squares[0] + squares[1]) / width + eps);
+  for (int64_t d = 0; d < width; d += kLanes) {
+    const vec_t<A> scale = [&] {
+      if constexpr (std::is_same_v<acc_t<W>, A>) return load_upto<W>(weight + d, width - d);
+    }();
+    store_upto<T>(out + d, load_upto<T>(x + d, width - d) * factor * scale, width - d);
+  }
+}
+
+template <typename T>
+[[gnu::noinline]] void add_row(const T* added, T* stream, int64_t width) {
+  for (int64_t d = 0; d < width; d += kLanes)
+    store_upto<T>(stream + d, load_upto<T>(stream + d, width - d) + load_upto<T>(added + d, width - d), width - d);
+}
+
+template <typename T>
+[[gnu::noinline]] void rotate_head(const T* x, const acc_t<T>* cos, const acc_t<T>* sin, int64_t half, int64_t dims, T* out) {
+  for (int64_t d = 0; d < half; d += kLanes) {
+    const int64_t left = half - d;
+    const auto first = load_upto<T>(x + d, left), second = load_upto<T>(x + half + d, left);
+    const auto c = load_upto(cos + d, left), s = load_upto(sin + d, left);
+    store_upto<T>(out + d, first * c - second * s, left);
+    store_upto<T>(out + half + d, second * c + first * s, left);
+  }
+  if (out != x) std::copy(x + 2 * half, x + dims, out + 2 * half);
+}
+
+namespace {
+
+template <typename A>
+vec_t<A> activate(vec_t<A> x, int64_t activation) {
+  using V = vec_t<A>;
+  if (activation == kSilu) return x / (1 + exp(-x));
+  if (activation == kGeluTanh) {  // 0.5 x (1 + tanh u) = x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
+    const V u = static_cast<A>(0.7978845608028654) * (x + static_cast<A>(0.044715) * x * x * x);
+    return x / (1 + exp(-2 * u));
+  }
+  for (int i = 0; i < kLanes; ++i) x[i] = x[i] * std::erfc(-x[i] * static_cast<A>(0.7071067811865476)) / 2;
+  return x;
+}
+
+}  // namespace
+
+template <typename T>
+[[gnu::noinline]] void gated_row(const T* gate, const T* up, int64_t activation, int64_t width, T* out) {
+  for (int64_t d = 0; d < width; d += kLanes) {
+    const auto lanes = activate<acc_t<T>>(load_upto<T>(gate + d, width - d), activation);
+    store_upto<T>(out + d, lanes * load_upto<T>(up + d, width - d), width - d);
+  }
+}
+
+template void norm_row(const float*, const float*, float, int64_t, float*);
+template void add_row(const float*, float*, int64_t);
+template void rotate_head(const float*, const float*, const float*, int64_t, int64_t, float*);
+template void gated_row(const float*, const float*, int64_t, int64_t, float*);
+template void norm_row(const c10::BFloat16*, const c10::BFloat16*, float, int64_t, c10::BFloat16*);
+template void add_row(const c10::BFloat16*, c10::BFloat16*, int64_t);
+template void rotate_head(const c10::BFloat16*, const float*, const float*, int64_t, int64_t, c10::BFloat16*);
+template void gated_row(const c10::BFloat16*, const c10::BFloat16*, int64_t, int64_t, c10::BFloat16*);
+
 namespace {
 
 // The rows of a tensor [..., H] whose last dim is dense: up to two leading dims with any strides, so that a view of a
@@ -25,23 +94,6 @@ struct Rows {
   }
   int64_t offset(int64_t row) const { return row / inner * outer_stride + row % inner * inner_stride; }
 };
-
-template <typename T, typename W>
-void norm_row(const T* x, const W* weight, acc_t<T> eps, int64_t width, T* out) {
-  using A = acc_t<T>;
-  vec_t<A> squares[2] = {};
-  for (int64_t d = 0, i = 0; d < width; d += kLanes, i ^= 1) {
-    const vec_t<A> lanes = load_upto<T>(x + d, width - d);
-    squares[i] += lanes * lanes;
-  }
-  const A factor = 1 / std::sqrt(sum<A>(squares[0] + squares[1]) / width + eps);
-  for (int64_t d = 0; d < width; d += kLanes) {
-    const vec_t<A> scale = [&] {
-      if constexpr (std::is_same_v<acc_t<W>, A>) return load_upto<W>(weight + d, width - d);
-    }();
-    store_upto<T>(out + d, load_upto<T>(x + d, width - d) * factor * scale, width - d);
-  }
-}
 
 // Calls body(T{}, W{}): weights have the type of x or that of the arithmetic.
 template <typename Body>
@@ -87,34 +139,13 @@ at::Tensor add_rms_norm(const at::Tensor& x, const at::Tensor& residual, const a
     const W* scale = weight.const_data_ptr<W>();
     T* to = out.mutable_data_ptr<T>();
     parallel_tasks(rows.count, rows.count * rows.width / 6, [&](int64_t row) {
-      const T* added = from + rows.offset(row);
       T* stream = total + sums.offset(row);
-      for (int64_t d = 0; d < rows.width; d += kLanes) {
-        const int64_t left = rows.width - d;
-        store_upto<T>(stream + d, load_upto<T>(stream + d, left) + load_upto<T>(added + d, left), left);
-      }
+      add_row<T>(from + rows.offset(row), stream, rows.width);
       norm_row<T, W>(stream, scale, eps, rows.width, to + row * rows.width);
     });
   });
   return out;
 }
-
-namespace {
-
-// One head in the halves convention: the first 2 * half dims are rotated, the others pass.
-template <typename T>
-void rotate_head(const T* x, const acc_t<T>* cos, const acc_t<T>* sin, int64_t half, int64_t dims, T* out) {
-  for (int64_t d = 0; d < half; d += kLanes) {
-    const int64_t left = half - d;
-    const auto first = load_upto<T>(x + d, left), second = load_upto<T>(x + half + d, left);
-    const auto c = load_upto(cos + d, left), s = load_upto(sin + d, left);
-    store_upto<T>(out + d, first * c - second * s, left);
-    store_upto<T>(out + half + d, second * c + first * s, left);
-  }
-  std::copy(x + 2 * half, x + dims, out + 2 * half);
-}
-
-}  // namespace
 
 at::Tensor rotate_and_store(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& rope,
                             const at::Tensor& positions, const at::Tensor& slots, const at::Tensor& keys,
@@ -156,24 +187,6 @@ at::Tensor rotate_and_store(const at::Tensor& query, const at::Tensor& key, cons
   return out;
 }
 
-namespace {
-
-enum Activation : int64_t { kSilu, kGelu, kGeluTanh };  // the order of cpu_ops.py: ACTIVATIONS
-
-template <typename A>
-vec_t<A> activate(vec_t<A> x, int64_t activation) {
-  using V = vec_t<A>;
-  if (activation == kSilu) return x / (1 + exp(-x));
-  if (activation == kGeluTanh) {  // 0.5 x (1 + tanh u) = x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
-    const V u = static_cast<A>(0.7978845608028654) * (x + static_cast<A>(0.044715) * x * x * x);
-    return x / (1 + exp(-2 * u));
-  }
-  for (int i = 0; i < kLanes; ++i) x[i] = x[i] * std::erfc(-x[i] * static_cast<A>(0.7071067811865476)) / 2;
-  return x;
-}
-
-}  // namespace
-
 at::Tensor gated(const at::Tensor& gate_up, int64_t activation) {
   const Rows rows(gate_up);
   TORCH_CHECK(gate_up.dim() == 2 && rows.width % 2 == 0, "gated: expected [T, 2F]");
@@ -186,10 +199,7 @@ at::Tensor gated(const at::Tensor& gate_up, int64_t activation) {
     T* to = out.mutable_data_ptr<T>();
     parallel_tasks(rows.count, rows.count * width / (activation == kGelu ? 1 : 4), [&](int64_t row) {
       const T* gate = from + rows.offset(row);
-      for (int64_t d = 0; d < width; d += kLanes) {
-        const auto lanes = activate<acc_t<T>>(load_upto<T>(gate + d, width - d), activation);
-        store_upto<T>(to + row * width + d, lanes * load_upto<T>(gate + width + d, width - d), width - d);
-      }
+      gated_row<T>(gate, gate + width, activation, width, to + row * width);
     });
   });
   return out;

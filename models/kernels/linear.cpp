@@ -6,8 +6,6 @@
 #include <optional>
 #include <vector>
 
-#include "tensors.h"
-
 namespace saccade {
 namespace {
 
@@ -139,18 +137,18 @@ void multiply(const PackedLinear<T>& linear, const T* x, int64_t x_stride, int64
     }
 }
 
+template <typename T>
+int64_t packed_size(const PackedLinear<T>& linear) {
+  return linear.blocks() * ceil_div(linear.inputs, Format<T>::kItem) * kStep<T>;
+}
+
+template int64_t packed_size(const PackedLinear<float>&);
+template int64_t packed_size(const PackedLinear<c10::BFloat16>&);
 template void multiply(const PackedLinear<float>&, const float*, int64_t, int64_t, float*, int64_t, int64_t, int64_t);
 template void multiply(const PackedLinear<c10::BFloat16>&, const c10::BFloat16*, int64_t, int64_t, c10::BFloat16*, int64_t,
                        int64_t, int64_t);
 
 namespace {
-
-template <typename Body>
-void for_packable(at::ScalarType dtype, const char* op, Body body) {
-  if (dtype == at::kFloat) return body(float{});
-  TORCH_CHECK(dtype == at::kBFloat16, op, ": no packed format for ", dtype);
-  body(c10::BFloat16{});
-}
 
 // weight [O, I] -> the packed weight, a flat tensor.
 at::Tensor pack_linear(const at::Tensor& weight) {
@@ -187,7 +185,7 @@ at::Tensor packed_linear(const at::Tensor& any_x, const at::Tensor& packed, cons
   for_packable(x.scalar_type(), "packed_linear", [&](auto type) {
     using T = decltype(type);
     const PackedLinear<T> linear{packed.const_data_ptr<T>(), bias ? bias->const_data_ptr<T>() : nullptr, x.size(1), outputs};
-    TORCH_CHECK(packed.numel() == linear.blocks() * ceil_div(linear.inputs, Format<T>::kItem) * kStep<T>,
+    TORCH_CHECK(packed.numel() == packed_size(linear),
                 "packed_linear: this weight is not [", outputs, ", ", linear.inputs, "]");
     TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == outputs), "packed_linear: bias must be [", outputs, "]");
     const T* from = x.const_data_ptr<T>();

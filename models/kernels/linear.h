@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "tensors.h"
 #include "vec.h"
 
 namespace saccade {
@@ -30,10 +31,22 @@ template <typename T>
 void multiply(const PackedLinear<T>& linear, const T* x, int64_t x_stride, int64_t rows, T* out, int64_t out_stride,
               int64_t first, int64_t last);
 
-// What a product costs, in the units of parallel_tasks.
+// Elements of the packed weight.
+template <typename T>
+int64_t packed_size(const PackedLinear<T>& linear);
+
+// What a product costs, in the units of parallel_ranges.
 template <typename T>
 int64_t cost_of(const PackedLinear<T>& linear, int64_t rows) {
   return linear.inputs * linear.outputs * (static_cast<int64_t>(sizeof(T)) + rows / 4) / 64;
+}
+
+// Calls body(T{}) for the types that have a packed format.
+template <typename Body>
+void for_packable(at::ScalarType dtype, const char* op, Body body) {
+  if (dtype == at::kFloat) return body(float{});
+  TORCH_CHECK(dtype == at::kBFloat16, op, ": no packed format for ", dtype);
+  body(c10::BFloat16{});
 }
 
 }  // namespace saccade

@@ -29,13 +29,18 @@ inline const T* index_data(const at::Tensor& tensor, const char* name) {
   return tensor.const_data_ptr<T>();  // checks the dtype
 }
 
-// Runs body(begin, end) over ranges that make up [0, count): one range unless there is work for more threads, `cost`
-// being all of it in units of about a nanosecond. What a thread gets never decides what it computes, so results do not
-// depend on the split.
+// How many threads work of that cost is worth, in units of about a nanosecond.
+inline int64_t threads_for(int64_t cost) {
+  constexpr int64_t kWorthAThread = 15'000;  // waking a thread that waits passively costs most of this
+  if (at::in_parallel_region()) return 1;
+  return std::clamp<int64_t>(cost / kWorthAThread, 1, at::get_num_threads());
+}
+
+// Runs body(begin, end) over ranges that make up [0, count): one range unless all of it, `cost`, is worth more threads.
+// What a thread gets never decides what it computes, so results do not depend on the split.
 template <typename Body>
 inline void parallel_ranges(int64_t count, int64_t cost, const Body& body) {
-  constexpr int64_t kWorthAThread = 15'000;  // waking a thread that waits passively costs most of this
-  const int64_t threads = std::min<int64_t>({count, at::get_num_threads(), cost / kWorthAThread});
+  const int64_t threads = std::min(count, threads_for(cost));
   if (threads <= 1) return body(int64_t{0}, count);
   at::parallel_for(0, count, (count + threads - 1) / threads, body);
 }

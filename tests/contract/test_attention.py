@@ -6,6 +6,7 @@ All slots that no row owns are NaN, so that a backend that reads them shows it.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -304,20 +305,71 @@ def test_a_tree_node_has_the_bits_of_plain_decoding(dtype: torch.dtype, options:
             token += 1
 
 
-def test_threads_do_not_change_bits() -> None:
-    spec = AttentionSpec(4, 2, 64, 64, 0.125)
-    scene = make_scene([Row(300, 150), Row(700, 1, (-1, 0, 0, 1, 2)), Row(0, 400)], spec, torch.bfloat16, 2)
-    query = make_query(scene, spec, torch.bfloat16, 2)
-    attend = load_backend("cpu", CPU, torch.bfloat16)
-    threads, results = torch.get_num_threads(), []
+def on_threads(count: int, run: Callable[[], Tensor]) -> Tensor:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(attend(query, scene.key_cache, scene.value_cache, scene.batch, spec))
+        return run()
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [Row(300, 150), Row(700, 1, (-1, 0, 0, 1, 2)), Row(0, 400)],
+        [Row(10_000, 1)],
+        [Row(4091, 1, (-1, 0, 1, 2, 3, 4, 0, 6, 7))],  # its nodes stand in two chunks of keys
+        [Row(8000, 3), Row(5, 1), Row(600, 1)],
+    ],
+    ids=["mixed", "one long", "a tree over an edge", "unequal"],
+)
+def test_threads_do_not_change_bits(rows: list[Row], dtype: torch.dtype) -> None:
+    spec = AttentionSpec(4, 2, 64, 64, 0.125)
+    scene = make_scene(rows, spec, dtype, 2)
+    query = make_query(scene, spec, dtype, 2)
+    attend = load_backend("cpu", CPU, dtype)
+    results = [
+        on_threads(count, lambda: attend(query, scene.key_cache, scene.value_cache, scene.batch, spec))
+        for count in (1, 2, 4, 2)
+    ]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+CHUNK = 512  # kChunk of models/kernels/attention.h: keys that share a softmax
+RANDOM_TREE = (-1, *(random.Random(4).randrange(max(0, node - 5), node) for node in range(1, 64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 40, "soft_cap": 9.0}, {"window": 700}, {"first_key": 1}], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_chunks_of_a_long_context_make_one_softmax(dtype: torch.dtype, options: dict[str, float], threads: int) -> None:
+    spec = AttentionSpec(**{"num_heads": 4, "num_kv_heads": 2, "key_dim": 32, "value_dim": 24, "scale": 0.2} | options)  # type: ignore[arg-type]
+    rows = [Row(context, 1) for context in (0, CHUNK - 2, CHUNK - 1, CHUNK, 2 * CHUNK + 1, 3 * CHUNK - 1)]
+    rows += [Row(CHUNK - 5, 3, RANDOM_TREE), Row(2 * CHUNK - 1, 1, RANDOM_TREE[:9]), Row(CHUNK - 20, 40)]
+    scene = make_scene(rows, spec, dtype, 6)
+    query, sinks = make_query(scene, spec, dtype, 6), sinks_of(spec, "window" in options)
+    attend = load_backend("cpu", CPU, dtype)
+    out = on_threads(threads, lambda: attend(query, scene.key_cache, scene.value_cache, scene.batch, spec, sinks))
+    expected = attend_one_by_one(scene, query, spec, sinks)
+    torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_nodes_beyond_an_edge_of_chunks_have_the_bits_of_plain_decoding(dtype: torch.dtype, threads: int) -> None:
+    spec = AttentionSpec(4, 2, 64, 64, 0.125)
+    rows = [Row(CHUNK - 7, 2, RANDOM_TREE), Row(2 * CHUNK - 3, 1, RANDOM_TREE[:20]), Row(9 * CHUNK - 30, 40)]
+    scene = make_scene(rows, spec, dtype, 8)
+    query = make_query(scene, spec, dtype, 8)
+    attend = load_backend("cpu", CPU, dtype)
+    out = on_threads(threads, lambda: attend(query, scene.key_cache, scene.value_cache, scene.batch, spec))
+    for index, first in enumerate(scene.batch.row_starts[:-1].tolist()):
+        for number in range(0, rows[index].num_queries, 5):
+            plain = plain_decode(scene, index, number, [], chunk=1, spec=spec)
+            alone = attend(query[first + number][None], plain.key_cache, plain.value_cache, plain.batch, spec)
+            assert torch.equal(out[first + number], alone[0]), (index, number)
 
 
 def test_long_context_and_prefill_agree_with_the_reference() -> None:

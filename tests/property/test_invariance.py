@@ -26,6 +26,7 @@ from decoding.engine import Engine
 from decoding.request import GREEDY_TEMPERATURE, GenerateRequest, SamplingParams, SpeculationParams
 from decoding.sequence import SequenceId
 from models.decoder import Decoder
+from models.graphs import EagerCapture
 from models.heads.eagle import EagleModel
 from models.heads.eagle3 import Eagle3Model
 from models.heads.feature_model import FeatureModel
@@ -34,7 +35,7 @@ from models.heads.mtp import MTPModel
 from models.heads.parallel_heads import ParallelHeads
 from tests.doubles import AlternatingDrafter, GarbageDrafter, OracleDrafter
 from tests.eagle import fitted_eagle, fitted_eagle3
-from tests.engines import VOCAB, BuildDrafter, make_engine, run, tiny_decoder
+from tests.engines import VOCAB, BuildDrafter, device_ops, make_engine, run, tiny_decoder
 from tests.feature_doubles import ToyFeatureModel
 from tests.medusa import fit_weights, make_heads
 from tests.mtp import fitted_model, random_heads
@@ -100,6 +101,7 @@ class Setup:
     spare_pages: int
     prefix_caching: bool
     max_num_seqs: int
+    as_on_cuda: bool  # recorded passes padded to buckets, trees padded to bounds, nothing that waits
 
 
 TYPICAL = Acceptance("typical", epsilon=0.05)
@@ -214,6 +216,7 @@ setups = st.builds(
     spare_pages=st.sampled_from([0, 1, 3, 8, 200]),
     prefix_caching=st.booleans(),
     max_num_seqs=st.sampled_from([1, 3, 16]),
+    as_on_cuda=st.sampled_from([False, False, True]),
 )
 
 
@@ -253,6 +256,8 @@ def test_text_depends_on_the_request_alone(requests: list[GenerateRequest], setu
         num_pages=largest + setup.spare_pages,
         prefix_caching=setup.prefix_caching,
         max_num_seqs=setup.max_num_seqs,
+        ops=device_ops() if setup.as_on_cuda else None,
+        capture=EagerCapture() if setup.as_on_cuda else None,
     )
     together = run(engine, requests)
     lossy = {request.request_id for request in requests if is_lossy(request)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from benchmarks.llama_cpp import (
     load_llama,
     read_answer,
     server_command,
+    server_version,
 )
 from benchmarks.llama_settings import (
     LlamaSetting,
@@ -37,6 +40,7 @@ from benchmarks.tuning import Trial
 from decoding.errors import ConfigError
 from tests.parity.tiny import save_tiny
 
+ROOT = Path(__file__).parents[2]
 # counts up from the prompt's last token; its settings are the words of its command line
 PROGRAM = """\
 #!{python}
@@ -44,6 +48,8 @@ import json, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 words = sys.argv[1:]
+if "--version" in words:
+    sys.exit(print("version: 0.0.0 (fake)"))
 if {picky} and words[words.index("--flash-attn") + 1] == "off":
     sys.exit("error: this setting cannot be")
 seen = {{"decodes": 0, "drafted": 0}}
@@ -133,6 +139,26 @@ def test_it_ends_when_it_is_closed(files: LlamaFiles) -> None:
     assert not alive(pid)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel does not end children")
+def test_it_ends_with_us_even_when_we_are_killed(files: LlamaFiles) -> None:
+    script = f"""\
+import time
+from pathlib import Path
+from benchmarks.llama_cpp import LlamaFiles, LlamaServer, LlamaSetting
+files = LlamaFiles(Path({str(files.server)!r}), Path("target.gguf"), None, "f16", 128)
+print(LlamaServer("llama", files, LlamaSetting(1)).pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT) as ours:
+        assert ours.stdout is not None
+        pid = int(ours.stdout.readline())
+        ours.kill()
+    deadline = time.monotonic() + 30
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not alive(pid)
+
+
 def test_what_remembers_texts_begins_anew_for_each_task(files: LlamaFiles) -> None:
     way = ngram_way("ngram-map-k", 3, 8, remembers=True)
     server = LlamaServer("llama-ngram", files, LlamaSetting(1, speculation=way))
@@ -153,6 +179,10 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     files = LlamaFiles(program, tmp_path / "target.gguf", None, "f16", context=128)
     with pytest.raises(ConfigError, match="ended with status 1: error: this setting cannot be"):
         LlamaServer("llama", files, LlamaSetting(1, flash_attention=False))
+
+
+def test_the_version_is_what_it_says(files: LlamaFiles) -> None:
+    assert server_version(files.server.parents[1]) == "version: 0.0.0 (fake)"
 
 
 def test_without_a_build_the_fix_is_named(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from benchmarks.documents import Document
 from benchmarks.gpu_tables import gpu_checks
 from benchmarks.measure import Run
 from benchmarks.offline_tables import limits_text, offline_checks, over_one, speeds_text
-from benchmarks.peer_tables import compare_checks
+from benchmarks.peer_tables import compare_checks, compare_table
 from benchmarks.roofline import Roofline, weights_read
 from benchmarks.speed_report import main as report
 from benchmarks.speed_tables import checks_table, matrix_tables
@@ -200,7 +200,7 @@ def peer_piece(family: str, seconds: dict[str, float]) -> dict[str, Any]:
         for name, s in seconds.items()
         for number, pace in enumerate((1.0, 2.0))
     ]
-    return {"family": family, "temperature": 0.0, "settings": {"hf": "threads=2"}, "runs": runs}
+    return {"family": family, "temperature": 0.0, "concurrency": 1, "settings": {"hf": "threads=2"}, "runs": runs}
 
 
 def test_peers_are_compared_with_their_fastest() -> None:
@@ -214,6 +214,9 @@ def test_peers_are_compared_with_their_fastest() -> None:
         "large, T=0, plain decoding / llama.cpp's": (0.95, True),
         "large, T=0, auto / the best speculation of llama.cpp": (1.2, False),
     }
+    table = compare_table(demo).splitlines()
+    assert [line.split()[0] for line in table[2:7]] == ["plain", "auto", "hf", "hf-assisted", "hf-lookup"]
+    assert table[3].split()[1:4] == ["16.0", "2.00", "2.00..2.00"]  # 8 tokens in 0.5 s
     alone = compare_checks([peer_piece("large", {"plain": 1.0, "auto": 0.5})])
     assert [check.passed for check in alone] == [None, None]
 
