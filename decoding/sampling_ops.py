@@ -15,6 +15,7 @@ from decoding.filtered_draw import by_candidates, by_sorting, keeps, keeps_some
 from decoding.filters import Filters
 from decoding.noise import fill_rows
 from models import kernels
+from models.kernels import triton as triton_kernels
 
 
 class SamplingOps(Protocol):
@@ -154,10 +155,17 @@ class CpuSamplingOps:
         return keeps_some(scaled, filters, at, tokens, where)
 
 
+def _triton() -> SamplingOps:
+    from decoding.triton_sampling import TritonSamplingOps
+
+    return TritonSamplingOps()
+
+
 SAMPLING_OPS: dict[str, Callable[[], SamplingOps]] = {
     "torch": TorchSamplingOps,
     "cpu": CpuSamplingOps,
     "device": DeviceSamplingOps,
+    "triton": _triton,
 }
 
 
@@ -168,4 +176,6 @@ def load_sampling_ops(device: torch.device, name: str = "auto") -> SamplingOps:
         ValueError: for an unknown name.
     """
     plain = "torch" if device.type == "cpu" else "device"
+    if triton_kernels.serves(device, torch.float32):
+        plain = "triton"
     return kernels.pick("sampling operations", SAMPLING_OPS, name, plain, kernels.serves(device, torch.float32))

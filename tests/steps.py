@@ -14,6 +14,7 @@ from decoding.sequence import Sequence
 from models.tree import NO_PARENT, Trees, ancestor_masks, depths
 
 CPU = torch.device("cpu")
+ON_CPU = [name for name in SAMPLING_OPS if name != "triton"]
 Tree = list[tuple[int, int]]  # (parent, token) of each column after the root
 
 

@@ -8,7 +8,9 @@ indexes, and in other blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,18 +76,19 @@ def _padded(size: int) -> int:
 
 def load(device: torch.device) -> AttentionBackend:
     """The backend for ``device``; a CPU has it in Triton's interpreter only, which knows no limits."""
-    return TritonAttention(shared_memory(device) if device.type == "cuda" else 1 << 30)
+    limit = shared_memory(device) if device.type == "cuda" else 1 << 30
+    return TritonAttention(partial(blocks_for, shared_limit=limit))
 
 
 class TritonAttention:
     """The backend, for float32, bfloat16 and float16, on one device.
 
     Args:
-        shared_limit: shared memory that one program may have, bytes.
+        choose: the blocks of a layer: ``blocks_for``, what is best on the device at hand, or one choice in a test.
     """
 
-    def __init__(self, shared_limit: int, spread: Spread | None = None) -> None:
-        self._shared_limit = shared_limit
+    def __init__(self, choose: Callable[[AttentionSpec, torch.dtype], Blocks], spread: Spread | None = None) -> None:
+        self._choose = choose
         self._spread = spread or Spread()
         self._blocks: dict[tuple[AttentionSpec, torch.dtype], Blocks] = {}
 
@@ -184,5 +187,5 @@ class TritonAttention:
     def _blocks_of(self, spec: AttentionSpec, dtype: torch.dtype) -> Blocks:
         blocks = self._blocks.get((spec, dtype))
         if blocks is None:
-            blocks = self._blocks[spec, dtype] = blocks_for(spec, dtype, self._shared_limit)
+            blocks = self._blocks[spec, dtype] = self._choose(spec, dtype)
         return blocks

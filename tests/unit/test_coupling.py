@@ -8,9 +8,8 @@ from torch import Tensor
 
 from decoding.acceptance import Acceptance
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
-from decoding.sampling_ops import SAMPLING_OPS
 from decoding.sequence import Sequence
-from tests.steps import sampling_of
+from tests.steps import ON_CPU, sampling_of
 
 VOCAB, ROWS, K, TAU = 40, 6, 5, 0.7
 TYPICAL = Acceptance("typical")
@@ -47,7 +46,7 @@ def guesses(sequences: list[Sequence], ops: str, ids: Tensor | None = None) -> t
 
 
 @pytest.mark.parametrize("drafted", [None, torch.arange(3, VOCAB, 2)], ids=["vocabulary", "draft vocabulary"])
-@pytest.mark.parametrize("ops", SAMPLING_OPS)
+@pytest.mark.parametrize("ops", ON_CPU)
 def test_each_row_is_coupled_or_not_by_itself(ops: str, drafted: Tensor | None) -> None:
     wishes = [SpeculationParams(coupling=row % 2 == 0) for row in range(ROWS)]
     warm = [0.4, 0.4, 1.0, 1.0, 1.7, 1.7]
@@ -68,7 +67,7 @@ def test_each_row_is_coupled_or_not_by_itself(ops: str, drafted: Tensor | None) 
         assert not torch.equal(mixed[0][row], coupled[0][row])
 
 
-@pytest.mark.parametrize("ops", SAMPLING_OPS)
+@pytest.mark.parametrize("ops", ON_CPU)
 def test_uncoupled_guesses_heed_the_filters(ops: str) -> None:
     sequences = [a_sequence(row, SpeculationParams(coupling=False), temperature=0.8, top_k=2) for row in range(ROWS)]
     ids, confidence = guesses(sequences, ops)
@@ -77,7 +76,7 @@ def test_uncoupled_guesses_heed_the_filters(ops: str) -> None:
     assert (confidence[:, 2:] == 0).all()
 
 
-@pytest.mark.parametrize("ops", SAMPLING_OPS)
+@pytest.mark.parametrize("ops", ON_CPU)
 def test_greedy_rows_are_as_they_are_beside_uncoupled_ones(ops: str) -> None:
     greedy = [a_sequence(row, SpeculationParams(), temperature=0.0) for row in range(ROWS)]
     beside = [*greedy[:-1], a_sequence(9, SpeculationParams(coupling=False), temperature=0.5)]

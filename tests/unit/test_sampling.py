@@ -23,11 +23,11 @@ from transformers import (
 from decoding.batcher import Chain, Nodes, build
 from decoding.noise import gumbel
 from decoding.request import GenerateRequest, SamplingParams
-from decoding.sampling_ops import SAMPLING_OPS
 from decoding.sequence import Sequence
 from decoding.verify import node_paths
 from models.tree import NO_PARENT, Trees, ancestor_masks
 from tests import steps
+from tests.steps import ON_CPU
 
 CPU = torch.device("cpu")
 VOCAB = 12
@@ -42,7 +42,7 @@ def a_sequence(params: SamplingParams, prompt: tuple[int, ...] = (1, 2), output:
     return sequence
 
 
-@pytest.fixture(params=list(SAMPLING_OPS))
+@pytest.fixture(params=list(ON_CPU))
 def ops(request: pytest.FixtureRequest) -> str:
     """Each implementation of the vocabulary-wide operations; the kernels must work where tests run."""
     return str(request.param)
@@ -316,7 +316,7 @@ parameters = st.builds(
 row = st.tuples(parameters, tree_rows(), st.lists(st.integers(0, VOCAB - 1), max_size=5).map(tuple))
 
 
-@given(st.lists(row, min_size=1, max_size=4), st.sampled_from(list(SAMPLING_OPS)))
+@given(st.lists(row, min_size=1, max_size=4), st.sampled_from(list(ON_CPU)))
 @settings(max_examples=60, deadline=None)
 def test_every_node_is_processed_as_if_its_path_were_text(
     batch: list[tuple[SamplingParams, list[tuple[int, int]], tuple[int, ...]]], ops: str
@@ -367,7 +367,7 @@ def test_the_noise_of_a_node_is_that_of_its_position(ops: str) -> None:
 DRAFT_IDS = (0, 2, 3, 5, 6, 10, VOCAB, VOCAB + 1)  # the last two are padding of the target's vocabulary
 
 
-@given(st.lists(row, min_size=1, max_size=4), st.integers(1, 4), st.sampled_from(list(SAMPLING_OPS)))
+@given(st.lists(row, min_size=1, max_size=4), st.integers(1, 4), st.sampled_from(list(ON_CPU)))
 @settings(max_examples=80, deadline=None)
 def test_a_draft_vocabulary_is_the_whole_one_with_the_rest_impossible(
     batch: list[tuple[SamplingParams, list[tuple[int, int]], tuple[int, ...]]], depth: int, ops: str

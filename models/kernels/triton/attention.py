@@ -64,14 +64,33 @@ def reach_of(sees, bits, base):
 
 
 @triton.jit
-def row_of_tile(tile, row_starts, rows, BLOCK_Q: tl.constexpr):
-    """The row of a tile. Row r's tiles begin at number row_starts[r] // BLOCK_Q + r and end before the next row's."""
+def find_tile(tile, row_starts, rows, BLOCK_Q: tl.constexpr):
+    """A tile's row, its first query token and one past the row's last; a number without a tile begins behind it.
+
+    Row r's tiles begin at number row_starts[r] // BLOCK_Q + r: at least as many numbers on as the row before has tiles.
+    """
     row = -1
-    for first in range(0, rows, ROWS_AT_ONCE):
-        r = first + tl.arange(0, ROWS_AT_ONCE)
+    for start in range(0, rows, ROWS_AT_ONCE):
+        r = start + tl.arange(0, ROWS_AT_ONCE)
         begins = tl.load(row_starts + r, mask=r < rows, other=NOWHERE) // BLOCK_Q + r
         row += tl.sum((begins <= tile).to(tl.int32), 0)
-    return row
+    row_start = tl.load(row_starts + row)
+    first = row_start + (tile - row_start // BLOCK_Q - row) * BLOCK_Q
+    return row, first, tl.load(row_starts + row + 1)
+
+
+@triton.jit
+def window_of(positions, token, real, sees, WINDOW: tl.constexpr, FIRST_KEY: tl.constexpr):
+    """The lowest position that each vector sees; the lowest key that one of them, and that all of them see."""
+    if WINDOW > 0:
+        low = tl.load(positions + token, mask=real, other=0).to(tl.int32) - (WINDOW - 1)
+        begin = tl.maximum(tl.min(tl.where(real, low, NOWHERE), 0), FIRST_KEY)
+        full_from = tl.maximum(tl.max(tl.where(real, low, 0), 0), FIRST_KEY)
+    else:
+        low = sees  # never read
+        begin = tl.full([], FIRST_KEY, tl.int32)
+        full_from = begin
+    return low, begin, full_from
 
 
 @triton.jit
@@ -219,10 +238,7 @@ def attend_tiles(
     # the last tiles of a chain see the most keys: they go first
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
-    row = row_of_tile(tile, row_starts, rows, BLOCK_Q)
-    row_start = tl.load(row_starts + row)
-    row_end = tl.load(row_starts + row + 1)
-    first = row_start + (tile - row_start // BLOCK_Q - row) * BLOCK_Q
+    row, first, row_end = find_tile(tile, row_starts, rows, BLOCK_Q)
     if first >= row_end:
         return
 
@@ -235,14 +251,7 @@ def attend_tiles(
     bits = tl.load(tree_mask + token, mask=real, other=0).to(tl.uint64, bitcast=True)
     reach = tl.max(reach_of(sees, bits, base), 0)
     full_to = tl.min(tl.where(real, sees, NOWHERE), 0)
-    if WINDOW > 0:
-        low = tl.load(positions + token, mask=real, other=0).to(tl.int32) - (WINDOW - 1)
-        begin = tl.maximum(tl.min(tl.where(real, low, NOWHERE), 0), FIRST_KEY)
-        full_from = tl.maximum(tl.max(tl.where(real, low, 0), 0), FIRST_KEY)
-    else:
-        low = sees
-        begin = tl.full([], FIRST_KEY, tl.int32)
-        full_from = begin
+    low, begin, full_from = window_of(positions, token, real, sees, WINDOW, FIRST_KEY)
 
     d = tl.arange(0, KEY_BLOCK)
     token = token.to(tl.int64)

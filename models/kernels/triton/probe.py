@@ -7,15 +7,15 @@ from torch import Tensor
 
 from models.attention import AttentionSpec
 from models.attention.reference import attend
-from models.attention.triton import Spread, TritonAttention
+from models.attention.triton import Blocks, Spread, TritonAttention
 from models.batch import PAGE_SIZE, RaggedBatch
-from models.kernels.triton import shared_memory
 from models.layers.ops import TorchOps
 from models.layers.triton_ops import TritonOps
 
 CONTEXT = 40
 SPLIT = 64  # the row's keys lie in two splits
 NODES = 32
+BLOCKS = Blocks(vectors=64, keys=32, key_dim=16, value_dim=16, num_warps=4, num_stages=2)
 TOLERANCE = 0.05  # a broken kernel is off by more, bfloat16 by less
 
 
@@ -34,8 +34,7 @@ def probe(device: torch.device, dtype: torch.dtype) -> None:
     batch = _tree_batch(device)
     slots = int(batch.page_table.max() + 1) * PAGE_SIZE
     query, keys, values = random(batch.num_tokens, 2, 16), random(slots, 1, 16), random(slots, 1, 16)
-    limit = shared_memory(device) if device.type == "cuda" else 1 << 30
-    attended = TritonAttention(limit, Spread(split=SPLIT))(query, keys, values, batch, spec)
+    attended = TritonAttention(lambda *_: BLOCKS, Spread(split=SPLIT))(query, keys, values, batch, spec)
     _compare("attention", attended, attend(query, keys, values, batch, spec))
     x, residual, weight = random(3, 40), random(3, 40), random(40)
     expected = TorchOps().add_rms_norm(x, residual, weight, 1e-5)[0]
