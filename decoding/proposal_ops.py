@@ -243,6 +243,13 @@ class DeviceProposalOps(TorchProposalOps):
     def __init__(self) -> None:
         self._host: ProposalOps = CpuProposalOps() if kernels.load() else TorchProposalOps()
 
+    def recalibrate(self, trees: Trees, mode: Tensor, curves: Tensor) -> Tensor:
+        here = self._host if trees.tokens.device.type == "cpu" else super()
+        return here.recalibrate(trees, mode, curves)
+
+    def coverage(self, trees: Trees, floor: float, depth: int) -> tuple[Tensor, Tensor]:
+        return self._host.coverage(trees, floor, depth)
+
     def score(self, trees: Trees, calibrated: Tensor, text: Tensor, mode: Tensor, floor: float, tally: Tally) -> Scores:
         return self._host.score(trees, calibrated, text, mode, floor, tally)
 

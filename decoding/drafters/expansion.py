@@ -150,7 +150,8 @@ class Expansion:
         levels: list[tuple[Tensor, Tensor, Tensor]] = []
         width, scratch = 1, 0
         for level in range(depth):
-            tokens, confidence = self._guess(hidden, front.row, front.depth, None, sampling, guide.tau(level))
+            guesses = self._guess(hidden, front.row, front.depth, None, sampling, guide.tau(level))
+            tokens, confidence = (part.contiguous() for part in guesses)
             levels.append((front.columns, tokens, confidence))
             if level + 1 == depth:
                 break
@@ -176,7 +177,7 @@ class Expansion:
         rows, table = len(row), batch.page_table
         size = min(self.options.beam, tokens.numel() // rows)
         made = torch.ops.saccade.next_beam.default(
-            *(tokens.contiguous(), confidence.contiguous()),
+            *(tokens, confidence),
             *(front.columns, front.masks, front.chance, front.depth, row),
             *(first, scratch, size),
             *(batch.positions, batch.wanted, batch.tree_base, table, self.last_position),

@@ -151,10 +151,10 @@ def guess_depths(
     x = sampling.process(logits.flatten(0, 1), node_row, above, unknown)
     levels = range(depth) if len(set(guide.taus)) > 1 else [0]  # one call where all depths have the same tau
     step = len(levels)
-    parts = [
-        sampling.guess(x[level::step], node_row[level::step], above[level::step], ranks, tau * guide.tau(level))
-        for level in levels
-    ]
+    parts = []
+    for level in levels:
+        at_row, depths = node_row[level::step].contiguous(), above[level::step].contiguous()
+        parts.append(sampling.guess(x[level::step].contiguous(), at_row, depths, ranks, tau * guide.tau(level)))
     tokens, confidence = (torch.stack(part, dim=1).view(count, depth, -1) for part in zip(*parts, strict=True))
     return Candidates(roots, tokens, confidence)
 

@@ -231,7 +231,7 @@ def generated(engine: Engine) -> tuple[str, int]:
 
 
 def demo_engine(model: Path, *speculate: str) -> Engine:
-    return Engine.load(EngineConfig(str(model), dtype="float32", speculate=speculate, num_pages=64))
+    return Engine.load(EngineConfig(str(model), dtype="float32", speculate=speculate, num_pages=64, plan="fixed"))
 
 
 def test_every_format_serves_the_demo_target(tmp_path: Path) -> None:
