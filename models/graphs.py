@@ -61,7 +61,8 @@ class CudaCapture:
                 run()  # compiles kernels and makes workspaces, which cannot be recorded
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # what other threads ask of the driver meanwhile is no reason to give up
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = run()
 
         def replay() -> Tensors:
