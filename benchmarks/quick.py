@@ -43,7 +43,8 @@ PEERS = ("hf", "hf-assisted", "hf-lookup")
 SYSTEMS = (*OURS, *PEERS)
 
 _EPILOG = f"""\
-systems: plain, ngram, draft, both (of these drafters), auto (all that lie beside the target); {BATCHED_PLAIN}, {BATCHED_BOTH}: {CONCURRENT} requests at once;
+systems: plain, ngram, draft, both (of these drafters), auto (all that lie beside the target);
+{BATCHED_PLAIN}, {BATCHED_BOTH}: {CONCURRENT} requests at once;
 hf: transformers' generate, hf-assisted: with the draft model, hf-lookup: with prompt lookup
 """
 
