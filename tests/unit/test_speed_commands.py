@@ -70,6 +70,9 @@ def test_every_setting_is_one_that_an_engine_takes() -> None:
     for name, tree in FIXED.items():
         names = tuple(DrafterChoice.parse(word).name for word in configs[name].speculate)
         assert names == tree.names
+        planned = getattr(configs[name], "plan", None)
+        limits = tree.plan if planned is None else planned
+        assert limits == f"fixed:nodes={tree.nodes},depth={tree.depth},min_probability={tree.min_probability:g}"
     assert {config.num_pages for config in configs.values()} == {9}
 
 
