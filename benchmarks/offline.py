@@ -37,6 +37,7 @@ KIND = "offline"
 PARTS = ("speeds", "forward", "limits")
 PATIENCE = 3
 LEAST_TOKENS = 32
+LINEAR_TURNS = 5  # of the linears alone, after each run of plain steps
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def limits(family: Family, engines: Engines, cases: Sequence[Case], options: Opt
         found = run_loop(
             engines.by_name[PLAIN], cases, Load(1, 0.0, options.tokens, window, options.seconds * PATIENCE)
         )
-        alone = linear_times(engines.target)
+        alone = linear_times(engines.target, rows=(1,), repeats=LINEAR_TURNS)[1]
         if number >= 0:
             steps.append(found.seconds / found.steps)
             linears.append(alone)

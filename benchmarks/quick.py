@@ -38,12 +38,13 @@ if TYPE_CHECKING:  # they import torch, which must not be there before the envir
 PROMPTS = Path("demo/prompts.jsonl")
 RESULTS = Path("benchmarks/results")
 TREE_SLOTS = 64  # of a request, beside prompt and text
-OURS = {"plain": 1, "ngram": 1, "draft": 1, "both": 1, BATCHED_PLAIN: CONCURRENT, BATCHED_BOTH: CONCURRENT}
+OURS = {"plain": 1, "ngram": 1, "draft": 1, "both": 1, "auto": 1, BATCHED_PLAIN: CONCURRENT, BATCHED_BOTH: CONCURRENT}
 PEERS = ("hf", "hf-assisted", "hf-lookup")
 SYSTEMS = (*OURS, *PEERS)
 
 _EPILOG = f"""\
-systems: plain, ngram, draft, both (of the drafters); {BATCHED_PLAIN}, {BATCHED_BOTH}: {CONCURRENT} requests at once;
+systems: plain, ngram, draft, both (of these drafters), auto (all that lie beside the target);
+{BATCHED_PLAIN}, {BATCHED_BOTH}: {CONCURRENT} requests at once;
 hf: transformers' generate, hf-assisted: with the draft model, hf-lookup: with prompt lookup
 """
 
@@ -176,6 +177,7 @@ def load_systems(options: Options, longest: int) -> tuple[list[System], dict[str
         "ngram": ("ngram",),
         "draft": (f"draft={options.draft}",),
         "both": (f"draft={options.draft}", "ngram"),
+        "auto": (f"draft={options.draft}", *drafters_beside(Path(options.target)), "ngram"),
     }
     pages = 2 * CONCURRENT * pages_for(longest + options.tokens + TREE_SLOTS)  # room enough that none is preempted
     engines: dict[str, Engine] = {}
@@ -198,6 +200,14 @@ def load_systems(options: Options, longest: int) -> tuple[list[System], dict[str
         peers, dtypes["transformers"] = load_peers(options.target, options.draft, options.dtype)
         systems += [peer for peer in peers if peer.name in options.only]
     return systems, dtypes
+
+
+def drafters_beside(target: Path) -> list[str]:
+    """``--speculate`` words of the trained drafters in the folders beside the target's; the draft model aside."""
+    from decoding.drafters import DRAFTERS
+
+    folders = {name: target.parent / name for name in DRAFTERS if name != "draft"}
+    return [f"{name}={folder}" for name, folder in folders.items() if (folder / "config.json").is_file()]
 
 
 def warm_up(systems: Sequence[System], case: Case, options: Options) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.family import Family
@@ -58,13 +58,17 @@ def config_of(name: str, family: Family, base: EngineConfig, drafters: Sequence[
         return replace(base, speculate=())
     if name == AUTO:
         return replace(base, speculate=family.speculate(drafters or (*family.drafters, "ngram")))
-    tree = FIXED[name]
+    return _fixed(FIXED[name], family, base)
+
+
+def _fixed(tree: FixedTree, family: Family, base: EngineConfig) -> EngineConfig:
+    words = family.speculate(tree.drafters)
+    if "plan" in {field.name for field in fields(base)}:
+        plan: dict[str, Any] = {"plan": tree.plan}
+        return replace(base, speculate=words, **plan)
+    # without a planner, limits are all that there is, and ``auto`` has those of the server's defaults
     return replace(
-        base,
-        speculate=family.speculate(tree.drafters),
-        max_nodes=tree.nodes,
-        max_depth=tree.depth,
-        min_probability=tree.min_probability,
+        base, speculate=words, max_nodes=tree.nodes, max_depth=tree.depth, min_probability=tree.min_probability
     )
 
 

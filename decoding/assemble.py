@@ -110,7 +110,7 @@ def _sampling_defaults(chosen: str, models_own: dict[str, Any]) -> dict[str, flo
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" is cuda where there is one.
+    """ "auto" is cuda where there is one. A numbered CUDA device becomes the current one of this process.
 
     Raises:
         ConfigError: unknown device, or CUDA asked for where there is none.
@@ -125,6 +125,8 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"unknown device {name!r}; use cpu, cuda, cuda:N or auto")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device is available to this torch; use --device cpu, or install a CUDA build")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on the current device, whatever its tensors say
     return device
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from decoding.batcher import Nodes
@@ -33,6 +35,14 @@ class Totals:
     cached_prompt_tokens: int = 0
     requests_finished: int = 0
     speculation: SpeculationCounter = field(default_factory=SpeculationCounter)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A step's results on their way to the host."""
+
+    wishes: dict[int, int]  # deciding rows that asked for logprobs
+    fetched: Callable[[], list[np.ndarray]]  # waits for tokens, paths, sources of nodes; then logprobs
 
 
 class Committer:
@@ -64,15 +74,17 @@ class Committer:
         self._eos_ids = frozenset(eos_ids)
         self.totals = Totals()
 
-    def commit(
-        self, plan: Plan, chosen: ChosenTrees, nodes: Nodes, verdict: Verdict, logits: Tensor, out: ForwardOutput
-    ) -> list[TokenEvent]:
+    def send(self, plan: Plan, chosen: ChosenTrees, nodes: Nodes, verdict: Verdict, logits: Tensor) -> Results:
+        """Send what ``commit`` needs to the host. It is on its way while the device goes on with other things."""
+        wishes = wishes_of(plan)
+        asked = node_logprobs(wishes, nodes, verdict, logits, self._vocab_size).tensors if wishes else ()
+        return Results(wishes, fetch(verdict.tokens, verdict.path, chosen.trees.source, *asked))
+
+    def commit(self, plan: Plan, chosen: ChosenTrees, results: Results, out: ForwardOutput) -> list[TokenEvent]:
         """Apply a step's verdict: here the tokens reach the host."""
         self.totals.steps += 1
         self._prompt_logprobs(plan, chosen, out)
-        wishes = wishes_of(plan)
-        asked = node_logprobs(wishes, nodes, verdict, logits, self._vocab_size).tensors if wishes else ()
-        fetched = fetch(verdict.tokens, verdict.path, chosen.trees.source, *asked)()
+        wishes, fetched = results.wishes, results.fetched()
         tokens, path, source = fetched[0].tolist(), fetched[1].tolist(), fetched[2].tolist()
         logprobs = by_row(wishes, fetched[3:]) if wishes else {}
         events = []

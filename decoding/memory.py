@@ -12,6 +12,7 @@ import torch
 from decoding.cache import pages_for
 from decoding.config import EngineConfig
 from decoding.errors import ConfigError
+from decoding.filtered_draw import SORTED
 from decoding.machine import available_memory
 from models.batch import PAGE_SIZE
 from models.kv_cache import KVSpec
@@ -22,6 +23,8 @@ logger = logging.getLogger("saccade.engine")
 CPU_BUDGET = 2 * 2**30  # bytes, unless --kv-cache-memory says otherwise or the machine has less
 CPU_SHARE = 0.8  # of the memory that is left beside the weights, for a pool of no given size
 LOGITS_PEAK = 4  # float32 copies of a step's logits that may be alive at one time
+SORT_BYTES = 40  # of each id of a vocabulary that is sorted for top-k or top-p on CUDA
+GRAPHS = 2**30  # bytes that recorded passes are given on CUDA: an allowance, not a measurement
 
 
 def pool_size(config: EngineConfig, target: CausalModel, specs: list[KVSpec], page_bytes: int) -> int:
@@ -101,4 +104,9 @@ def _device_budget(config: EngineConfig, target: CausalModel) -> int:
     activations = config.max_num_batched_tokens * 16 * target.hidden_size * target.dtype.itemsize
     nodes = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + config.max_nodes))
     logits = LOGITS_PEAK * nodes * target.vocab_size * 4
-    return int(free - (1 - config.gpu_memory_utilization) * total - activations - logits)
+    sorting = SORTED * target.vocab_size * SORT_BYTES
+    ring = config.max_depth + 2
+    noise = 2 * config.max_num_seqs * ring * target.vocab_size * 4  # twice: when it grows, old and new are there
+    graphs = 0 if config.enforce_eager else GRAPHS
+    spent = activations + logits + sorting + noise + graphs
+    return int(free - (1 - config.gpu_memory_utilization) * total - spent)

@@ -244,8 +244,9 @@ class DeviceProposalOps(TorchProposalOps):
         self._host: ProposalOps = CpuProposalOps() if kernels.load() else TorchProposalOps()
 
     def recalibrate(self, trees: Trees, mode: Tensor, curves: Tensor) -> Tensor:
-        here = self._host if trees.tokens.device.type == "cpu" else super()
-        return here.recalibrate(trees, mode, curves)
+        if trees.tokens.device.type == "cpu":
+            return self._host.recalibrate(trees, mode, curves)
+        return super().recalibrate(trees, mode, curves)
 
     def coverage(self, trees: Trees, floor: float, depth: int) -> tuple[Tensor, Tensor]:
         return self._host.coverage(trees, floor, depth)

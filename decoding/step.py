@@ -72,8 +72,9 @@ class Stepper:
 
         verdict = verify(self.rule, chosen.trees, nodes, logits, sampling, chosen.deepest)  # accepted path + bonus
         self.cache.commit(batch, nodes, verdict)  # keep the accepted path's K/V
+        results = self.committer.send(plan, chosen, nodes, verdict, logits)  # to the host, before others keep it busy
         self.drafters.observe(plan, batch, nodes, out, verdict)
-        events = self.committer.commit(plan, chosen, nodes, verdict, logits, out)  # append, stop, finish, free
+        events = self.committer.commit(plan, chosen, results, out)  # append, stop, finish, free
         taken = time.perf_counter() - started
         self.seconds += taken
         by_drafter = {name: seconds - drafted[name] for name, seconds in self.drafters.taken.items()}

@@ -61,7 +61,8 @@ class CudaCapture:
                 run()  # compiles kernels and makes workspaces, which cannot be recorded
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # what other threads ask of the driver meanwhile is no reason to give up
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = run()
 
         def replay() -> Tensors:
@@ -92,7 +93,7 @@ class Bucket:
 
     rows: int
     tokens: int
-    queries: int  # at least the longest row's query tokens, padding rows included
+    queries: int  # at least the longest row's query tokens, padding rows included: 1, or all of them
     keys: int  # at least the longest row's keys; whole pages
 
     @staticmethod
@@ -107,8 +108,8 @@ class Bucket:
                 spare, hosts = wide - tokens, high - rows
                 # padding tokens need a row of their own, and padding rows a token
                 if min(spare, hosts) >= 0 and (spare == hosts == 0 or 0 < hosts <= spare):
-                    longest = max(batch.max_query, -(-spare // hosts) if hosts else 0)
-                    return Bucket(high, wide, 1 << (longest - 1).bit_length(), keys)
+                    each_one = batch.max_query == 1 and spare == hosts
+                    return Bucket(high, wide, 1 if each_one else wide, keys)
         return None
 
 

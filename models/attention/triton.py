@@ -9,7 +9,7 @@ indexes, and in other blocks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -101,13 +101,30 @@ class TritonAttention:
         spec: AttentionSpec,
         sinks: Tensor | None = None,  # [Hq]
     ) -> Tensor:  # [T, Hq, Dv]
-        blocks = self._blocks_of(spec, query.dtype)
         if query.stride(2) != 1:
             query = query.contiguous()
+        blocks = self._blocks.get((spec, query.dtype))
+        if blocks is None:
+            blocks = self._blocks[spec, query.dtype] = self._choose(spec, query.dtype)
+            # later, compiling the other way of spreading work would hold up requests
+            one, split = _one_token(query.device), self._spread.split
+            for splits in (1, 2):
+                self._run(blocks, splits, query[:1], keys, values, replace(one, max_keys=splits * split), spec, sinks)
+        return self._run(blocks, self._splits(batch, spec, blocks), query, keys, values, batch, spec, sinks)
+
+    def _run(
+        self,
+        blocks: Blocks,
+        splits: int,  # programs along the context: 1, or as many as there are splits
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: RaggedBatch,
+        spec: AttentionSpec,
+        sinks: Tensor | None,
+    ) -> Tensor:
         tokens, group = batch.num_tokens, spec.num_heads // spec.num_kv_heads
         out = query.new_empty((tokens, spec.num_heads, spec.value_dim))
-        tiles = tokens // (blocks.vectors // group) + batch.num_rows  # at least as many as there are
-        splits = self._splits(batch, spec, tiles)
         partial = (splits, tokens, spec.num_heads) if splits > 1 else (0,)
         peaks_and_totals = query.new_empty((*partial, 2), dtype=torch.float32)
         sums = query.new_empty((*partial, spec.value_dim), dtype=torch.float32)
@@ -123,7 +140,7 @@ class TritonAttention:
             "SPLIT": self._spread.split,
             "enable_fp_fusion": False,  # both ways of merging must round alike
         }
-        attend_tiles[(tiles, spec.num_kv_heads, splits)](
+        attend_tiles[(_tiles(batch, spec, blocks), spec.num_kv_heads, splits)](
             query,
             keys,
             values,
@@ -176,16 +193,35 @@ class TritonAttention:
             )
         return out
 
-    def _splits(self, batch: RaggedBatch, spec: AttentionSpec, tiles: int) -> int:
+    def _splits(self, batch: RaggedBatch, spec: AttentionSpec, blocks: Blocks) -> int:
         """Programs along the context: one a split, or 1 where the device is busy anyway."""
         splits = -(-batch.max_keys // self._spread.split)
+        programs = _tiles(batch, spec, blocks) * spec.num_kv_heads
         scratch = splits * batch.num_tokens * spec.num_heads * (spec.value_dim + 2) * 4
-        if tiles * spec.num_kv_heads >= self._spread.busy or scratch > self._spread.scratch_bytes:
-            return 1
-        return splits
+        return 1 if programs >= self._spread.busy or scratch > self._spread.scratch_bytes else splits
 
-    def _blocks_of(self, spec: AttentionSpec, dtype: torch.dtype) -> Blocks:
-        blocks = self._blocks.get((spec, dtype))
-        if blocks is None:
-            blocks = self._blocks[spec, dtype] = self._choose(spec, dtype)
-        return blocks
+
+def _tiles(batch: RaggedBatch, spec: AttentionSpec, blocks: Blocks) -> int:
+    """At least as many as the batch has, from what the host knows."""
+    group = spec.num_heads // spec.num_kv_heads
+    return batch.num_tokens // (blocks.vectors // group) + batch.num_rows
+
+
+def _one_token(device: torch.device) -> RaggedBatch:
+    """The smallest batch: a root that sees itself, in slot 0."""
+    zeros = torch.zeros(1, dtype=torch.int64, device=device)
+    ones, narrow = torch.ones_like(zeros), zeros.int()
+    return RaggedBatch(
+        token_ids=zeros,
+        positions=zeros,
+        slots=zeros,
+        visible=ones.int(),
+        tree_mask=ones,
+        row_of=narrow,
+        row_starts=torch.arange(2, dtype=torch.int32, device=device),
+        tree_base=narrow,
+        page_table=narrow[None],
+        wanted=zeros,
+        max_query=1,
+        max_keys=1,
+    )

@@ -25,13 +25,13 @@ def load() -> bool:
     from models.kernels.build import BuildError, build  # not above: it is a program too (python -m)
 
     try:
-        torch.ops.load_library(str(build()))  # type: ignore[no-untyped-call]
-    except (BuildError, OSError) as error:
-        log.warning(
-            "the CPU kernels are not available, so attention and sampling on the CPU will be several times slower; "
-            "install a C++ compiler (g++ 10 or newer) and start again. The reason: %s",
-            error,
-        )
+        library = build()
+        try:
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        except OSError as error:
+            raise BuildError(f"{library} cannot be loaded ({error}); delete it and start again") from error
+    except BuildError as error:
+        log.warning("the CPU kernels are not available, so whatever runs on the CPU is several times slower: %s", error)
         return False
     return True
 

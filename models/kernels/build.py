@@ -44,7 +44,7 @@ FLAGS = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-e
 
 
 class BuildError(Exception):
-    """The kernels could not be built; the message says why."""
+    """The kernels could not be built; the message says why, and what to do."""
 
 
 def library_path() -> Path:
@@ -74,16 +74,29 @@ def build() -> Path:
     """The library's path, after building it if it is not there. Processes that want it at once build it once.
 
     Raises:
-        BuildError: no compiler, or it failed.
-        OSError: the cache folder cannot be written.
+        BuildError: no compiler, or it failed; a cache folder that cannot be written.
     """
     library = library_path()
     if library.exists():
         return library
     compiler = find_compiler()
     if compiler is None:
-        raise BuildError("no C++ compiler was found ($CXX, c++, g++, clang++)")
-    library.parent.mkdir(parents=True, exist_ok=True)
+        raise BuildError(
+            "no C++ compiler was found ($CXX, c++, g++, clang++); install a C++ compiler (g++ 10 or newer) and start "
+            "again"
+        )
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        _build_once(compiler, library)
+    except OSError as error:
+        raise BuildError(
+            f"the compiled kernels cannot be kept in {library.parent} ({error.strerror or error}); set SACCADE_CACHE "
+            "to a folder that can be written"
+        ) from error
+    return library
+
+
+def _build_once(compiler: str, library: Path) -> None:
     with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():  # else another process has built it meanwhile
@@ -91,7 +104,6 @@ def build() -> Path:
             log.info("building the CPU kernels with %s", compiler)
             _compile(compiler, library)
             log.info("built %s in %.0f s", library, time.monotonic() - started)
-    return library
 
 
 def _compile(compiler: str, library: Path) -> None:
@@ -129,7 +141,7 @@ def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         errors = "\n".join(result.stderr.splitlines()[:20])
-        raise BuildError(f"{' '.join(command)} failed:\n{errors}")
+        raise BuildError(f"{' '.join(command)} failed; a newer compiler may do (g++ 10 or newer, or $CXX):\n{errors}")
 
 
 def _cpu_features() -> str:

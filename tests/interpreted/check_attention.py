@@ -31,7 +31,7 @@ from tests.contract.test_attention import (
 
 __all__ = ["test_nan_of_one_row_stays_there", "test_query_may_be_a_view_of_the_fused_projection"]
 
-CASES = int(os.environ.get("SACCADE_TRITON_CASES", "10"))
+CASES = int(os.environ.get("SACCADE_TRITON_CASES", "8"))
 TOGETHER, APART = 1, 1 << 40  # programs that keep a device busy: with the first no row is split over programs
 
 
@@ -110,7 +110,7 @@ def test_sees_exactly_its_keys(
 
 @pytest.mark.parametrize(
     ("context", "nodes", "window"),
-    [(1023, 1, None), (1024, 20, None), (1024, 64, 500), (10_000, 1, None), (10_000, 10, None), (10_000, 20, 3000)],
+    [(1023, 1, None), (1024, 20, None), (1024, 64, 500), (10_000, 1, None), (10_000, 6, None), (10_000, 4, 3000)],
 )
 def test_long_contexts(context: int, nodes: int, window: int | None) -> None:
     spec = AttentionSpec(4, 1, 32, 32, 0.2, window=window)

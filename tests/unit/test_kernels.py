@@ -167,6 +167,33 @@ for _ in range(2):
     assert out.count("models.attention.reference\nTorchOps") == 2
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_the_variable_that_moves_it() -> None:
+    code = "from models import kernels; print(kernels.load())"
+    process = in_a_new_process(code, SACCADE_CACHE="/dev/null/cache")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    warning, answer = out.strip().splitlines()
+    assert "cannot be kept in /dev/null/cache/kernels (Not a directory); set SACCADE_CACHE" in warning
+    assert "several times slower" in warning
+    assert "compiler" not in warning
+    assert answer == "False"
+
+
+def test_a_damaged_library_is_named(tmp_path: Path) -> None:
+    code = """
+from models import kernels
+from models.kernels import build
+library = build.library_path()
+library.parent.mkdir(parents=True)
+library.write_text("no library")
+print(kernels.load())
+"""
+    out, _ = in_a_new_process(code, SACCADE_CACHE=str(tmp_path)).communicate(timeout=60)
+    assert "cannot be loaded" in out
+    assert "delete it and start again" in out
+    assert out.strip().endswith("False")
+
+
 FAKE_COMPILER = """#!/bin/sh
 echo run >> "$0.log"
 while [ "$1" != -o ]; do shift; done

@@ -16,6 +16,7 @@ from benchmarks import compare, gpu, matrix, offline
 from benchmarks.cells import from_json
 from benchmarks.family import Family, load_prompts
 from benchmarks.forward_cost import DEPTH, ForcedTrees, random_tree
+from benchmarks.offline_tables import offline_text
 from benchmarks.settings import FIXED, SETTINGS, config_of
 from decoding.config import EngineConfig
 from decoding.drafters import DrafterChoice
@@ -69,6 +70,9 @@ def test_every_setting_is_one_that_an_engine_takes() -> None:
     for name, tree in FIXED.items():
         names = tuple(DrafterChoice.parse(word).name for word in configs[name].speculate)
         assert names == tree.names
+        planned = getattr(configs[name], "plan", None)
+        limits = tree.plan if planned is None else planned
+        assert limits == f"fixed:nodes={tree.nodes},depth={tree.depth},min_probability={tree.min_probability:g}"
     assert {config.num_pages for config in configs.values()} == {9}
 
 
@@ -136,12 +140,18 @@ def test_the_matrix_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
 
 
 def test_single_requests_are_measured_with_each_drafter(tmp_path: Path) -> None:
-    words = [*QUICK, "--temperatures", "0", "--parts", "speeds", "forward", "--seconds", "0.01", "--warm-up", "0.01"]
-    options = offline.parse([*words, "--runs", "1", "--tokens", "8", "--out", str(tmp_path / "offline.json")])
-    speeds, forward = offline.bench(options, ["it"]).pieces
+    words = [*QUICK, "--temperatures", "0", "--seconds", "0.01", "--warm-up", "0.01", "--runs", "1", "--tokens", "8"]
+    options = offline.parse([*words, "--out", str(tmp_path / "offline.json")])
+    document = offline.bench(options, ["it"])
+    speeds, forward, limits = document.pieces
     assert {turn["system"] for turn in speeds["turns"]} == {"plain", *FIXED, "auto", "auto:ngram"}
     assert all(turn["window"]["tokens"] >= turn["window"]["steps"] > 0 for turn in speeds["turns"])
     assert set(forward["times"]) == {"1", "2", "4", "8", "12", "16", "24", "32", "48", "64"}
+    assert len(limits["steps"]) == len(limits["linears"]) == 3
+    assert limits["roofline"]["weight_bytes"] == 2 * limits["roofline"]["weights"]
+    text = offline_text(document.pieces)
+    assert all(name in text for name in ("auto:ngram", "query tokens", "MB of weights", "forward pass of 8"))
+    assert len(offline.bench(dataclasses.replace(options, resume=True), ["again"]).pieces) == 3
 
 
 def test_the_gpu_command_runs_its_phases_on_a_small_shape(tmp_path: Path) -> None:

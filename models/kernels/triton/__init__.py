@@ -76,8 +76,8 @@ def _failure_logged(device: torch.device, dtype: torch.dtype) -> bool:
     reason = failure(device, dtype)
     if reason:
         log.warning(
-            "the Triton kernels do not work on %s in %s, so attention and layers run in plain PyTorch, several times "
-            "slower and with memory for whole score matrices. The reason: %s",
+            "the Triton kernels do not work on %s in %s, so attention and layers run in plain PyTorch, which is slower "
+            "and takes memory for whole matrices of scores. The reason: %s",
             device,
             dtype,
             reason,
