@@ -147,13 +147,16 @@ class AutoPlanner:
         step = self._step
         tokens = plan.chain_tokens + sum(chosen.counts) - len(chosen.counts)
         context = sum(row.end for row in plan.rows)
-        self.costs.learn_step(tokens, len(plan.rows), context, times.all - sum(times.drafters.values()))
+        # where a device works behind the host's back, drafting is known by its price alone
+        waits = self._device.type == "cpu"
+        drafting = sum(times.drafters.values()) if waits or step is None else step.seconds
+        self.costs.learn_step(tokens, len(plan.rows), context, times.all - drafting)
         for member in self.members:
             member.unused += 1
             member.credit += EXPLORING * times.all
         if step is None:
             return
-        for name, (rows, depth) in step.drafting.items():
+        for name, (rows, depth) in step.drafting.items() if waits else ():
             self.costs.learn_draft(name, rows, depth, times.drafters[name])
         if step.offer is not None:
             step.offer.member.judge(step.expected, made - len(plan.deciding))

@@ -152,10 +152,15 @@ class Probe:
     def _drafting(self, drafter: Drafter, depth: int) -> float:
         """Seconds of a drafter in a step."""
         self._planner.nodes, self._planner.drafter, self._planner.depth = 0, drafter, depth
-        try:
-            return self._least(lambda: self._stepper.drafters.taken[drafter.name])
-        finally:
+        stepper = self._stepper
+        if stepper.target.device.type == "cpu":
+            taken = self._least(lambda: stepper.drafters.taken[drafter.name])
+        else:  # a device works behind the host's back: drafting is what a step takes longer
+            taken = self._least(lambda: stepper.seconds)
             self._planner.drafter = None
+            taken = max(0.0, taken - self._least(lambda: stepper.seconds))
+        self._planner.drafter = None
+        return taken
 
     def _least(self, clock: Callable[[], float]) -> float:
         for _ in range(WARM_UP):

@@ -38,6 +38,7 @@ from tests.eagle import fitted_eagle, fitted_eagle3
 from tests.engines import VOCAB, BuildDrafter, device_ops, make_engine, run, tiny_decoder
 from tests.feature_doubles import ToyFeatureModel
 from tests.medusa import fit_weights, make_heads
+from tests.moods import make_moody
 from tests.mtp import fitted_model, random_heads
 
 CASES = int(os.environ.get("SACCADE_INVARIANCE_CASES", "220"))
@@ -102,6 +103,8 @@ class Setup:
     prefix_caching: bool
     max_num_seqs: int
     as_on_cuda: bool  # recorded passes padded to buckets, trees padded to bounds, nothing that waits
+    plan: str
+    mood: int  # of the prices that an auto plan is told; 0: those that it is born with
 
 
 TYPICAL = Acceptance("typical", epsilon=0.05)
@@ -217,6 +220,8 @@ setups = st.builds(
     prefix_caching=st.booleans(),
     max_num_seqs=st.sampled_from([1, 3, 16]),
     as_on_cuda=st.sampled_from([False, False, True]),
+    plan=st.sampled_from(["fixed", "fixed:min_probability=0", "auto", "auto", "auto"]),
+    mood=st.integers(0, 20),
 )
 
 
@@ -258,7 +263,10 @@ def test_text_depends_on_the_request_alone(requests: list[GenerateRequest], setu
         max_num_seqs=setup.max_num_seqs,
         ops=device_ops() if setup.as_on_cuda else None,
         capture=EagerCapture() if setup.as_on_cuda else None,
+        plan=setup.plan,
     )
+    if setup.mood:
+        make_moody(engine, setup.mood)
     together = run(engine, requests)
     lossy = {request.request_id for request in requests if is_lossy(request)}
     for key, outcome in together.items():
