@@ -23,6 +23,8 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         SaccadeError: something that is the user's to mend.
     """
+    if argv[:1] == ["costs"]:
+        return report_costs(argv)
     args = parse(argv)
     from benchmarks.acceptance import Options, report  # with torch, which --help can do without
 
@@ -32,16 +34,52 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def report_costs(argv: Sequence[str]) -> int:
+    """Run ``saccade report costs WORDS``."""
+    args = parse_costs(argv)
+    from benchmarks.cost_report import Options, report
+
+    given = {name: value for name, value in vars(args).items() if name != "what"}
+    given["speculate"] = tuple(given.get("speculate", ()))
+    print(report(Options(**given)))
+    return 0
+
+
+def parse_costs(argv: Sequence[str]) -> argparse.Namespace:
+    """As ``parse``, of the costs."""
+    parser = Parser(
+        prog="saccade report costs",
+        description="What a step and drafting cost on this machine: what the planner weighs drafts against.",
+        epilog="example:\n  saccade report costs demo/target --speculate draft=demo/draft --plot costs.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("what", choices=["costs"], help=argparse.SUPPRESS)
+    add("model", metavar="MODEL", help="folder of the target, or a hub id such as org/name")
+    add("--speculate", action="append", metavar="DRAFTER", help="as for saccade serve; several times for several")
+    add("--anew", action="store_true", default=False, help="measure even if there is a measurement of this machine")
+    add("--plot", type=Path, metavar="FILE", help="where a plot goes, such as costs.png")
+    add("--dtype", choices=get_args(Dtype), help="of all models (default: the checkpoint's)")
+    add("--quantization", metavar="FORMAT", help="as for saccade serve")
+    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 or auto (default)")
+    add("--threads", type=positive, metavar="N", help="CPU threads (default: as saccade serve)")
+    args, extra = parser.parse_known_args(argv)
+    if extra:
+        parser.refuse(extra)
+    return args
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; ends the process, with a message, if it is wrong. What is not given is not in the result."""
     parser = Parser(
         prog="saccade report",
-        description="Measure how many drafted tokens a target accepts, by drafter, depth and temperature.",
+        description="Measure how many drafted tokens a target accepts, by drafter, depth and temperature. "
+        "`saccade report costs --help` is about what steps cost.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("what", choices=["acceptance"], help="the report")
+    add("what", choices=["acceptance", "costs"], help="the report; what follows is about acceptance")
     add("model", metavar="MODEL", help="folder of the target, or a hub id such as org/name")
     add("--speculate", action="append", metavar="DRAFTER", help="as for saccade serve; several times for several")
     text = 'drafters to be measured together, such as "a;b;a+b" (default: each alone, and all together)'
