@@ -12,6 +12,7 @@ does not pay. What is not used is tried now and then, for a share of the time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,7 +26,7 @@ from decoding.drafters.base import Drafter
 from decoding.drafters.team import Proposal
 from decoding.forecast import Forecast
 from decoding.history import History
-from decoding.market import Floats, Member, Offer, Scene, lateness, offer_of, rate_without
+from decoding.market import Floats, Guesser, Member, Offer, Scene, lateness, offer_of, rate_without, slope_of
 from decoding.plan import Guide, Plan, Quota, RowQuota
 from decoding.planner import Limits, StepTimes, roots_of, share_of
 from decoding.proposal_ops import ProposalOps
@@ -34,11 +35,12 @@ from models.transfer import upload
 from models.tree import Trees
 from models.tree_ops import ChosenTrees, TreeOps
 
-EXPLORING = 0.01  # share of the time that goes into drafting of drafters that are not used
-PLAIN_STEP = 512  # one step in so many is plain, to know what that costs
+EXPLORING = 0.005  # share of the time that goes into trying each drafter that is not used
+PLAIN_STEP = 512  # one step in so many is plain, to know what that costs,
+SOON = 24  # or in so many,
+MOVED = 0.15  # if all prices (their logarithm) have moved so far since: that may be the price of nodes
 DRIFT_STEP = 16  # steps between two of Forecast.drift
 FLOOR = (0.01, 0.5)  # path probabilities below which a node is not forecast to be bought
-LOOK_AHEAD = 8  # nodes over which the price of one is averaged: steps cost the same up to an edge
 
 
 @dataclass
@@ -50,6 +52,7 @@ class _Step:
     slots: Tensor  # [R] of the forecast
     extra: float  # seconds beside its query tokens
     guessed: Floats  # [R] nodes of the guesses that will be verified, about
+    asked: set[str] = field(default_factory=set)  # drafters that were asked to guess
     plain: bool = False
     guesses: dict[int, Trees] = field(default_factory=dict)  # calibrated, by bit
     drafting: dict[str, tuple[int, int]] = field(default_factory=dict)  # drafter -> (rows, depth)
@@ -84,11 +87,12 @@ class AutoPlanner:
         self._device = device
         self._max_depth = max_depth
         self._max_step_tokens = max_step_tokens
-        self._hosts = frozenset(drafter.name for drafter in drafters if drafter.needs.host)
+        self.guessers = [Guesser(bit, drafter.name) for bit, drafter in enumerate(drafters) if drafter.needs.host]
         self._history = History(self.calibration, self.forecast)
         self._floor = 0.05
         self._rate = 0.0  # tokens a second that this step promises
         self._number = 0
+        self._last_plain = 0, 0.0  # step, logarithm of all prices
         self._step: _Step | None = None
 
     # the step ---------------------------------------------------------------------------------------------------------
@@ -97,7 +101,7 @@ class AutoPlanner:
         """See ``Planner``."""
         self._number += 1
         self._step = None
-        if not plan.deciding or not (self.members or self._hosts):
+        if not plan.deciding or not (self.members or self.guessers):
             return Quota(tuple(RowQuota() for _ in plan.deciding))
         sequences = [row.sequence for row in plan.deciding]
         modes = [mode_of(sequence) for sequence in sequences]
@@ -107,10 +111,11 @@ class AutoPlanner:
         step = self._step = _Step(plan, torch.tensor(modes), torch.tensor(slots), extra, np.zeros(len(sequences)))
         if self._number % DRIFT_STEP == 0:
             self.forecast.drift(step.slots, step.modes)
-        if self._number % PLAIN_STEP == 0:
+        if self._is_plain_due():
             step.plain = True
+            self._last_plain = self._number, math.log(self.costs.factor)
             return Quota(tuple(RowQuota() for _ in plan.deciding))
-        return self._limits.of(plan, share_of(plan, self._max_step_tokens))
+        return self._asked_to_guess(self._limits.of(plan, share_of(plan, self._max_step_tokens)))
 
     def quota(self, plan: Plan, limits: Quota, guesses: list[Proposal]) -> Quota:
         """See ``Planner``."""
@@ -121,8 +126,8 @@ class AutoPlanner:
             self._calibrate(step, guess)
         drafting: list[set[str]] = [set() for _ in limits.rows]
         guides: dict[str, Guide] = {}
+        scene = self._scene(step)
         if self.members:
-            scene = self._scene(step)
             step.offer = self._best_offer(step, limits, scene)
             step.expected = float(scene.held.sum()) + (step.offer.gain if step.offer else 0.0)
             if step.offer is not None:
@@ -154,6 +159,8 @@ class AutoPlanner:
         for member in self.members:
             member.unused += 1
             member.credit += EXPLORING * times.all
+        for guesser in self.guessers:
+            guesser.credit += EXPLORING * times.all
         if step is None:
             return
         for name, (rows, depth) in step.drafting.items() if waits else ():
@@ -169,6 +176,27 @@ class AutoPlanner:
             if member.scout == sequence.id:
                 member.scout = None
 
+    def _is_plain_due(self) -> bool:
+        last, price = self._last_plain
+        moved = abs(math.log(self.costs.factor) - price) > MOVED
+        return self._number - last >= (SOON if moved else PLAIN_STEP)
+
+    def _asked_to_guess(self, limits: Quota) -> Quota:
+        """The limits without the guessers that are not worth their time; each of them is tried now and then."""
+        step = self._step
+        assert step is not None
+        resting = set()
+        for guesser in self.guessers:
+            rows = sum(1 for row in limits.rows if row.nodes and guesser.name in row.drafters)
+            if guesser.is_due(self.costs.draft(guesser.name, rows, 1)):
+                guesser.credit = 0.0
+                step.asked.add(guesser.name)
+            else:
+                resting.add(guesser.name)
+        if not resting:
+            return limits
+        return Quota(tuple(replace(row, drafters=row.drafters - resting) for row in limits.rows))
+
     # before a model drafts --------------------------------------------------------------------------------------------
 
     def _calibrate(self, step: _Step, proposal: Proposal) -> None:
@@ -179,10 +207,18 @@ class AutoPlanner:
     def _scene(self, step: _Step) -> Scene:
         rows = len(step.plan.deciding)
         held = np.zeros((rows, self._max_depth))
-        for trees in step.guesses.values():
+        pace, node = self.costs.steps()[min(step.plan.chain_tokens, LARGEST)] / rows, -1.0
+        for guesser in self.guessers:
+            trees = step.guesses.get(guesser.bit)
+            if trees is None:
+                if guesser.name in step.asked:
+                    guesser.judge(0.0)
+                continue
             part, nodes = self._proposal_ops.coverage(trees, self._floor, self._max_depth)
             held = np.maximum(held, part.numpy())
             step.guessed += nodes.numpy()
+            node = node if node >= 0 else slope_of(step.plan.chain_tokens, self.costs)
+            guesser.judge(max(0.0, float(part.sum()) * pace - float(nodes.sum()) * node))
         covered: Floats = self.forecast.coverage(step.slots).numpy()
         return Scene(
             held, covered, self.forecast.widths.numpy(), step.plan.chain_tokens, float(step.guessed.sum()), step.extra
@@ -261,7 +297,7 @@ class AutoPlanner:
         """The limits with each row's drafters; slots are reserved for those that have any."""
         rows = []
         for number, (row, limit, names) in enumerate(zip(step.plan.deciding, limits.rows, drafting, strict=True)):
-            granted = replace(limit, drafters=frozenset(names | (self._hosts & limit.drafters)))
+            granted = replace(limit, drafters=frozenset(names | (step.asked & limit.drafters)))
             if self._device.type != "cpu":
                 granted = replace(granted, nodes=min(granted.nodes, self._bound(step, number)))
             wanted = limit.nodes and (names or (guessed and granted.drafters))
@@ -287,7 +323,6 @@ class AutoPlanner:
         roots = step.plan.chain_tokens
         index = np.minimum(np.arange(roots, roots + nodes + 1), LARGEST)
         price = self.costs.steps()[index] + (step.seconds + step.extra)
-        ahead = max(1, min(LOOK_AHEAD, nodes))
-        needed = (price[min(ahead, nodes)] - price[0]) / ahead * self._rate
+        needed = slope_of(roots, self.costs) * self._rate
         self._floor += 0.1 * (min(max(float(needed), FLOOR[0]), FLOOR[1]) - self._floor)
         return upload(self._device, price)[0]

@@ -108,6 +108,7 @@ class CostModel:
         self._edges = np.array(table.tokens, dtype=float)
         self._all = 0.0  # log factor on everything
         self._sizes = np.zeros(len(table.tokens))  # log factor by size of step
+        self._seen = np.full(len(table.tokens), self._fresh)  # steps at the last look
         self._drafters = dict.fromkeys(table.drafters, 0.0)  # log factor by drafter
         self._refresh()
 
@@ -145,10 +146,12 @@ class CostModel:
         self._all += 0.02 * error
         above = min(int(np.searchsorted(self._edges, tokens)), len(self._edges) - 1)
         self._sizes *= 0.9995  # what was not seen for long is believed less
-        self._sizes[above] += 0.03 * error
-        if above and self._edges[above] > tokens:
-            self._sizes[above - 1] += 0.03 * error
         self._fresh += 1
+        sides = (above, above - 1) if above and self._edges[above] > tokens else (above,)
+        for side in sides:  # a size that was not seen for long is known least: one look at it counts for more
+            gap = self._fresh - self._seen[side]
+            self._sizes[side] += min(0.03 * gap, 0.5) * error
+            self._seen[side] = self._fresh
         if self._fresh % 8 == 0:  # twenty microseconds; prices change slowly
             self._refresh()
 

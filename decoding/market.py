@@ -16,6 +16,8 @@ Floats = NDArray[np.float64]
 DORMANT = 128  # steps after which a drafter that is not used stops following the rows
 HORIZON = 64  # steps over which catching up with a text must pay
 FADING = 0.98  # of what was promised and kept, a step
+WORTH_RATE = 0.05
+AHEAD = 8  # nodes over which the price of one is averaged: steps cost the same up to an edge
 TRUST = (0.3, 1.5)  # how far promises are corrected
 
 
@@ -50,6 +52,24 @@ class Member:
         self.unused = 0
         self.promised = FADING * self.promised + (1 - FADING) * promised
         self.kept = FADING * self.kept + (1 - FADING) * kept
+
+
+@dataclass
+class Guesser:
+    """A drafter that runs no model, as the planner sees it. Cheap is not free: with many rows it must earn its time."""
+
+    bit: int
+    name: str
+    worth: float = 1.0  # seconds that its guesses save in a step, fading
+    credit: float = 0.0  # seconds saved up for trying it
+
+    def judge(self, saved: float) -> None:
+        """A step's guesses were to save so many seconds."""
+        self.worth += WORTH_RATE * (saved - self.worth)
+
+    def is_due(self, price: float) -> bool:
+        """Whether it is to be asked, at this price."""
+        return self.worth >= price or self.credit >= price
 
 
 @dataclass(frozen=True)
@@ -99,7 +119,7 @@ def offer_of(
     nodes = np.cumsum(scene.widths[member.bit, level])  # [D]
     passes = np.arange(deepest)
     base = scene.tokens + scene.guessed
-    slope = (_at(steps, base + 8) - _at(steps, base)) / 8
+    slope = slope_of(base, costs)
     own = factor * (price.row + passes * price.further_row) + slope * nodes  # [D] seconds of a row
     waiting = np.array(late)
     pays = gain * pace > own + waiting[:, None]  # [S, D]
@@ -122,6 +142,12 @@ def lateness(member: Member, sequence: Sequence, depth: int, costs: CostModel) -
     if backlog <= depth + 1:
         return 0.0
     return costs.catch_up(member.name, backlog) / min(HORIZON, max(1, sequence.limit - sequence.length))
+
+
+def slope_of(tokens: float, costs: CostModel) -> float:
+    """Seconds of one more node beside so many query tokens, about."""
+    steps = costs.steps()
+    return (_at(steps, tokens + AHEAD) - _at(steps, tokens)) / AHEAD
 
 
 def _at(steps: Floats, tokens: float) -> float:
