@@ -18,16 +18,19 @@ from decoding.probe import Probe
 from decoding.step import Stepper
 from models.kernels.build import library_path
 
+ENOUGH_PAGES = 400  # with which everything can be measured
+
 logger = logging.getLogger("saccade.engine")
 
 
-def cost_path(config: EngineConfig, folder: Path, device: torch.device) -> Path:
+def cost_path(config: EngineConfig, folder: Path, device: torch.device, num_pages: int) -> Path:
     """$SACCADE_CACHE/costs or ~/.cache/saccade/costs, and a name made of all that decides what a step costs."""
     root = os.environ.get("SACCADE_CACHE")
     cache = Path(root) if root else Path.home() / ".cache" / "saccade"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else library_path().name
     facts = [FORMAT, where, torch.__version__, torch.get_num_threads(), config.dtype, config.quantization]
-    facts += [config.attention, config.max_depth, config.max_num_seqs, *config.speculate, *_files(folder)]
+    facts += [config.attention, config.max_depth, config.max_num_seqs, min(num_pages, ENOUGH_PAGES)]
+    facts += [*config.speculate, *_files(folder)]
     for text in config.speculate:
         path = Path(text.partition("=")[2].partition(":")[0])
         facts += _files(path) if path.name else []
@@ -56,11 +59,18 @@ def learn_costs(
     planner = stepper.planner
     if not isinstance(planner, AutoPlanner) or not stepper.drafters.members:
         return
-    path = None if folder is None else cost_path(config, folder, stepper.target.device)
+    path = (
+        None
+        if folder is None
+        else cost_path(config, folder, stepper.target.device, stepper.cache.prefixes.pool.num_pages)
+    )
     table = None if path is None or anew else CostTable.load(path)
     if table is None or set(table.drafters) != set(stepper.drafters.names):
         started = time.perf_counter()
         table = measure_costs(stepper, config, vocab_size)
+        if table is None:
+            logger.warning("the K/V pool or the context is too small to measure what steps cost: prices are guessed")
+            return
         logger.info("measured what steps and drafts cost in %.1f s", time.perf_counter() - started)
         try:
             if path is not None:
@@ -73,7 +83,7 @@ def learn_costs(
 
 
 @torch.inference_mode()
-def measure_costs(stepper: Stepper, config: EngineConfig, vocab_size: int) -> CostTable:
+def measure_costs(stepper: Stepper, config: EngineConfig, vocab_size: int) -> CostTable | None:
     """See ``Probe``."""
     limits = Limits(stepper.cache, stepper.drafters.members, config.max_nodes, config.max_depth)
     return Probe(stepper, limits, vocab_size, config.max_num_seqs).measure()

@@ -84,12 +84,12 @@ class Probe:
         self._max_rows = max_rows
         self._number = 0
 
-    def measure(self) -> CostTable:
-        """The cost table of this stepper."""
+    def measure(self) -> CostTable | None:
+        """The cost table of this stepper; None where its pool or its context is too small to run anything."""
         stepper = self._stepper
         kept, stepper.planner = stepper.planner, self._planner
         try:
-            return self._table()
+            return self._table() if self._begin(1, PROMPT) else None
         finally:
             stepper.planner = kept
             self._end()
@@ -99,7 +99,6 @@ class Probe:
 
     def _table(self) -> CostTable:
         tokens, seconds = [], []
-        self._begin(1, PROMPT)
         for nodes in NODES:
             if nodes < self._vocab_size:
                 tokens.append(1 + nodes)

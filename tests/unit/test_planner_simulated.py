@@ -145,8 +145,8 @@ def test_prices_that_change_are_noticed() -> None:
     planner = auto(world, cheap)
     rate(world, planner, 4.0)
     world.costs.replace(dear)
-    rate(world, planner, 12.0)
-    settled = rate(world, planner, 4.0)
+    rate(world, planner, 12.0)  # some six hundred steps
+    settled = rate(world, planner, 16.0)
     plain_world = World(recording(), 1.0, 4, dear)
     plain = rate(plain_world, FixedPlanner(plain_world, (), 0, 1), 4.0)
     assert settled > 0.95 * plain
