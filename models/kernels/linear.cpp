@@ -6,6 +6,8 @@
 #include <optional>
 #include <vector>
 
+#include "weight_memory.h"
+
 namespace saccade {
 namespace {
 
@@ -57,7 +59,7 @@ void multiply_tile(const T* x, int64_t x_stride, const T* weights, int64_t steps
     for (int v = 0; v < kBlockVectors; ++v) sum[r][v] = load<float>(sums + r * kBlock + v * kLanes);
   for (int64_t s = 0; s < steps; ++s, weights += kStep<T>, ahead += Lines * 64) {
 #pragma GCC unroll 4
-    for (int line = 0; line < Lines; ++line) __builtin_prefetch(ahead + line * 64, 0, 2);
+    for (int line = 0; line < Lines; ++line) __builtin_prefetch(ahead + line * 64);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const typename F::X item = F::item(x + r * x_stride + s * F::kItem);
@@ -159,7 +161,7 @@ at::Tensor pack_linear(const at::Tensor& weight) {
     using T = decltype(type);
     constexpr int64_t item = Format<T>::kItem;
     const int64_t size = ceil_div(inputs, item) * kStep<T>;  // of a block
-    packed = empty({ceil_div(outputs, kBlock) * size}, weight.scalar_type());
+    packed = empty_weights(ceil_div(outputs, kBlock) * size, weight.scalar_type());
     const T* from = weight.const_data_ptr<T>();
     T* to = packed.mutable_data_ptr<T>();
     parallel_tasks(ceil_div(outputs, kBlock), weight.numel(), [&](int64_t block) {
