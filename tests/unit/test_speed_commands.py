@@ -21,6 +21,7 @@ from benchmarks.settings import FIXED, SETTINGS, config_of
 from decoding.config import EngineConfig
 from decoding.drafters import DrafterChoice
 from decoding.errors import ConfigError
+from decoding.plan_choice import FixedPlan, parse_plan
 from models.tree import depths
 from tests.engines import tiny_decoder
 
@@ -70,9 +71,8 @@ def test_every_setting_is_one_that_an_engine_takes() -> None:
     for name, tree in FIXED.items():
         names = tuple(DrafterChoice.parse(word).name for word in configs[name].speculate)
         assert names == tree.names
-        planned = getattr(configs[name], "plan", None)
-        limits = tree.plan if planned is None else planned
-        assert limits == f"fixed:nodes={tree.nodes},depth={tree.depth},min_probability={tree.min_probability:g}"
+        assert parse_plan(configs[name].plan) == FixedPlan(tree.nodes, tree.depth, tree.min_probability)
+    assert parse_plan(configs["auto"].plan) is None
     assert {config.num_pages for config in configs.values()} == {9}
 
 
