@@ -38,7 +38,7 @@ class FixedTree:
 # one that costs nothing to draft, the chain that most servers run, and a tree as published ones are
 FIXED: dict[str, FixedTree] = {
     "ngram-8": FixedTree(("ngram",), nodes=8, depth=8, min_probability=0.08),
-    "draft-chain-4": FixedTree(("draft:depth=4,beam=1,top_k=1",), nodes=4, depth=4, plan="fixed:min_probability=0"),
+    "draft-chain-4": FixedTree(("draft:depth=4,beam=1,top_k=1",), nodes=4, depth=4, min_probability=0.0),
     "tree-24": FixedTree(("draft", "ngram"), nodes=24, depth=8, min_probability=0.08),
 }
 SETTINGS = (PLAIN, *FIXED, AUTO)
