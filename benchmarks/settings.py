@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # it imports torch, which must not be there before the enviro
 
 PLAIN = "plain"
 AUTO = "auto"
+LEAST_PAGES = 320  # of a pool: eight texts of 512 tokens fit, on which the planner measures its costs
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,13 @@ def config_of(name: str, family: Family, base: EngineConfig, drafters: Sequence[
     """The engine's settings that a name stands for.
 
     Args:
-        base: everything but the drafters and the plan.
+        base: everything but the drafters and the plan; its pool is made larger if it is small.
         drafters: of ``auto``, with options; default: all of the family, and n-grams.
 
     Raises:
         ConfigError: the family lacks a drafter.
     """
+    base = replace(base, num_pages=max(base.num_pages or 0, LEAST_PAGES))
     if name == PLAIN:
         return replace(base, speculate=())
     if name == AUTO:
