@@ -10,6 +10,7 @@ is in a cache when its turn comes, as in a step of a large model. Medians of alt
 from __future__ import annotations
 
 import argparse
+import mmap
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,13 +32,19 @@ READ_BYTES = 512 << 20  # beyond every cache
 WEIGHT_BYTES = 160 << 20  # of different weights that one measurement goes through
 
 
-def read_bandwidth(threads: int, repeats: int = 15) -> float:
-    """Bytes a second at which so many threads read memory, at their best: a sum over more than any cache holds."""
-    data = torch.ones(READ_BYTES // 4)
+def read_bandwidth(threads: int, repeats: int = 15, read: int = READ_BYTES) -> float:
+    """Bytes a second at which so many threads read memory, at their best: PyTorch's sum over ``read`` bytes.
+
+    They lie on huge pages, if there are any, as packed weights do (models/kernels/weight_memory.h).
+    """
+    memory = mmap.mmap(-1, read)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    data = torch.frombuffer(memory, dtype=torch.float32).fill_(1.0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return READ_BYTES / min(seconds(data.sum) for _ in range(repeats))
+        return read / min(seconds(data.sum) for _ in range(repeats))
     finally:
         torch.set_num_threads(before)
 
@@ -62,9 +69,11 @@ def in_a_row(linears: Sequence[Linear], inputs: Mapping[int, Tensor]) -> None:
         linear(inputs[linear.inputs])
 
 
-def shape_times(inputs: int, outputs: int, dtype: torch.dtype, rows: int, repeats: int) -> dict[str, float]:
-    """Seconds of one product by each way."""
-    copies = max(1, WEIGHT_BYTES // (inputs * outputs * dtype.itemsize))
+def shape_times(
+    inputs: int, outputs: int, dtype: torch.dtype, rows: int, repeats: int, weight_bytes: int = WEIGHT_BYTES
+) -> dict[str, float]:
+    """Seconds of one product by each way, over so many bytes of different weights."""
+    copies = max(1, weight_bytes // (inputs * outputs * dtype.itemsize))
     weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(copies)]
     ways: dict[str, Callable[[Tensor], Product]] = {
         "ours": lambda weight: PackedProduct(weight, None),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.family import Family
@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # it imports torch, which must not be there before the enviro
 
 PLAIN = "plain"
 AUTO = "auto"
+LEAST_PAGES = 320  # of a pool: eight texts of 512 tokens fit, on which the planner measures its costs
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class FixedTree:
 # one that costs nothing to draft, the chain that most servers run, and a tree as published ones are
 FIXED: dict[str, FixedTree] = {
     "ngram-8": FixedTree(("ngram",), nodes=8, depth=8, min_probability=0.08),
-    "draft-chain-4": FixedTree(("draft:depth=4,beam=1,top_k=1",), nodes=4, depth=4, plan="fixed:min_probability=0"),
+    "draft-chain-4": FixedTree(("draft:depth=4,beam=1,top_k=1",), nodes=4, depth=4, min_probability=0.0),
     "tree-24": FixedTree(("draft", "ngram"), nodes=24, depth=8, min_probability=0.08),
 }
 SETTINGS = (PLAIN, *FIXED, AUTO)
@@ -48,28 +49,18 @@ def config_of(name: str, family: Family, base: EngineConfig, drafters: Sequence[
     """The engine's settings that a name stands for.
 
     Args:
-        base: everything but the drafters and the plan.
+        base: everything but the drafters and the plan; its pool is made larger if it is small.
         drafters: of ``auto``, with options; default: all of the family, and n-grams.
 
     Raises:
         ConfigError: the family lacks a drafter.
     """
+    base = replace(base, num_pages=max(base.num_pages or 0, LEAST_PAGES))
     if name == PLAIN:
         return replace(base, speculate=())
     if name == AUTO:
         return replace(base, speculate=family.speculate(drafters or (*family.drafters, "ngram")))
-    return _fixed(FIXED[name], family, base)
-
-
-def _fixed(tree: FixedTree, family: Family, base: EngineConfig) -> EngineConfig:
-    words = family.speculate(tree.drafters)
-    if "plan" in {field.name for field in fields(base)}:
-        plan: dict[str, Any] = {"plan": tree.plan}
-        return replace(base, speculate=words, **plan)
-    # without a planner, limits are all that there is, and ``auto`` has those of the server's defaults
-    return replace(
-        base, speculate=words, max_nodes=tree.nodes, max_depth=tree.depth, min_probability=tree.min_probability
-    )
+    return replace(base, speculate=family.speculate(FIXED[name].drafters), plan=FIXED[name].plan)
 
 
 def load_engines(ways: Mapping[str, tuple[str, Sequence[str]]], family: Family, base: EngineConfig) -> Engines:
@@ -82,6 +73,7 @@ def load_engines(ways: Mapping[str, tuple[str, Sequence[str]]], family: Family, 
         ConfigError: a model that cannot be loaded, settings that cannot work.
     """
     from decoding.assemble import build_drafters, build_stepper, load_target
+    from decoding.cost_file import learn_costs
     from decoding.engine import Engine
     from models.graphed_model import GraphedModel
 
@@ -89,7 +81,9 @@ def load_engines(ways: Mapping[str, tuple[str, Sequence[str]]], family: Family, 
     engines = {}
     for name, (setting, drafters) in ways.items():
         config = config_of(setting, family, base, drafters)
-        engines[name] = Engine(config, loaded, build_stepper(config, loaded, build_drafters(config, loaded)))
+        stepper = build_stepper(config, loaded, build_drafters(config, loaded))
+        learn_costs(stepper, config, loaded.vocab_size, loaded.folder)
+        engines[name] = Engine(config, loaded, stepper)
     target = loaded.target if loaded.capture is None else GraphedModel(loaded.target, loaded.capture)
     return Engines(engines, target)
 

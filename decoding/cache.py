@@ -11,6 +11,7 @@ from decoding.batcher import Nodes
 from decoding.prefix_cache import PrefixCache
 from decoding.sequence import Sequence
 from decoding.verify import Verdict
+from models import kernels
 from models.batch import PAGE_SIZE, RaggedBatch
 from models.kv_cache import KVCache
 
@@ -51,7 +52,8 @@ class SequenceCache:
         kv: the target's K/V; drafters own theirs, indexed by the same page ids.
         valid_length: for a drafter bit and a sequence: up to where the drafter's K/V is written.
         drafter_bits: bits of the drafters that have K/V.
-        moves: which slots an accepted path moves; ``all_moves`` where the host is not to wait for the device.
+        moves: which slots an accepted path moves: ``all_moves`` where the host is not to wait for the device. Default:
+            ``needed_moves``, in one call where the CPU's kernels serve.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class SequenceCache:
         self._valid_length = valid_length
         self._drafter_bits = drafter_bits
         self._moves = moves or needed_moves
+        self._in_one_call = moves is None and kernels.serves(kv.keys.device, kv.keys.dtype)
 
     @property
     def num_available(self) -> int:
@@ -95,6 +98,10 @@ class SequenceCache:
     def commit(self, batch: RaggedBatch, nodes: Nodes, verdict: Verdict) -> None:
         """Move the accepted path's K/V behind the chain, in order; the other nodes' slots are simply free again."""
         if verdict.path.shape[1] == 0:
+            return
+        if self._in_one_call:
+            where = batch.slots, batch.wanted, nodes.first, verdict.path
+            torch.ops.saccade.keep_paths.default(self.kv.keys, self.kv.values, *where)
             return
         scratch = self.kv.scratch_page * PAGE_SIZE
         moves = self._moves(batch.at_wanted(batch.slots), nodes.first, verdict.path, scratch)

@@ -65,16 +65,21 @@ def pool_size(config: EngineConfig, target: CausalModel, specs: list[KVSpec], pa
 
 
 def room_for_weights(config: EngineConfig, device: torch.device) -> int | None:
-    """Bytes that weights may take on a CPU before the kernel would end the process; None: not known, or not a CPU."""
-    available = available_memory() if device.type == "cpu" else None
-    return None if available is None else max(0, available - (config.kv_cache_memory or 0))
+    """Bytes that weights may take on a CPU before the kernel would end the process; None: not known, or not a CPU.
+
+    Raises:
+        ConfigError: the pool alone is too large.
+    """
+    available, pool = available_memory() if device.type == "cpu" else None, config.kv_cache_memory or 0
+    _check_pool(pool, available, "--kv-cache-memory")
+    return None if available is None else available - pool
 
 
 def _check_pool(pool: int, available: int | None, flag: str) -> None:
     if available is not None and pool > available:
         raise ConfigError(
-            f"a K/V pool of {_gib(pool)} does not fit the {_gib(available)} of memory that are free beside the weights "
-            f"(the machine's or the container's); lower {flag}, or raise the limit"
+            f"a K/V pool of {_gib(pool)} does not fit the {_gib(available)} of memory that are free (of the machine's "
+            f"and the container's, beside what is loaded); lower {flag}, or raise the limit"
         )
 
 

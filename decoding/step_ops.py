@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from decoding.cache import Moves, all_moves, needed_moves
+from decoding.cache import Moves, all_moves
 from decoding.sampling_ops import SamplingOps, load_sampling_ops
 from models.tree_ops import TreeOps, load_tree_ops
 
@@ -17,10 +17,10 @@ class StepOps:
 
     tree: TreeOps
     sampling: SamplingOps
-    moves: Moves
+    moves: Moves | None  # None: as ``SequenceCache`` does it by itself
 
 
 def load_step_ops(device: torch.device) -> StepOps:
     """The best for a device. On CUDA the host waits for a step once; on a CPU a wait costs nothing, and work does."""
-    moves = needed_moves if device.type == "cpu" else all_moves
+    moves = None if device.type == "cpu" else all_moves
     return StepOps(load_tree_ops(device), load_sampling_ops(device), moves)

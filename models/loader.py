@@ -172,9 +172,9 @@ def _check_room(checkpoint: Checkpoint, path: Path, width: int, room: int) -> No
     size = width * sum(math.prod(shape) for shape in checkpoint.shapes.values())
     if size > room:
         raise CheckpointError(
-            f"the weights in {path} take at least {size / 2**30:.3g} GiB, and the machine (or the container's limit) "
-            f"has {room / 2**30:.3g} GiB for them; free memory or raise the limit, lower --kv-cache-memory, or use "
-            "--quantization int8 or a smaller model"
+            f"the weights in {path} take at least {size / 2**20:.0f} MiB, and the machine (or the container's limit) "
+            f"has {room / 2**20:.0f} MiB for them, beside the K/V pool; free memory or raise the limit, lower "
+            "--kv-cache-memory, or use --quantization int8 or a smaller model"
         )
 
 

@@ -140,7 +140,7 @@ class DraftModelDrafter:
         guide = quota.guide(self.name)
         limits = [self._options.depth, max(quota.rows[i].depth for i in drafting)]
         depth = min(limits if guide.depth is None else [*limits, guide.depth])
-        drafted = self._expansion.grow(trees, batch, hidden[batch.wanted], None, row, depth, sampling, guide)
+        drafted = self._expansion.grow(trees, batch, batch.at_wanted(hidden), None, row, depth, sampling, guide)
         return spread(drafted, row, plan)
 
     def _catch_up(self, plan: Plan, active: list[int]) -> tuple[list[Chain], list[int]]:

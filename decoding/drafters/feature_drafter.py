@@ -151,7 +151,8 @@ class FeatureDrafter:
         guide = quota.guide(self.name)
         limits = [self._options.depth, max(quota.rows[number].depth for number in drafting)]
         depth = min(limits if guide.depth is None else [*limits, guide.depth])
-        hidden, carry = drafted.hidden[batch.wanted], drafted.carry[batch.wanted]
+        hidden = batch.at_wanted(drafted.hidden)
+        carry = hidden if drafted.carry is drafted.hidden else batch.at_wanted(drafted.carry)
         return spread(self._growth.grow(trees, batch, hidden, carry, row, depth, sampling, guide), row, plan)
 
     def _may_draft(self, sequence: Sequence) -> bool:
@@ -184,7 +185,8 @@ class FeatureDrafter:
         batch, _ = build([run.chain() for run in runs], trees, root_masks(count, device), [1] * count)
         batch = replace(batch, positions=batch.positions - 1)
         features = [part for run in runs for part in self._features.take(run.sequence.id, run.start - 1, run.end - 1)]
-        drafted = self._model.catch_up(batch, torch.cat(features), self._before(runs), self._cache)
+        joined = features[0] if len(features) == 1 else torch.cat(features)
+        drafted = self._model.catch_up(batch, joined, self._before(runs), self._cache)
         for run in runs:
             progress = self._progress[run.sequence.id]
             if run.base != progress.base:

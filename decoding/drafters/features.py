@@ -19,6 +19,7 @@ from decoding.batcher import Nodes
 from decoding.plan import Plan
 from decoding.sequence import Sequence, SequenceId
 from decoding.verify import Verdict
+from models import kernels
 from models.batch import PAGE_SIZE, RaggedBatch
 from models.heads.feature_model import FeatureSource
 from models.target import CausalModel, ForwardOutput
@@ -32,16 +33,25 @@ class Piece:
     """Features of consecutive tokens. The newest piece of a sequence may reach beyond what was accepted."""
 
     start: int  # position of the first token
-    features: Tensor  # [n, F]
+    end: int  # one past the last
+    held: Tensor  # [m, F] features of these and of other tokens
+    first: int = 0  # where in ``held`` they begin
+
+    @staticmethod
+    def whole(start: int, features: Tensor) -> Piece:
+        """Features [n, F] of tokens from ``start`` on."""
+        return Piece(start, start + features.shape[0], features)
 
     @property
-    def end(self) -> int:
-        return self.start + len(self.features)
+    def features(self) -> Tensor:
+        """[n, F]; a view is made only when it is read."""
+        count = self.end - self.start
+        return self.held if count == self.held.shape[0] else self.held.narrow(0, self.first, count)
 
     def between(self, start: int, end: int) -> Piece:
         """The part from ``start`` to ``end``, which must overlap the piece."""
         first = max(start, self.start)
-        return Piece(first, self.features[first - self.start : end - self.start])
+        return Piece(first, min(end, self.end), self.held, self.first + first - self.start)
 
 
 class FeatureStore:
@@ -69,7 +79,7 @@ class FeatureStore:
         """A sequence joins with the pages that it found: the last one's feature is there."""
         if sequence.cached and self._keeps(sequence):
             page = sequence.pages[sequence.cached // PAGE_SIZE - 1]
-            self._pieces[sequence.id] = [Piece(sequence.cached - 1, self._pages[page : page + 1])]
+            self._pieces[sequence.id] = [Piece.whole(sequence.cached - 1, self._pages[page : page + 1])]
 
     def forget(self, sequence: SequenceId) -> None:
         self._pieces.pop(sequence, None)
@@ -79,18 +89,14 @@ class FeatureStore:
         heads = _Heads(plan, self._keeps)
         parts = [out.taps[tap] for tap in self._taps] or [out.hidden]
         tail = 1 + verdict.path.shape[1]  # the root and the path below it, as long as the longest
-        at = nodes.first
-        if tail > 1:
-            at = (at[:, None] + torch.nn.functional.pad(verdict.path.clamp(min=0), (1, 0))).flatten()
-        index = batch.wanted[at]
-        if heads.rows:
-            [where] = upload(index.device, heads.where())
-            index = torch.cat([index, batch.row_starts[where[0]] + where[1]])
-        taken = [part.index_select(0, index) for part in parts]
-        gathered = torch.cat(taken, dim=1) if len(taken) > 1 else taken[0]  # [n, F]
-        ends = gathered[: tail * len(plan.deciding)]
-        if heads.rows:
-            ends = ends.clone()  # they are kept for longer than the chains of prompts, which may be large
+        if not heads.rows and kernels.serves(parts[0].device, parts[0].dtype):
+            ends = torch.ops.saccade.gather_paths.default(parts, batch.wanted, nodes.first, verdict.path)
+            gathered = ends
+        else:
+            gathered = _gather(parts, heads, batch, nodes, verdict)
+            ends = gathered[: tail * len(plan.deciding)]
+            if heads.rows:
+                ends = ends.clone()  # they are kept for longer than the chains of prompts, which may be large
         tails = ends.view(len(plan.deciding), tail, gathered.shape[1]).unbind(0)
         for number, row in enumerate(plan.rows):
             if self._keeps(row.sequence):
@@ -98,9 +104,9 @@ class FeatureStore:
                 if number in heads.rows:
                     first, count = heads.rows[number]
                     first += tail * len(plan.deciding)
-                    new.append(Piece(row.start, gathered[first : first + count]))
+                    new.append(Piece.whole(row.start, gathered[first : first + count]))
                 if number < len(plan.deciding):
-                    new.append(Piece(row.end - 1, tails[number]))
+                    new.append(Piece.whole(row.end - 1, tails[number]))
                 self._append(row.sequence.id, row.start, new)
             else:
                 self._pieces.pop(row.sequence.id, None)  # followed no longer: what comes next would not join on
@@ -123,7 +129,7 @@ class FeatureStore:
             del pieces[0]
         if pieces and before - pieces[0].start >= PAGE_SIZE:  # the end of a chunk is not to keep all of it alive
             rest = pieces[0].between(before, pieces[0].end)
-            pieces[0] = Piece(rest.start, rest.features.clone())
+            pieces[0] = Piece.whole(rest.start, rest.features.clone())
 
     def last(self, sequence: Sequence) -> Tensor | None:
         """[F] the feature of the token before the last one, whose own is not computed yet.
@@ -141,7 +147,7 @@ class FeatureStore:
         oldest = start - self._limit
         pieces = [p.between(oldest, start) for p in self._pieces.get(sequence, []) if p.end > oldest]
         if len(pieces) > LOOSE_PIECES:
-            pieces = [Piece(pieces[0].start, torch.cat([piece.features for piece in pieces]))]
+            pieces = [Piece.whole(pieces[0].start, torch.cat([piece.features for piece in pieces]))]
         self._pieces[sequence] = pieces + new
 
     def _keep_pages(self, plan: Plan, heads: _Heads, gathered: Tensor, tail: int) -> None:
@@ -160,6 +166,19 @@ class FeatureStore:
         if source:
             [where] = upload(gathered.device, np.array([source, target]))
             self._pages.index_copy_(0, where[1], gathered.index_select(0, where[0]))
+
+
+def _gather(parts: list[Tensor], heads: _Heads, batch: RaggedBatch, nodes: Nodes, verdict: Verdict) -> Tensor:
+    """[n, F] the parts side by side, of each row's root and the path below it, then of the chains before the roots."""
+    at = nodes.first
+    if verdict.path.shape[1]:
+        at = (at[:, None] + torch.nn.functional.pad(verdict.path.clamp(min=0), (1, 0))).flatten()
+    index = batch.wanted[at]
+    if heads.rows:
+        [where] = upload(index.device, heads.where())
+        index = torch.cat([index, batch.row_starts[where[0]] + where[1]])
+    taken = [part.index_select(0, index) for part in parts]
+    return torch.cat(taken, dim=1) if len(taken) > 1 else taken[0]
 
 
 class _Heads:

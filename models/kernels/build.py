@@ -27,10 +27,11 @@ log = logging.getLogger("saccade.kernels")
 FOLDER = Path(__file__).parent
 SOURCES: dict[str, list[str]] = {  # file: flags of its own
     "bindings.cpp": [],
+    "accepted.cpp": [],
     "attention.cpp": [],
     "batch.cpp": [],
-    "expansion.cpp": [],
     "calibration.cpp": [],
+    "expansion.cpp": [],
     "int8_linear.cpp": [],
     "layer_ops.cpp": [],
     "layer_stack.cpp": [],

@@ -14,11 +14,14 @@ from models.attention.cpu import CpuAttention
 from models.batch import RaggedBatch
 from models.kernels.cpu_ops import ACTIVATIONS, CpuOps
 from models.kv_cache import KVCache
-from models.layers.linear import Linear, PackedProduct
+from models.layers.int8 import Int8Product
+from models.layers.linear import PackedProduct
 from models.layers.ops import LayerOps
 
 if TYPE_CHECKING:
     from models.decoder import DecoderLayer
+
+PRODUCTS = (PackedProduct, Int8Product)  # those that layer_stack.h knows
 
 
 class FusedStack:
@@ -70,23 +73,18 @@ def fuses(layers: Sequence[DecoderLayer], ops: LayerOps, attention: AttentionBac
     """Whether these layers, packed, can be a ``FusedStack``."""
     if not isinstance(ops, CpuOps) or not isinstance(attention, CpuAttention):
         return False
-    packed = all(isinstance(linear.product, PackedProduct) for layer in layers for linear in layer.linears().values())
+    packed = all(isinstance(linear.product, PRODUCTS) for layer in layers for linear in layer.linears().values())
     return packed and len({_shape(layer) for layer in layers}) == 1
 
 
 def packed_weights(layer: DecoderLayer) -> dict[str, Tensor]:
-    """By the names that layer_stack.cpp knows."""
+    """By the names that layer_stack.h knows."""
     norms = {name: getattr(layer, name) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm")}
     named = {f"{name}.weight": norm for name, norm in norms.items() if norm is not None}
     for name, linear in layer.linears().items():
-        named |= _packed_linear(name, linear)
+        assert isinstance(linear.product, PRODUCTS)
+        named |= {f"{name}.{kind}": part for kind, part in linear.product.parts().items()}
     return named
-
-
-def _packed_linear(name: str, linear: Linear) -> dict[str, Tensor]:
-    assert isinstance(linear.product, PackedProduct)
-    bias = {} if linear.bias is None else {f"{name}.bias": linear.bias}
-    return {f"{name}.weight": linear.product.packed, **bias}
 
 
 def _shape(layer: DecoderLayer) -> tuple[object, ...]:

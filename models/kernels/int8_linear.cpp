@@ -9,8 +9,9 @@
 
 #include <optional>
 
-#include "tensors.h"
+#include "block_linear.h"
 #include "vec.h"
+#include "weight_memory.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define SACCADE_BF16_PAIRS 1
@@ -21,7 +22,6 @@ namespace {
 
 constexpr int kBlock = 64;                 // outputs
 constexpr int kVectors = kBlock / kLanes;  // of a block, for one group of inputs
-constexpr int kRowPart = 60;               // rows of one task, a multiple of both formats' kRows
 
 // ---- formats: what a group of inputs is, and how its weights are stored ----
 
@@ -117,18 +117,19 @@ void for_format(at::ScalarType dtype, const char* op, Body body) {
 
 // ---- sums ----
 
-// The sums [Rows][4] of one block; the rows of x are `width` apart.
+// The sums [Rows][4] of one block.
 template <int Rows, typename F, typename T>
-inline void tile(const F& format, const T* x, int64_t width, const uint8_t* bytes, typename F::Sum* sums) {
+inline void tile(const F& format, const T* x, int64_t stride, int64_t groups, const uint8_t* bytes,
+                 typename F::Sum* sums) {
   constexpr int kBytes = kBlock * F::kGroup;
   typename F::Sum acc[Rows][kVectors] = {};
-  for (int64_t g = 0; g < width / F::kGroup; ++g, bytes += kBytes) {
+  for (int64_t g = 0; g < groups; ++g, bytes += kBytes) {
     // hardware prefetch stops at page ends; 2 KiB ahead keeps the read going
     for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(bytes + line + 2048);
     typename F::Weights weights[kVectors];
     format.decode(bytes, weights);
     for (int r = 0; r < Rows; ++r) {
-      const auto input = F::input(x + r * width + g * F::kGroup);
+      const auto input = F::input(x + r * stride + g * F::kGroup);
       for (int v = 0; v < kVectors; ++v) acc[r][v] = F::add(acc[r][v], input, weights[v]);
     }
   }
@@ -138,12 +139,12 @@ inline void tile(const F& format, const T* x, int64_t width, const uint8_t* byte
 
 // The same for a number of rows that is known only now, at most Rows.
 template <int Rows, typename F, typename T>
-inline void tile_of(int64_t rows, const F& format, const T* x, int64_t width, const uint8_t* bytes,
+inline void tile_of(int64_t rows, const F& format, const T* x, int64_t stride, int64_t groups, const uint8_t* bytes,
                     typename F::Sum* sums) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return tile_of<Rows - 1>(rows, format, x, width, bytes, sums);
+    if (rows < Rows) return tile_of<Rows - 1>(rows, format, x, stride, groups, bytes, sums);
   }
-  tile<Rows>(format, x, width, bytes, sums);
+  tile<Rows>(format, x, stride, groups, bytes, sums);
 }
 
 // Scale, bias, rounding. `scale` and `bias` (or null) are the block's own.
@@ -162,16 +163,47 @@ void finish(const vec_t<acc_t<T>>* sums, int64_t rows, const float* scale, const
   }
 }
 
-// x [T, I] with zeros behind each row, up to `width`.
-template <typename T>
-at::Tensor widened(const at::Tensor& x, int64_t width) {
-  at::Tensor wide = empty({x.size(0), width}, x.scalar_type());
-  for (int64_t r = 0; r < x.size(0); ++r) {
-    T* end = std::copy_n(x.const_data_ptr<T>() + r * x.size(1), x.size(1), wide.mutable_data_ptr<T>() + r * width);
-    std::fill_n(end, width - x.size(1), T{});
+template <typename T, typename F>
+class Int8Linear : public BlockLinear<T> {
+ public:
+  // bias null: none
+  Int8Linear(const uint8_t* weight, const float* scale, const float* bias, int64_t inputs, int64_t outputs)
+      : weight_(weight), scale_(scale), bias_(bias), inputs_(inputs), outputs_(outputs), groups_(ceil_div(inputs, F::kGroup)) {}
+
+  int64_t blocks() const override { return ceil_div(outputs_, kBlock); }
+  int64_t cost(int64_t rows) const override { return outputs_ * inputs_ * (4 + rows) / 200; }
+
+  void multiply(const T* x, int64_t x_stride, int64_t rows, T* out, int64_t out_stride, int64_t first,
+                int64_t last) const override {
+    const int64_t width = groups_ * F::kGroup;
+    if (width != inputs_) {  // groups must be whole
+      const Widened<T> wide(x, x_stride, rows, inputs_, width);
+      return multiply_whole(wide.data(), width, rows, out, out_stride, first, last);
+    }
+    multiply_whole(x, x_stride, rows, out, out_stride, first, last);
   }
-  return wide;
-}
+
+ private:
+  void multiply_whole(const T* x, int64_t x_stride, int64_t rows, T* out, int64_t out_stride, int64_t first,
+                      int64_t last) const {
+    typename F::Sum sums[F::kRows * kVectors];
+    for (int64_t block = first; block < last; ++block) {
+      const uint8_t* bytes = weight_ + block * groups_ * kBlock * F::kGroup;
+      const int64_t column = block * kBlock, filled = std::min<int64_t>(kBlock, outputs_ - column);
+      for (int64_t r = 0; r < rows; r += F::kRows) {
+        const int64_t count = std::min<int64_t>(F::kRows, rows - r);
+        tile_of<F::kRows>(count, format_, x + r * x_stride, x_stride, groups_, bytes, sums);
+        finish<T>(sums, count, scale_ + column, bias_ ? bias_ + column : nullptr, filled, out + r * out_stride + column,
+                  out_stride);
+      }
+    }
+  }
+
+  const F format_{};
+  const uint8_t* weight_;
+  const float *scale_, *bias_;
+  const int64_t inputs_, outputs_, groups_;
+};
 
 }  // namespace
 
@@ -184,7 +216,7 @@ at::Tensor int8_pack(const at::Tensor& weight, at::ScalarType dtype) {
   for_format(dtype, "int8_pack", [&](auto, auto format) {
     using F = decltype(format);
     const int64_t groups = ceil_div(inputs, F::kGroup);
-    packed = empty({blocks, groups, kBlock * F::kGroup}, at::kByte);
+    packed = empty_weights(blocks * groups * kBlock * F::kGroup, at::kByte).view({blocks, groups, kBlock * F::kGroup});
     const int8_t* from = weight.const_data_ptr<int8_t>();
     uint8_t* to = packed.mutable_data_ptr<uint8_t>();
     parallel_tasks(blocks, outputs * inputs, [&](int64_t block) {
@@ -200,37 +232,39 @@ at::Tensor int8_pack(const at::Tensor& weight, at::ScalarType dtype) {
   return packed;
 }
 
+template <typename T>
+std::unique_ptr<BlockLinear<T>> int8_linear_of(const at::Tensor& weight, const at::Tensor& scale,
+                                               const std::optional<at::Tensor>& bias, int64_t inputs, int64_t outputs) {
+  std::unique_ptr<BlockLinear<T>> linear;
+  for_format(c10::CppTypeToScalarType<T>::value, "int8_linear", [&](auto type, auto format) {
+    if constexpr (std::is_same_v<decltype(type), T>) {
+      using F = decltype(format);
+      TORCH_CHECK(weight.dim() == 3 && weight.size(2) == kBlock * F::kGroup,
+                  "int8_linear: the weights were packed for another dtype");
+      TORCH_CHECK(ceil_div(inputs, F::kGroup) == weight.size(1), "int8_linear: x has ", inputs, " inputs, not ",
+                  weight.size(1) * F::kGroup);
+      TORCH_CHECK(ceil_div(outputs, kBlock) == weight.size(0) && scale.numel() == outputs && (!bias || bias->numel() == outputs),
+                  "int8_linear: scale or bias does not fit the weights");
+      linear = std::make_unique<Int8Linear<T, F>>(weight.const_data_ptr<uint8_t>(), scale.const_data_ptr<float>(),
+                                                  bias ? bias->const_data_ptr<float>() : nullptr, inputs, outputs);
+    }
+  });
+  return linear;
+}
+
+template std::unique_ptr<BlockLinear<float>> int8_linear_of(const at::Tensor&, const at::Tensor&,
+                                                            const std::optional<at::Tensor>&, int64_t, int64_t);
+template std::unique_ptr<BlockLinear<c10::BFloat16>> int8_linear_of(const at::Tensor&, const at::Tensor&,
+                                                                    const std::optional<at::Tensor>&, int64_t, int64_t);
+
 // x [T, I] times packed weights, with scale [O] and bias [O] in float32: [T, O] of x's type.
-at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale,
+at::Tensor int8_linear(const at::Tensor& any_x, const at::Tensor& packed, const at::Tensor& scale,
                        const std::optional<at::Tensor>& bias) {
-  const int64_t rows = x.size(0), outputs = scale.numel(), inputs = x.size(1);
-  at::Tensor out = empty({rows, outputs}, x.scalar_type());
-  for_format(x.scalar_type(), "int8_linear", [&](auto type, auto format) {
+  const at::Tensor x = any_x.stride(1) == 1 ? any_x : any_x.contiguous();
+  at::Tensor out;
+  for_floating(x.scalar_type(), "int8_linear", [&](auto type) {
     using T = decltype(type);
-    using F = decltype(format);
-    const int64_t groups = packed.size(1), width = groups * F::kGroup;
-    TORCH_CHECK(packed.size(2) == kBlock * F::kGroup, "int8_linear: the weights were packed for another dtype");
-    TORCH_CHECK(ceil_div(inputs, F::kGroup) == groups, "int8_linear: x has ", inputs, " inputs, not ", width);
-    TORCH_CHECK(packed.size(0) == ceil_div(outputs, kBlock), "int8_linear: scale does not fit the weights");
-    const at::Tensor dense = width == inputs ? x.contiguous() : widened<T>(x.contiguous(), width);
-    const T* from = dense.template const_data_ptr<T>();
-    const uint8_t* weights = packed.const_data_ptr<uint8_t>();
-    const float* factor = scale.const_data_ptr<float>();
-    const float* shift = bias ? bias->const_data_ptr<float>() : nullptr;
-    T* to = out.template mutable_data_ptr<T>();
-    const int64_t blocks = packed.size(0), parts = ceil_div(rows, kRowPart);
-    parallel_tasks(blocks * parts, outputs * width * (4 + rows) / 200, [&](int64_t task) {
-      const int64_t block = task % blocks, first = task / blocks * kRowPart, end = std::min(rows, first + kRowPart);
-      const uint8_t* bytes = weights + block * groups * kBlock * F::kGroup;
-      const int64_t column = block * kBlock, filled = std::min<int64_t>(kBlock, outputs - column);
-      typename F::Sum sums[F::kRows * kVectors];
-      for (int64_t r = first; r < end; r += F::kRows) {
-        const int64_t count = std::min<int64_t>(F::kRows, end - r);
-        tile_of<F::kRows>(count, format, from + r * width, width, bytes, sums);
-        finish<T>(sums, count, factor + column, shift ? shift + column : nullptr, filled, to + r * outputs + column,
-                  outputs);
-      }
-    });
+    out = multiply_all(*int8_linear_of<T>(packed, scale, bias, x.size(1), scale.numel()), x, scale.numel());
   });
   return out;
 }

@@ -3,18 +3,15 @@
 // A small model's operations take longer to call one by one than to run. Here every thread goes through all of them and
 // does its share of each (team.h), on memory taken once.
 #include <omp.h>
-#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <optional>
-#include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "attention.h"
 #include "layer_rows.h"
-#include "linear.h"
+#include "layer_stack.h"
 #include "team.h"
 #include "tensors.h"
 
@@ -22,39 +19,6 @@ namespace saccade {
 namespace {
 
 using at::Tensor;
-using Weights = c10::Dict<std::string, Tensor>;
-
-// What all layers of a stack have in common.
-struct Shape {
-  int64_t heads, kv_heads, head_dim, hidden, mlp, activation, first_key;
-  float eps, scale, soft_cap;  // soft_cap 0: none
-
-  int64_t head_rows() const { return heads + 2 * kv_heads; }  // heads of the fused projection
-};
-
-struct LayerTensors {
-  Weights weights;
-  int64_t inputs, window;  // window 0: none
-};
-
-struct LayerStack : torch::CustomClassHolder {
-  // sizes: heads, kv_heads, head_dim, hidden, mlp. rope: [positions, 2, rot / 2].
-  LayerStack(Tensor rope, std::optional<Tensor> final_norm, std::vector<int64_t> sizes, int64_t activation,
-             int64_t first_key, double eps, double scale, double soft_cap)
-      : rope(std::move(rope)), final_norm(std::move(final_norm)) {
-    TORCH_CHECK(sizes.size() == 5, "LayerStack: sizes are heads, kv_heads, head_dim, hidden and mlp");
-    shape = {sizes[0],  sizes[1], sizes[2], sizes[3], sizes[4], activation, first_key, static_cast<float>(eps),
-             static_cast<float>(scale), static_cast<float>(soft_cap)};
-  }
-
-  // weights: as DecoderLayer.weights names them, but qkv, o, gate_up and down fused and packed.
-  void add_layer(Weights weights, int64_t inputs, int64_t window) { layers.push_back({std::move(weights), inputs, window}); }
-
-  Tensor rope;
-  std::optional<Tensor> final_norm;
-  Shape shape;
-  std::vector<LayerTensors> layers;
-};
 
 // The tensors of a RaggedBatch (models/batch.py) that layers read.
 struct Batch {
@@ -75,38 +39,6 @@ Matrix<const T> as_input(Matrix<T> matrix) {
   return {matrix.data, matrix.stride};
 }
 
-// ---- a layer's weights, typed ----
-
-template <typename T>
-struct Layer {
-  const T *input_norm, *mlp_norm, *q_norm, *k_norm;  // null: none
-  PackedLinear<T> qkv, o, gate_up, down;
-
-  Layer(const LayerTensors& from, const Shape& s)
-      : input_norm(data(from, "input_norm.weight")),
-        mlp_norm(data(from, "mlp_norm.weight")),
-        q_norm(data(from, "q_norm.weight")),
-        k_norm(data(from, "k_norm.weight")),
-        qkv(linear(from, "qkv", from.inputs, s.head_rows() * s.head_dim)),
-        o(linear(from, "o", s.heads * s.head_dim, s.hidden)),
-        gate_up(linear(from, "gate_up", s.hidden, 2 * s.mlp)),
-        down(linear(from, "down", s.mlp, s.hidden)) {
-    TORCH_CHECK(mlp_norm, "run_layers: a layer has no mlp_norm.weight");
-  }
-
-  static const T* data(const LayerTensors& from, const std::string& name) {
-    return from.weights.contains(name) ? from.weights.at(name).const_data_ptr<T>() : nullptr;
-  }
-  static PackedLinear<T> linear(const LayerTensors& from, const std::string& name, int64_t inputs, int64_t outputs) {
-    const PackedLinear<T> packed{data(from, name + ".weight"), data(from, name + ".bias"), inputs, outputs};
-    TORCH_CHECK(packed.weight && from.weights.at(name + ".weight").numel() == packed_size(packed), "run_layers: ", name,
-                " is not packed as [", outputs, ", ", inputs, "]");
-    return packed;
-  }
-};
-
-// ---- the pass ----
-
 template <typename T>
 class Pass {
  public:
@@ -119,13 +51,13 @@ class Pass {
         positions_(batch.positions.const_data_ptr<int64_t>()),
         slots_(batch.slots.const_data_ptr<int64_t>()),
         final_norm_(stack.final_norm ? stack.final_norm->const_data_ptr<T>() : nullptr),
-        stream_{stream.mutable_data_ptr<T>(), s_.hidden} {
-    for (const LayerTensors& layer : stack.layers) layers_.emplace_back(layer, s_);
+        stream_{stream.mutable_data_ptr<T>(), s_.hidden},
+        layers_(stack.layers<T>()) {
     take_scratch(stream.scalar_type());
     for (size_t i = 0; i < layers_.size(); ++i) {
       const Tensor layer_keys = keys.select(0, first_layer + i), layer_values = values.select(0, first_layer + i);
       stores_.push_back({layer_keys.mutable_data_ptr<T>(), layer_values.mutable_data_ptr<T>()});
-      attention_.push_back(attention_of(stack.layers[i].window, batch, layer_keys, layer_values));
+      attention_.push_back(attention_of(layers_[i].window, batch, layer_keys, layer_values));
     }
     plan_ = plan_attention(attention_[0], batch.tree_base.size(0));
   }
@@ -191,7 +123,7 @@ class Pass {
   int64_t cost() const {
     int64_t total = plan_.cost * static_cast<int64_t>(layers_.size());
     for (const Layer<T>& layer : layers_)
-      for (const auto* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) total += cost_of(*linear, tokens_);
+      for (const auto* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) total += (*linear)->cost(tokens_);
     return total;
   }
 
@@ -207,16 +139,16 @@ class Pass {
       const bool last = i + 1 == layers_.size();
       const T* next_norm = last ? final_norm_ : layers_[i + 1].input_norm;
       attend(worker, i, hidden);
-      add_to_stream(worker, layer.o, attended_, nullptr, layer.mlp_norm, normed_);
-      multiply_all(worker, layer.gate_up, as_input(normed_), gate_up_);
+      add_to_stream(worker, *layer.o, attended_, nullptr, layer.mlp_norm, normed_);
+      multiply(worker, *layer.gate_up, as_input(normed_), gate_up_);
       gate(worker);
-      add_to_stream(worker, layer.down, gated_, taps[i], next_norm, last ? out : normed_);
+      add_to_stream(worker, *layer.down, gated_, taps[i], next_norm, last ? out : normed_);
       hidden = next_norm ? as_input(normed_) : as_input(stream_);
     }
   }
 
   void attend(Worker& worker, size_t i, Matrix<const T> hidden) {
-    multiply_all(worker, layers_[i].qkv, hidden, heads_);
+    multiply(worker, *layers_[i].qkv, hidden, heads_);
     each_row(worker, [&](int64_t token) { place(i, token); });
     worker.take(plan_.tasks.size(), [&](int64_t task) { run_attention(attention_[i], plan_.tasks[task]); });
   }
@@ -242,8 +174,8 @@ class Pass {
   }
 
   // stream += x W^T + b; a copy goes to `tap`, if there is one, and normed, if there is a norm, to `normed`.
-  void add_to_stream(Worker& worker, const PackedLinear<T>& linear, Matrix<T> x, T* tap, const T* weight, Matrix<T> normed) {
-    multiply_all(worker, linear, as_input(x), added_);
+  void add_to_stream(Worker& worker, const BlockLinear<T>& linear, Matrix<T> x, T* tap, const T* weight, Matrix<T> normed) {
+    multiply(worker, linear, as_input(x), added_);
     each_row(worker, [&](int64_t token) {
       add_row(added_.row(token), stream_.row(token), s_.hidden);
       if (tap) std::copy_n(stream_.row(token), s_.hidden, tap + token * s_.hidden);
@@ -266,9 +198,9 @@ class Pass {
     });
   }
 
-  void multiply_all(Worker& worker, const PackedLinear<T>& linear, Matrix<const T> x, Matrix<T> out) {
+  void multiply(Worker& worker, const BlockLinear<T>& linear, Matrix<const T> x, Matrix<T> out) {
     worker.share(linear.blocks(), [&](int64_t first, int64_t last) {
-      multiply(linear, x.data, x.stride, tokens_, out.data, out.stride, first, last);
+      linear.multiply(x.data, x.stride, tokens_, out.data, out.stride, first, last);
     });
   }
 
@@ -291,9 +223,9 @@ class Pass {
   const int64_t *positions_, *slots_;
   const T* final_norm_;
   const Matrix<T> stream_;
+  const std::vector<Layer<T>>& layers_;
   Tensor scratch_;
   Matrix<T> heads_, attended_, gate_up_, gated_, normed_, added_;
-  std::vector<Layer<T>> layers_;
   std::vector<Store> stores_;  // the layers' parts of the cache
   std::vector<AttentionProblem<T>> attention_;
   AttentionPlan plan_;
@@ -302,14 +234,16 @@ class Pass {
 void check(const LayerStack& stack, const std::optional<Tensor>& hidden, const Tensor& stream, const Tensor& out,
            const Batch& batch, const Tensor& keys, const Tensor& values, int64_t first_layer) {
   const Shape& s = stack.shape;
-  const int64_t tokens = stream.size(0), end = first_layer + static_cast<int64_t>(stack.layers.size());
+  const int64_t tokens = stream.size(0), end = first_layer + static_cast<int64_t>(stack.owned.size());
   TORCH_CHECK(first_layer >= 0 && first_layer < end, "run_layers: no layers, or a negative one");
+  TORCH_CHECK(stream.scalar_type() == stack.dtype, "run_layers: the stream is ", stream.scalar_type(), ", the layers are ",
+              stack.dtype);
   TORCH_CHECK(stream.is_contiguous() && stream.dim() == 2 && stream.size(1) == s.hidden && out.is_contiguous() &&
                   out.sizes() == stream.sizes(),
               "run_layers: stream and out must be [T, ", s.hidden, "] and contiguous");
   TORCH_CHECK(!hidden || (hidden->dim() == 2 && hidden->size(0) == tokens && hidden->stride(1) == 1 &&
-                          hidden->size(1) == stack.layers[0].inputs),
-              "run_layers: hidden must be [T, ", stack.layers[0].inputs, "] with a dense last dim");
+                          hidden->size(1) == stack.inputs),
+              "run_layers: hidden must be [T, ", stack.inputs, "] with a dense last dim");
   for (const Tensor& cache : {keys, values})
     TORCH_CHECK(cache.dim() == 4 && cache.size(0) >= end && cache.size(1) % kLanes == 0 && cache.size(2) == s.kv_heads &&
                     cache.size(3) == s.head_dim && cache.stride(3) == 1,
@@ -326,6 +260,22 @@ void check(const LayerStack& stack, const std::optional<Tensor>& hidden, const T
                       slot[t], " of ", keys.size(1));
 }
 
+template <typename T>
+std::vector<Tensor> run_typed(const LayerStack& stack, const std::optional<Tensor>& hidden, const Tensor& stream,
+                              const Tensor& out, const Batch& batch, const Tensor& keys, const Tensor& values,
+                              int64_t first_layer, at::IntArrayRef taps) {
+  std::vector<Tensor> kept;
+  std::vector<T*> to(stack.owned.size(), nullptr);
+  for (const int64_t tap : taps) {
+    kept.push_back(empty(stream.sizes(), stream.scalar_type()));
+    to.at(tap - 1) = kept.back().mutable_data_ptr<T>();
+  }
+  Pass<T> pass(stack, batch, keys, values, first_layer, stream);
+  pass.run({hidden ? hidden->const_data_ptr<T>() : nullptr, hidden ? hidden->stride(0) : 0},
+           {out.mutable_data_ptr<T>(), out.size(1)}, to);
+  return kept;
+}
+
 // hidden [T, I]: what the first layer's attention reads; default: the stream, normed if that layer has a norm.
 // stream [T, H] becomes the stream after the last layer, and out [T, H] its norm; without a final norm out is not
 // written. keys, values [L, S, Hkv, D]: of the whole cache, in which the stack's first layer is `first_layer`. Returns
@@ -337,19 +287,9 @@ std::vector<Tensor> run_layers(const c10::intrusive_ptr<LayerStack>& stack, cons
                                int64_t first_layer, at::IntArrayRef taps) {
   const Batch batch{positions, slots, visible, tree_mask, row_starts, tree_base, page_table};
   check(*stack, hidden, stream, out, batch, keys, values, first_layer);
-  std::vector<Tensor> kept;
-  for_packable(stream.scalar_type(), "run_layers", [&](auto type) {
-    using T = decltype(type);
-    std::vector<T*> to(stack->layers.size(), nullptr);
-    for (const int64_t tap : taps) {
-      kept.push_back(empty(stream.sizes(), stream.scalar_type()));
-      to.at(tap - 1) = kept.back().mutable_data_ptr<T>();
-    }
-    Pass<T> pass(*stack, batch, keys, values, first_layer, stream);
-    pass.run({hidden ? hidden->const_data_ptr<T>() : nullptr, hidden ? hidden->stride(0) : 0},
-             {out.mutable_data_ptr<T>(), out.size(1)}, to);
-  });
-  return kept;
+  return stream.scalar_type() == at::kBFloat16
+             ? run_typed<c10::BFloat16>(*stack, hidden, stream, out, batch, keys, values, first_layer, taps)
+             : run_typed<float>(*stack, hidden, stream, out, batch, keys, values, first_layer, taps);
 }
 
 }  // namespace

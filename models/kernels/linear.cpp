@@ -1,13 +1,23 @@
-// Products with packed weights (linear.h): made for few rows, where reading the weights is all that takes time.
-#include "linear.h"
-
+// Products with packed weights: made for few rows, where reading the weights is all that takes time.
+//
+// An output is one chain of multiply-adds over the inputs as they rise, so it has the same bits for any number of rows.
 #include <torch/library.h>
 
 #include <optional>
-#include <vector>
+
+#include "block_linear.h"
+#include "vec.h"
+#include "weight_memory.h"
 
 namespace saccade {
 namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBlockVectors = 4;  // vectors of outputs that a register tile holds for each row
+#else
+constexpr int kBlockVectors = 1;
+#endif
+constexpr int64_t kBlock = kBlockVectors * kLanes;  // outputs whose weights lie together
 
 // A packed weight is [blocks, steps, kBlock] items, zeros where it has no outputs or inputs. An item is what one
 // multiply-add takes of an output's weights.
@@ -57,7 +67,7 @@ void multiply_tile(const T* x, int64_t x_stride, const T* weights, int64_t steps
     for (int v = 0; v < kBlockVectors; ++v) sum[r][v] = load<float>(sums + r * kBlock + v * kLanes);
   for (int64_t s = 0; s < steps; ++s, weights += kStep<T>, ahead += Lines * 64) {
 #pragma GCC unroll 4
-    for (int line = 0; line < Lines; ++line) __builtin_prefetch(ahead + line * 64, 0, 2);
+    for (int line = 0; line < Lines; ++line) __builtin_prefetch(ahead + line * 64);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const typename F::X item = F::item(x + r * x_stride + s * F::kItem);
@@ -104,51 +114,79 @@ void multiply_block(const T* x, int64_t x_stride, int64_t rows, const T* weights
 }
 
 template <typename T>
-void finish_block(const PackedLinear<T>& linear, const float* sums, int64_t rows, int64_t block, T* out, int64_t stride) {
-  const int64_t begin = block * kBlock, end = std::min(begin + kBlock, linear.outputs);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t o = begin; o < end; o += kLanes) {
-      f32x16 lanes = load<float>(sums + r * kBlock + (o - begin));
-      if (linear.bias) lanes += load_upto<T>(linear.bias + o, end - o);
-      store_upto<T>(out + r * stride + o, lanes, end - o);
+class PackedLinear : public BlockLinear<T> {
+ public:
+  PackedLinear(const T* weight, const T* bias, int64_t inputs, int64_t outputs)
+      : weight_(weight), bias_(bias), inputs_(inputs), outputs_(outputs), steps_(ceil_div(inputs, Format<T>::kItem)) {}
+
+  int64_t size() const { return blocks() * steps_ * kStep<T>; }  // elements of the packed weight
+  int64_t blocks() const override { return ceil_div(outputs_, kBlock); }
+  int64_t cost(int64_t rows) const override {
+    return inputs_ * outputs_ * (static_cast<int64_t>(sizeof(T)) + rows / 4) / 64;
+  }
+
+  void multiply(const T* x, int64_t x_stride, int64_t rows, T* out, int64_t out_stride, int64_t first,
+                int64_t last) const override {
+    const int64_t width = steps_ * Format<T>::kItem;
+    if (width != inputs_) {  // items must be whole
+      const Widened<T> wide(x, x_stride, rows, inputs_, width);
+      return multiply_whole(wide.data(), width, rows, out, out_stride, first, last);
     }
-}
+    multiply_whole(x, x_stride, rows, out, out_stride, first, last);
+  }
+
+ private:
+  void multiply_whole(const T* x, int64_t x_stride, int64_t rows, T* out, int64_t out_stride, int64_t first,
+                      int64_t last) const {
+    alignas(64) float sums[kGroupRows * kBlock];
+    for (int64_t block = first; block < last; ++block)
+      for (int64_t row = 0; row < rows; row += kGroupRows) {
+        const int64_t count = std::min(kGroupRows, rows - row);
+        multiply_block<T>(x + row * x_stride, x_stride, count, weight_ + block * steps_ * kStep<T>, steps_, sums);
+        finish_block(sums, count, block, out + row * out_stride, out_stride);
+      }
+  }
+
+  void finish_block(const float* sums, int64_t rows, int64_t block, T* out, int64_t stride) const {
+    const int64_t begin = block * kBlock, end = std::min(begin + kBlock, outputs_);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t o = begin; o < end; o += kLanes) {
+        f32x16 lanes = load<float>(sums + r * kBlock + (o - begin));
+        if (bias_) lanes += load_upto<T>(bias_ + o, end - o);
+        store_upto<T>(out + r * stride + o, lanes, end - o);
+      }
+  }
+
+  const T *weight_, *bias_;  // bias null: none
+  const int64_t inputs_, outputs_, steps_;
+};
 
 }  // namespace
 
 template <typename T>
-void multiply(const PackedLinear<T>& linear, const T* x, int64_t x_stride, int64_t rows, T* out, int64_t out_stride,
-              int64_t first, int64_t last) {
-  alignas(64) float sums[kGroupRows * kBlock];
-  const int64_t steps = ceil_div(linear.inputs, Format<T>::kItem);
-  std::vector<T> padded;  // x with whole items
-  if (linear.inputs % Format<T>::kItem != 0) {
-    const int64_t width = steps * Format<T>::kItem;
-    padded.resize(rows * width);
-    for (int64_t r = 0; r < rows; ++r) std::copy_n(x + r * x_stride, linear.inputs, padded.data() + r * width);
-    x = padded.data();
-    x_stride = width;
-  }
-  for (int64_t block = first; block < last; ++block)
-    for (int64_t row = 0; row < rows; row += kGroupRows) {
-      const int64_t count = std::min(kGroupRows, rows - row);
-      multiply_block<T>(x + row * x_stride, x_stride, count, linear.weight + block * steps * kStep<T>, steps, sums);
-      finish_block<T>(linear, sums, count, block, out + row * out_stride, out_stride);
-    }
+std::unique_ptr<BlockLinear<T>> packed_linear_of(const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                                 int64_t inputs, int64_t outputs) {
+  auto linear = std::make_unique<PackedLinear<T>>(weight.const_data_ptr<T>(), bias ? bias->const_data_ptr<T>() : nullptr,
+                                                  inputs, outputs);
+  TORCH_CHECK(weight.numel() == linear->size(), "packed_linear: this weight is not [", outputs, ", ", inputs, "]");
+  TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == outputs), "packed_linear: bias must be [", outputs, "]");
+  return linear;
 }
 
-template <typename T>
-int64_t packed_size(const PackedLinear<T>& linear) {
-  return linear.blocks() * ceil_div(linear.inputs, Format<T>::kItem) * kStep<T>;
-}
-
-template int64_t packed_size(const PackedLinear<float>&);
-template int64_t packed_size(const PackedLinear<c10::BFloat16>&);
-template void multiply(const PackedLinear<float>&, const float*, int64_t, int64_t, float*, int64_t, int64_t, int64_t);
-template void multiply(const PackedLinear<c10::BFloat16>&, const c10::BFloat16*, int64_t, int64_t, c10::BFloat16*, int64_t,
-                       int64_t, int64_t);
+template std::unique_ptr<BlockLinear<float>> packed_linear_of(const at::Tensor&, const std::optional<at::Tensor>&, int64_t,
+                                                              int64_t);
+template std::unique_ptr<BlockLinear<c10::BFloat16>> packed_linear_of(const at::Tensor&, const std::optional<at::Tensor>&,
+                                                                      int64_t, int64_t);
 
 namespace {
+
+// Calls body(T{}) for the types that have a packed format.
+template <typename Body>
+void for_packable(at::ScalarType dtype, const char* op, Body body) {
+  if (dtype == at::kFloat) return body(float{});
+  TORCH_CHECK(dtype == at::kBFloat16, op, ": no packed format for ", dtype);
+  body(c10::BFloat16{});
+}
 
 // weight [O, I] -> the packed weight, a flat tensor.
 at::Tensor pack_linear(const at::Tensor& weight) {
@@ -159,7 +197,7 @@ at::Tensor pack_linear(const at::Tensor& weight) {
     using T = decltype(type);
     constexpr int64_t item = Format<T>::kItem;
     const int64_t size = ceil_div(inputs, item) * kStep<T>;  // of a block
-    packed = empty({ceil_div(outputs, kBlock) * size}, weight.scalar_type());
+    packed = empty_weights(ceil_div(outputs, kBlock) * size, weight.scalar_type());
     const T* from = weight.const_data_ptr<T>();
     T* to = packed.mutable_data_ptr<T>();
     parallel_tasks(ceil_div(outputs, kBlock), weight.numel(), [&](int64_t block) {
@@ -180,19 +218,10 @@ at::Tensor packed_linear(const at::Tensor& any_x, const at::Tensor& packed, cons
   const at::Tensor x = any_x.stride(1) == 1 ? any_x : any_x.contiguous();
   TORCH_CHECK(packed.scalar_type() == x.scalar_type(), "packed_linear: x is ", x.scalar_type(), ", the weight ",
               packed.scalar_type());
-  const int64_t rows = x.size(0);
-  at::Tensor out = empty({rows, outputs}, x.scalar_type());
+  at::Tensor out;
   for_packable(x.scalar_type(), "packed_linear", [&](auto type) {
     using T = decltype(type);
-    const PackedLinear<T> linear{packed.const_data_ptr<T>(), bias ? bias->const_data_ptr<T>() : nullptr, x.size(1), outputs};
-    TORCH_CHECK(packed.numel() == packed_size(linear),
-                "packed_linear: this weight is not [", outputs, ", ", linear.inputs, "]");
-    TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == outputs), "packed_linear: bias must be [", outputs, "]");
-    const T* from = x.const_data_ptr<T>();
-    T* to = out.mutable_data_ptr<T>();
-    parallel_ranges(linear.blocks(), cost_of(linear, rows), [&](int64_t first, int64_t last) {
-      multiply<T>(linear, from, x.stride(0), rows, to, outputs, first, last);
-    });
+    out = multiply_all(*packed_linear_of<T>(packed, bias, x.size(1), outputs), x, outputs);
   });
   return out;
 }

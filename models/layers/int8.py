@@ -76,6 +76,11 @@ class Int8Product:
         result: Tensor = self._linear(x, self._packed, self._scale, self._bias)
         return result
 
+    def parts(self) -> dict[str, Tensor]:
+        """What it is made of, by the names that layer_stack.h knows."""
+        named = {"weight": self._packed, "scale": self._scale}
+        return named | ({} if self._bias is None else {"bias": self._bias})
+
 
 class TorchaoProduct:
     """A ``Product`` by torchao's tensor, on any device."""

@@ -72,13 +72,17 @@ class PackedProduct:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         ops = kernels.required()
-        self.packed: Tensor = ops.pack_linear(weight)
-        self.bias = bias
-        self.outputs = weight.shape[0]
+        self._packed: Tensor = ops.pack_linear(weight)
+        self._bias = bias
+        self._outputs = weight.shape[0]
         self._linear = ops.packed_linear.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._linear(x, self.packed, self.bias, self.outputs)  # type: ignore[no-any-return]
+        return self._linear(x, self._packed, self._bias, self._outputs)  # type: ignore[no-any-return]
+
+    def parts(self) -> dict[str, Tensor]:
+        """What it is made of, by the names that layer_stack.h knows."""
+        return {"weight": self._packed} | ({} if self._bias is None else {"bias": self._bias})
 
 
 class OneDnnProduct:

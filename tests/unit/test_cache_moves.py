@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from decoding.cache import all_moves, needed_moves
+from models import kernels
 from models.batch import PAGE_SIZE
 from models.kv_cache import KVCache, KVSpec
 
@@ -41,6 +43,11 @@ def verdicts(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(slots), torch.tensor(first), torch.tensor(paths, dtype=torch.int64).view(len(counts), deepest)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _loaded() -> None:
+    assert kernels.load(), "the kernels must work where tests run"
+
+
 @given(verdicts())
 def test_paths_end_up_behind_their_roots(verdict: tuple[Tensor, Tensor, Tensor]) -> None:
     slots, first, path = verdict
@@ -57,5 +64,10 @@ def test_paths_end_up_behind_their_roots(verdict: tuple[Tensor, Tensor, Tensor])
             if column >= 0:
                 there = int(slots[first[row] + level])
                 assert float(many.keys[1, there, 0, 0]) == float(slots[first[row] + column])
+    fused = filled()
+    wanted = torch.arange(len(slots)).flip(0)  # nodes need not stand in the order of their query tokens
+    torch.ops.saccade.keep_paths(fused.keys, fused.values, slots.flip(0), wanted, first, path)
     assert torch.equal(few.keys, many.keys)
+    assert torch.equal(few.keys, fused.keys)
+    assert torch.equal(few.values, fused.values)
     assert torch.equal(few.values, many.values)

@@ -17,6 +17,7 @@ from models.config import ModelConfig
 from models.decoder import DecoderLayer, LayerStack
 from models.kernels.fused_stack import fuses
 from models.kv_cache import KVCache, KVSpec
+from models.layers.int8 import int8_packing
 from models.layers.linear import OneDnnProduct, PackedProduct
 from models.layers.ops import load_ops
 from models.layers.rope import RopeConfig, rope_table
@@ -124,6 +125,16 @@ def test_bits_of_the_operations_one_by_one(variant: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["biases", "odd sizes"])
+def test_int8_weights(variant: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("torchao")
+    config = replace(CONFIG, **VARIANTS[variant])
+    stack = make_stack(config, dtype)
+    stack.pack(int8_packing(CPU, dtype))
+    check_equal(stack, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_taps(dtype: torch.dtype) -> None:
     stack = make_stack(CONFIG, dtype)
     stack.pack()
@@ -188,7 +199,7 @@ def test_bad_arguments_are_named() -> None:
         stack.run(stream[:4], batch, run.cache)
     with pytest.raises(RuntimeError, match=r"stream and out must be \[T, 96\]"):
         stack.run(torch.randn(5, 95), batch, run.cache)
-    with pytest.raises(RuntimeError, match="expected scalar type"):
+    with pytest.raises(RuntimeError, match="the stream is BFloat16, the layers are Float"):
         stack.run(stream.bfloat16(), batch, run.cache)
     with pytest.raises(RuntimeError, match=r"keys and values must be \[3 or more, slots, 2, 24\]"):
         stack.run(stream, batch, KVCache(KVSpec(2, 2, 24, 24), 8, torch.float32, CPU))

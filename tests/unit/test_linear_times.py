@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -54,14 +53,16 @@ def test_medians_are_taken_in_turns() -> None:
     assert set(times) == {"a", "b"}
 
 
-def test_all_ways_of_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.linear_times.WEIGHT_BYTES", 1 << 16)
-    assert set(shape_times(64, 32, torch.float32, rows=1, repeats=1)) == {"ours", "onednn", "F.linear"}
+def test_all_ways_of_one_shape() -> None:
+    assert set(shape_times(64, 32, torch.float32, rows=1, repeats=1, weight_bytes=1 << 16)) == {
+        "ours",
+        "onednn",
+        "F.linear",
+    }
     assert read_shape("12x345") == (12, 345)
 
 
-def test_reading_leaves_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.linear_times.READ_BYTES", 1 << 16)
+def test_reading_leaves_the_number_of_threads() -> None:
     before = torch.get_num_threads()
-    assert read_bandwidth(2, repeats=1) > 0
+    assert read_bandwidth(2, repeats=1, read=1 << 16) > 0
     assert torch.get_num_threads() == before

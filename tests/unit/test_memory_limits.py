@@ -23,7 +23,7 @@ def with_available(monkeypatch: pytest.MonkeyPatch, size: int | None) -> None:
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     with_available(monkeypatch, 10 * MIB)
-    with pytest.raises(ModelError, match=r"take at least 0\.0\d+ GiB.*has 0\.00\d+ GiB.*--quantization int8"):
+    with pytest.raises(ModelError, match=r"take at least 15 MiB.*has 10 MiB.*--quantization int8"):
         Engine.load(TARGET)
     with pytest.raises(CheckpointError, match="take at least"):
         load_model(Path(TARGET), room=7 * MIB)
@@ -33,8 +33,10 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(monkeypatch:
 def test_the_asked_pool_counts_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     with_available(monkeypatch, 100 * MIB)
     Engine.load(TARGET, kv_cache_memory=64 * MIB)
-    with pytest.raises(ModelError, match="lower --kv-cache-memory"):
+    with pytest.raises(ModelError, match=r"has 5 MiB for them.*lower --kv-cache-memory"):
         Engine.load(TARGET, kv_cache_memory=95 * MIB)
+    with pytest.raises(ConfigError, match=r"pool of 101 MiB does not fit the 100 MiB.*lower --kv-cache-memory"):
+        Engine.load(TARGET, kv_cache_memory=101 * MIB)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ from benchmarks.cells import from_json
 from benchmarks.family import Family, load_prompts
 from benchmarks.forward_cost import DEPTH, ForcedTrees, random_tree
 from benchmarks.offline_tables import offline_text
-from benchmarks.settings import FIXED, SETTINGS, config_of
+from benchmarks.settings import FIXED, LEAST_PAGES, SETTINGS, config_of
 from decoding.config import EngineConfig
 from decoding.drafters import DrafterChoice
 from decoding.errors import ConfigError
+from decoding.plan_choice import FixedPlan, parse_plan
 from models.tree import depths
 from tests.engines import tiny_decoder
 
@@ -62,7 +63,7 @@ def test_prompts_are_cut_at_their_beginning() -> None:
 
 
 def test_every_setting_is_one_that_an_engine_takes() -> None:
-    family, base = Family.find(DEMO), EngineConfig("it", num_pages=9)
+    family, base = Family.find(DEMO), EngineConfig("it", num_pages=999)
     configs = {name: config_of(name, family, base) for name in SETTINGS}
     assert configs["plain"].speculate == ()
     assert {DrafterChoice.parse(word).name for word in configs["auto"].speculate} == {*family.drafters, "ngram"}
@@ -70,10 +71,10 @@ def test_every_setting_is_one_that_an_engine_takes() -> None:
     for name, tree in FIXED.items():
         names = tuple(DrafterChoice.parse(word).name for word in configs[name].speculate)
         assert names == tree.names
-        planned = getattr(configs[name], "plan", None)
-        limits = tree.plan if planned is None else planned
-        assert limits == f"fixed:nodes={tree.nodes},depth={tree.depth},min_probability={tree.min_probability:g}"
-    assert {config.num_pages for config in configs.values()} == {9}
+        assert parse_plan(configs[name].plan) == FixedPlan(tree.nodes, tree.depth, tree.min_probability)
+    assert parse_plan(configs["auto"].plan) is None
+    assert {config.num_pages for config in configs.values()} == {999}
+    assert config_of("auto", family, EngineConfig("it", num_pages=9)).num_pages == LEAST_PAGES
 
 
 def test_random_trees_are_trees_of_their_size() -> None:
