@@ -57,14 +57,9 @@ class NgramDrafter(TokenDrafter):
         )
 
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
-        arrays = self._search(plan, quota)
-        if arrays is None:
-            return None
-        tokens, parents, confidence = arrays
-        source = (parents != NO_PARENT).long() << self._bit
-        return Trees(tokens, parents, confidence, source)
+        return self._search(plan, quota)
 
-    def _search_fused(self, plan: Plan, quota: Quota) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _search_fused(self, plan: Plan, quota: Quota) -> Trees | None:
         """``search_anywhere`` in one call: see models/kernels/ngram.cpp."""
         options, limits = self._options, quota.rows
         nodes = [limit.nodes if self.name in limit.drafters else 0 for limit in limits]
@@ -72,13 +67,13 @@ class NgramDrafter(TokenDrafter):
             return None
         texts = [torch.from_numpy(row.sequence.tokens) for row in plan.deciding]
         matching = (options.max_match, options.min_match, options.branches)
-        arrays = torch.ops.saccade.ngram_trees(
-            texts, nodes, [limit.depth for limit in limits], *matching, self._chance, RIVAL
+        arrays = torch.ops.saccade.ngram_trees.default(
+            texts, nodes, [limit.depth for limit in limits], *matching, self._chance, RIVAL, self._bit
         )
-        return arrays if arrays[0].shape[1] > 1 else None
+        return Trees(*arrays) if arrays[0].shape[1] > 1 else None
 
-    def search_anywhere(self, plan: Plan, quota: Quota) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(tokens, parents, confidence) of all rows' trees; None if there is nothing to propose."""
+    def search_anywhere(self, plan: Plan, quota: Quota) -> Trees | None:
+        """``propose`` in Python: what it means."""
         tries = [self._trie(row.sequence.tokens, limit) for row, limit in zip(plan.deciding, quota.rows, strict=True)]
         if not any(tries):
             return None
@@ -90,7 +85,8 @@ class NgramDrafter(TokenDrafter):
             if trie:
                 used = slice(1, 1 + len(trie))
                 parents[row, used], tokens[row, used], confidence[row, used] = zip(*trie, strict=True)
-        return torch.from_numpy(tokens), torch.from_numpy(parents), torch.from_numpy(confidence)
+        source = (parents != NO_PARENT).astype(np.int64) << self._bit
+        return Trees(*(torch.from_numpy(array) for array in (tokens, parents, confidence, source)))
 
     def _trie(self, tokens: np.ndarray, limit: RowQuota) -> list[tuple[int, int, float]]:
         """(parent column, token, confidence) of each node, parents first."""

@@ -37,6 +37,7 @@ SOURCES: dict[str, list[str]] = {  # file: flags of its own
     "layer_stack.cpp": [],
     "linear.cpp": [],
     "ngram.cpp": [],
+    "planning.cpp": [],
     "sampling.cpp": ["-ffp-contract=off"],  # it says why
     "tree.cpp": [],
 }

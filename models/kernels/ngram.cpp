@@ -75,9 +75,9 @@ bool add(const int64_t* text, int64_t count, const Match& match, const Limits& l
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> ngram_trees(at::TensorList texts, at::IntArrayRef max_nodes, at::IntArrayRef max_depth,
+std::tuple<Tensor, Tensor, Tensor, Tensor> ngram_trees(at::TensorList texts, at::IntArrayRef max_nodes, at::IntArrayRef max_depth,
                                                int64_t max_match, int64_t min_match, int64_t branches,
-                                               const at::ArrayRef<double> chance, double rival) {
+                                               const at::ArrayRef<double> chance, double rival, int64_t bit) {
   const int64_t rows = texts.size();
   TORCH_CHECK_VALUE(int64_t(max_nodes.size()) == rows && int64_t(max_depth.size()) == rows, "a limit for each row");
   std::vector<Trie> tries(rows);
@@ -93,11 +93,13 @@ std::tuple<Tensor, Tensor, Tensor> ngram_trees(at::TensorList texts, at::IntArra
     width = std::max(width, 1 + tries[row].tokens.size());
   }
   const Tensor tokens = empty({rows, int64_t(width)}, at::kLong), parents = empty({rows, int64_t(width)}, at::kLong);
-  const Tensor confidence = empty({rows, int64_t(width)}, at::kFloat);
+  const Tensor confidence = empty({rows, int64_t(width)}, at::kFloat), source = empty({rows, int64_t(width)}, at::kLong);
   for (int64_t row = 0; row < rows; ++row) {
     int64_t* token = tokens.mutable_data_ptr<int64_t>() + row * width;
     int64_t* parent = parents.mutable_data_ptr<int64_t>() + row * width;
+    int64_t* from = source.mutable_data_ptr<int64_t>() + row * width;
     float* sure = confidence.mutable_data_ptr<float>() + row * width;
+    std::fill(from, from + width, 0);
     std::fill(token, token + width, -1);
     std::fill(parent, parent + width, kNoParent);
     std::fill(sure, sure + width, 0.0f);
@@ -108,15 +110,16 @@ std::tuple<Tensor, Tensor, Tensor> ngram_trees(at::TensorList texts, at::IntArra
       token[i + 1] = trie.tokens[i];
       parent[i + 1] = trie.parents[i];
       sure[i + 1] = trie.confidence[i];
+      from[i + 1] = int64_t(1) << bit;
     }
   }
-  return {tokens, parents, confidence};
+  return {tokens, parents, confidence, source};
 }
 
 TORCH_LIBRARY_FRAGMENT(saccade, m) {
   m.def(
       "ngram_trees(Tensor[] texts, int[] max_nodes, int[] max_depth, int max_match, int min_match, int branches, "
-      "float[] chance, float rival) -> (Tensor tokens, Tensor parents, Tensor confidence)");
+      "float[] chance, float rival, int bit) -> (Tensor tokens, Tensor parents, Tensor confidence, Tensor source)");
 }
 
 TORCH_LIBRARY_IMPL(saccade, CPU, m) { m.impl("ngram_trees", &ngram_trees); }

@@ -56,6 +56,6 @@ def test_the_kernel_finds_what_the_definition_finds(seed: int) -> None:
     assert (trees is None) == (expected is None)
     if trees is not None and expected is not None:
         trees.validate()
-        for ours, theirs in zip((trees.tokens, trees.parents, trees.confidence), expected, strict=True):
-            assert torch.equal(ours, theirs)
+        for name in ("tokens", "parents", "confidence", "source"):
+            assert torch.equal(getattr(trees, name), getattr(expected, name)), name
         assert set(trees.source.unique().tolist()) <= {0, 4}
