@@ -149,6 +149,8 @@ class AutoPlanner:
 
     def learn(self, plan: Plan, chosen: ChosenTrees, made: int, times: StepTimes) -> None:
         """See ``Planner``."""
+        if not (self.members or self.guessers):
+            return  # nothing will ever be weighed
         step = self._step
         tokens = plan.chain_tokens + sum(chosen.counts) - len(chosen.counts)
         context = sum(row.end for row in plan.rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -42,7 +41,7 @@ class Results:
     """A step's results on their way to the host."""
 
     wishes: dict[int, int]  # deciding rows that asked for logprobs
-    fetched: Callable[[], list[np.ndarray]]  # waits for tokens, paths, sources of nodes; then logprobs
+    fetched: Callable[[], list[np.ndarray]]  # waits for tokens; paths and sources if there are nodes; logprobs
 
 
 class Committer:
@@ -78,15 +77,20 @@ class Committer:
         """Send what ``commit`` needs to the host. It is on its way while the device goes on with other things."""
         wishes = wishes_of(plan)
         asked = node_logprobs(wishes, nodes, verdict, logits, self._vocab_size).tensors if wishes else ()
-        return Results(wishes, fetch(verdict.tokens, verdict.path, chosen.trees.source, *asked))
+        trees = (verdict.path, chosen.trees.source) if chosen.trees.width > 1 else ()
+        return Results(wishes, fetch(verdict.tokens, *trees, *asked))
 
     def commit(self, plan: Plan, chosen: ChosenTrees, results: Results, out: ForwardOutput) -> list[TokenEvent]:
         """Apply a step's verdict: here the tokens reach the host."""
         self.totals.steps += 1
         self._prompt_logprobs(plan, chosen, out)
-        wishes, fetched = results.wishes, results.fetched()
-        tokens, path, source = fetched[0].tolist(), fetched[1].tolist(), fetched[2].tolist()
-        logprobs = by_row(wishes, fetched[3:]) if wishes else {}
+        drawn_by_row, *fetched = results.fetched()
+        tokens = drawn_by_row.tolist()
+        path: list[list[int]] = [[]] * len(tokens)
+        source = [[0]] * len(tokens)
+        if chosen.trees.width > 1:
+            path, source, fetched = fetched[0].tolist(), fetched[1].tolist(), fetched[2:]
+        logprobs = by_row(results.wishes, fetched) if results.wishes else {}
         events = []
         for index, row in enumerate(plan.deciding):
             sequence, drawn = row.sequence, tokens[index]
@@ -122,15 +126,16 @@ class Committer:
 
     def _account(self, sequence: Sequence, source: list[int], path: list[int], kept: int) -> None:
         """Count a row's step: the sources of its tree's columns, the columns of those that were accepted."""
-        drafted = Counter(source)  # few drafters, so few different sources
-        nodes = len(source) - drafted.pop(0)  # the root has no source, nor has padding
-        accepted = Counter([source[column] for column in path]).items()
+        taken = [source[column] for column in path]
+        # few drafters, so few different sources; the root has none, nor has padding
+        drafted = [(bits, source.count(bits)) for bits in set(source) if bits]
+        accepted = [(bits, taken.count(bits)) for bits in set(taken)]
         for counter in (sequence.counter, self.totals.speculation):
             counter.steps += 1
-            counter.drafted += nodes
+            counter.drafted += sum(count for _, count in drafted)
             counter.accepted += len(path)
             for bit, name in enumerate(self._names):
-                counter.drafted_by[name] += sum(count for bits, count in drafted.items() if bits >> bit & 1)
+                counter.drafted_by[name] += sum(count for bits, count in drafted if bits >> bit & 1)
                 counter.accepted_by[name] += sum(count for bits, count in accepted if bits >> bit & 1)
         self.totals.generated_tokens += kept
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,8 +27,16 @@ class Verdict:
     @staticmethod
     def plain(bonus: Tensor) -> Verdict:
         """Of trees without drafted nodes (D = 0): nothing but the bonus tokens [S]."""
-        column = bonus.unsqueeze(1)
-        return Verdict(torch.zeros_like(bonus), column.narrow(1, 0, 0), bonus, column)
+        return Verdict(*_nothing_accepted(len(bonus), bonus.device), bonus, bonus.unsqueeze(1))
+
+
+@functools.lru_cache(maxsize=64)  # plain decoding asks for the same ones in every step
+def _nothing_accepted(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Accepted [S] and path [S, 0] of trees without drafted nodes; never written to."""
+    return (
+        torch.zeros(rows, dtype=torch.int64, device=device),
+        torch.zeros(rows, 0, dtype=torch.int64, device=device),
+    )
 
 
 Rule = Callable[[Trees, Nodes, Tensor, Sampling, int], Verdict]

@@ -38,8 +38,11 @@ Batch build_batch(const at::Tensor& chain_tokens, at::IntArrayRef starts, at::In
   at::Tensor token_ids = empty({total}, at::kLong), positions = empty({total}, at::kLong), slots = empty({total}, at::kLong);
   at::Tensor visible = empty({total}, at::kInt), tree_mask = empty({total}, at::kLong), row_of = empty({total}, at::kInt);
   at::Tensor row_starts = empty({rows + 1}, at::kInt), tree_base = empty({rows}, at::kInt);
-  at::Tensor wanted = empty({nodes}, at::kLong), node_row = empty({nodes}, at::kLong), column = empty({nodes}, at::kLong);
-  at::Tensor depth = empty({nodes}, at::kLong), first = empty({trees}, at::kLong);
+  // where every query token is a root, as in plain decoding, three of the arrays are one, and two others are
+  const bool plain = total == nodes && nodes == trees;
+  at::Tensor wanted = empty({nodes}, at::kLong), column = empty({nodes}, at::kLong);
+  at::Tensor node_row = plain ? wanted : empty({nodes}, at::kLong), depth = plain ? column : empty({nodes}, at::kLong);
+  at::Tensor first = plain ? wanted : empty({trees}, at::kLong);
 
   at::Tensor page_table = empty({rows, widest}, at::kInt);
 

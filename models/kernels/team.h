@@ -11,8 +11,8 @@
 
 namespace saccade {
 
-// What the threads of a team share. They meet after each operation, which takes a fraction of a microsecond; waking them
-// for each would take ten and more.
+// What the threads of a team share. They meet after each operation, and spin until all are there: waking sleeping ones
+// takes longer than most operations do.
 class Team {
  public:
   int64_t next() { return next_.fetch_add(1, std::memory_order_relaxed); }
