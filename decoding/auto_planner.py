@@ -12,10 +12,8 @@ does not pay. What is not used is tried now and then, for a share of the time.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,11 +24,11 @@ from decoding.drafters.base import Drafter
 from decoding.drafters.team import Proposal
 from decoding.forecast import Forecast
 from decoding.history import History
-from decoding.market import Floats, Guesser, Member, Offer, Scene, lateness, offer_of, rate_without, slope_of
+from decoding.market import UNABLE, Deal, Guesser, Member, Scene, Terms, lateness, load_market, slope_of
 from decoding.plan import Guide, Plan, Quota, RowQuota
 from decoding.planner import Limits, StepTimes, roots_of, share_of
 from decoding.proposal_ops import ProposalOps
-from decoding.sequence import Sequence
+from decoding.sequence import Sequence, SequenceId
 from models.transfer import upload
 from models.tree import Trees
 from models.tree_ops import ChosenTrees, TreeOps
@@ -43,22 +41,28 @@ DRIFT_STEP = 16  # steps between two of Forecast.drift
 FLOOR = (0.01, 0.5)  # path probabilities below which a node is not forecast to be bought
 
 
+@dataclass(frozen=True)
+class _Crowd:
+    """What is the same as long as the same rows decide."""
+
+    key: tuple[SequenceId, ...]
+    modes: Tensor  # [R]
+    slots: Tensor  # [R] of the forecast
+
+
 @dataclass
 class _Step:
     """What is known and decided of the step that is under way."""
 
     plan: Plan
-    modes: Tensor  # [R]
-    slots: Tensor  # [R] of the forecast
+    crowd: _Crowd
     extra: float  # seconds beside its query tokens
-    guessed: Floats  # [R] nodes of the guesses that will be verified, about
-    asked: set[str] = field(default_factory=set)  # drafters that were asked to guess
-    plain: bool = False
+    asked: set[str]  # drafters that were asked to guess
     guesses: dict[int, Trees] = field(default_factory=dict)  # calibrated, by bit
     drafting: dict[str, tuple[int, int]] = field(default_factory=dict)  # drafter -> (rows, depth)
     seconds: float = 0.0  # of that drafting
-    offer: Offer | None = None
-    expected: float = 0.0  # accepted tokens
+    deal: Deal | None = None
+    member: Member | None = None  # whom the deal is with
 
 
 class AutoPlanner:
@@ -89,6 +93,9 @@ class AutoPlanner:
         self._max_step_tokens = max_step_tokens
         self.guessers = [Guesser(bit, drafter.name) for bit, drafter in enumerate(drafters) if drafter.needs.host]
         self._history = History(self.calibration, self.forecast)
+        self._market = load_market()
+        self._crowd = _Crowd((), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+        self._any_slept = False
         self._floor = 0.05
         self._rate = 0.0  # tokens a second that this step promises
         self._number = 0
@@ -103,36 +110,35 @@ class AutoPlanner:
         self._step = None
         if not plan.deciding or not (self.members or self.guessers):
             return Quota(tuple(RowQuota() for _ in plan.deciding))
-        sequences = [row.sequence for row in plan.deciding]
-        modes = [mode_of(sequence) for sequence in sequences]
-        slots = [self.forecast.join(sequence.id, mode) for sequence, mode in zip(sequences, modes, strict=True)]
         self._settle_followers(plan)
-        extra = self.costs.extra(len(plan.rows), sum(row.end for row in plan.rows))
-        step = self._step = _Step(plan, torch.tensor(modes), torch.tensor(slots), extra, np.zeros(len(sequences)))
+        crowd = self._gather(plan)
         if self._number % DRIFT_STEP == 0:
-            self.forecast.drift(step.slots, step.modes)
+            self.forecast.drift(crowd.slots, crowd.modes)
+        extra = self.costs.extra(len(plan.rows), sum(row.end for row in plan.rows))
+        step = self._step = _Step(plan, crowd, extra, set())
         if self._is_plain_due():
-            step.plain = True
-            self._last_plain = self._number, math.log(self.costs.factor)
+            self._last_plain = self._number, self.costs.moved
             return Quota(tuple(RowQuota() for _ in plan.deciding))
-        return self._asked_to_guess(self._limits.of(plan, share_of(plan, self._max_step_tokens)))
+        return self._asked_to_guess(step, self._limits.of(plan, share_of(plan, self._max_step_tokens)))
 
     def quota(self, plan: Plan, limits: Quota, guesses: list[Proposal]) -> Quota:
         """See ``Planner``."""
         step = self._step
-        if step is None or step.plain or not limits.nodes:
+        if step is None or not limits.nodes:
             return limits
         for guess in guesses:
             self._calibrate(step, guess)
+        scene = self._scene(step)
+        terms = [self._terms(member, step, limits) for member in self.members]
+        deal = step.deal = self._market(scene, terms)
+        self._rate = deal.rate
+        self._judge_guesses(step, deal)
         drafting: list[set[str]] = [set() for _ in limits.rows]
         guides: dict[str, Guide] = {}
-        scene = self._scene(step)
-        if self.members:
-            step.offer = self._best_offer(step, limits, scene)
-            step.expected = float(scene.held.sum()) + (step.offer.gain if step.offer else 0.0)
-            if step.offer is not None:
-                self._ask(step, step.offer.member, step.offer.depth, step.offer.rows, drafting, guides)
-            self._explore(step, limits, drafting, guides)
+        if deal.member >= 0:
+            step.member = self.members[deal.member]
+            self._ask(step, step.member, deal.depth, deal.rows, drafting, guides)
+        self._explore(step, terms, drafting, guides)
         return self._granted(step, limits, drafting, guides, bool(guesses))
 
     def choose(self, plan: Plan, proposals: list[Proposal], quota: Quota, device: torch.device) -> ChosenTrees:
@@ -149,44 +155,49 @@ class AutoPlanner:
 
     def learn(self, plan: Plan, chosen: ChosenTrees, made: int, times: StepTimes) -> None:
         """See ``Planner``."""
-        if not (self.members or self.guessers):
-            return  # nothing will ever be weighed
         step = self._step
-        tokens = plan.chain_tokens + sum(chosen.counts) - len(chosen.counts)
-        context = sum(row.end for row in plan.rows)
         # where a device works behind the host's back, drafting is known by its price alone
         waits = self._device.type == "cpu"
         drafting = sum(times.drafters.values()) if waits or step is None else step.seconds
-        self.costs.learn_step(tokens, len(plan.rows), context, times.all - drafting)
+        tokens = plan.chain_tokens + sum(chosen.counts) - len(chosen.counts)
+        self.costs.learn_step(tokens, len(plan.rows), sum(row.end for row in plan.rows), times.all - drafting)
+        saved = EXPLORING * times.all
         for member in self.members:
             member.unused += 1
-            member.credit += EXPLORING * times.all
+            member.credit += saved
         for guesser in self.guessers:
-            guesser.credit += EXPLORING * times.all
+            guesser.credit += saved
         if step is None:
             return
         for name, (rows, depth) in step.drafting.items() if waits else ():
             self.costs.learn_draft(name, rows, depth, times.drafters[name])
-        if step.offer is not None:
-            step.offer.member.judge(step.expected, made - len(plan.deciding))
+        if step.member is not None and step.deal is not None:
+            step.member.judge(step.deal.held + step.deal.gain, made - len(plan.deciding))
         self._history.settle(self._floor)
 
     def forget(self, sequence: Sequence) -> None:
         """See ``Planner``."""
         self.forecast.forget(sequence.id)
+        self._limits.forget(sequence)
+        self._crowd = _Crowd((), self._crowd.modes, self._crowd.slots)  # its slot may be another's next
         for member in self.members:
             if member.scout == sequence.id:
                 member.scout = None
 
-    def _is_plain_due(self) -> bool:
-        last, price = self._last_plain
-        moved = abs(math.log(self.costs.factor) - price) > MOVED
-        return self._number - last >= (SOON if moved else PLAIN_STEP)
+    def _gather(self, plan: Plan) -> _Crowd:
+        key = tuple([row.sequence.id for row in plan.deciding])
+        if key != self._crowd.key:
+            modes = [mode_of(row.sequence) for row in plan.deciding]
+            slots = [self.forecast.join(sequence, mode) for sequence, mode in zip(key, modes, strict=True)]
+            self._crowd = _Crowd(key, torch.tensor(modes), torch.tensor(slots))
+        return self._crowd
 
-    def _asked_to_guess(self, limits: Quota) -> Quota:
+    def _is_plain_due(self) -> bool:
+        last, moved = self._last_plain
+        return self._number - last >= (SOON if abs(self.costs.moved - moved) > MOVED else PLAIN_STEP)
+
+    def _asked_to_guess(self, step: _Step, limits: Quota) -> Quota:
         """The limits without the guessers that are not worth their time; each of them is tried now and then."""
-        step = self._step
-        assert step is not None
         resting = set()
         for guesser in self.guessers:
             rows = sum(1 for row in limits.rows if row.nodes and guesser.name in row.drafters)
@@ -202,51 +213,51 @@ class AutoPlanner:
     # before a model drafts --------------------------------------------------------------------------------------------
 
     def _calibrate(self, step: _Step, proposal: Proposal) -> None:
-        calibrated = self.calibration.apply(proposal.bit, proposal.trees, step.modes)
-        self._history.add(step.plan, step.modes, proposal, calibrated)
+        calibrated = self.calibration.apply(proposal.bit, proposal.trees, step.crowd.modes)
+        self._history.add(step.plan, step.crowd.modes, proposal, calibrated)
         step.guesses[proposal.bit] = calibrated
 
     def _scene(self, step: _Step) -> Scene:
-        rows = len(step.plan.deciding)
-        held = np.zeros((rows, self._max_depth))
-        pace, node = self.costs.steps()[min(step.plan.chain_tokens, LARGEST)] / rows, -1.0
-        for guesser in self.guessers:
-            trees = step.guesses.get(guesser.bit)
-            if trees is None:
-                if guesser.name in step.asked:
-                    guesser.judge(0.0)
-                continue
-            part, nodes = self._proposal_ops.coverage(trees, self._floor, self._max_depth)
-            held = np.maximum(held, part.numpy())
-            step.guessed += nodes.numpy()
-            node = node if node >= 0 else slope_of(step.plan.chain_tokens, self.costs)
-            guesser.judge(max(0.0, float(part.sum()) * pace - float(nodes.sum()) * node))
-        covered: Floats = self.forecast.coverage(step.slots).numpy()
         return Scene(
-            held, covered, self.forecast.widths.numpy(), step.plan.chain_tokens, float(step.guessed.sum()), step.extra
+            guesses=list(step.guesses.values()),
+            floor=self._floor,
+            slots=step.crowd.slots,
+            table=self.forecast.table,
+            steps=self.costs.steps(),
+            tokens=step.plan.chain_tokens,
+            extra=step.extra,
         )
 
-    def _best_offer(self, step: _Step, limits: Quota, scene: Scene) -> Offer | None:
-        """The drafter at work that promises the most tokens a second; None: no model should draft."""
-        best: Offer | None = None
-        self._rate = rate_without(scene, self.costs)
-        pace = 1 / self._rate
-        for member in self.members:
-            able = self._able(member, step, limits)
-            if not able:
-                continue
-            late = [lateness(member, step.plan.deciding[i].sequence, self._max_depth, self.costs) for i in able]
-            deepest = min(member.drafter.max_depth, self._max_depth, max(limits.rows[i].depth for i in able))
-            offer = offer_of(member, able, late, deepest, scene, self.costs, pace)
-            if offer is not None and offer.rate > self._rate:
-                self._rate, best = offer.rate, offer
-        return best
+    def _terms(self, member: Member, step: _Step, limits: Quota) -> Terms:
+        """At what a drafter would draft, and for which rows it may and can."""
+        drafter, late, deepest = member.drafter, [], 0
+        for row, limit in zip(step.plan.deciding, limits.rows, strict=True):
+            if limit.nodes and member.name in limit.drafters and drafter.ready(row.sequence):
+                late.append(lateness(member, row.sequence, self._max_depth, self.costs))
+                deepest = max(deepest, limit.depth)
+            else:
+                late.append(UNABLE)
+        price, factor = self.costs.table.drafters[member.name], self.costs.drafter_factor(member.name)
+        return Terms(
+            bit=member.bit,
+            first=factor * price.first,
+            row=factor * price.row,
+            further=factor * price.further,
+            further_row=factor * price.further_row,
+            trust=member.trust,
+            deepest=min(drafter.max_depth, self._max_depth, deepest),
+            late=late,
+        )
 
-    def _able(self, member: Member, step: _Step, limits: Quota) -> list[int]:
-        """Rows that the drafter may draft for and can."""
-        ready, rows = member.drafter.ready, step.plan.deciding
-        pairs = enumerate(zip(rows, limits.rows, strict=True))
-        return [i for i, (row, m) in pairs if m.nodes and member.name in m.drafters and ready(row.sequence)]
+    def _judge_guesses(self, step: _Step, deal: Deal) -> None:
+        """Whether the guessers earn their time: what their guesses save, less what verifying them costs."""
+        pace = self.costs.at(step.plan.chain_tokens) / len(step.plan.deciding)
+        node = slope_of(step.plan.chain_tokens, self.costs)
+        parts = dict(zip(step.guesses, zip(deal.parts[::2], deal.parts[1::2], strict=True), strict=True))
+        for guesser in self.guessers:
+            if guesser.name in step.asked:
+                tokens, nodes = parts.get(guesser.bit, (0.0, 0.0))
+                guesser.judge(max(0.0, tokens * pace - nodes * node))
 
     def _ask(
         self,
@@ -262,7 +273,7 @@ class AutoPlanner:
         """Let a drafter draft for these rows."""
         price, factor = self.costs.table.drafters[member.name], self.costs.drafter_factor(member.name)
         further = factor * (price.further + price.further_row * len(rows))
-        taus = self.calibration.taus(member.bit, int(step.modes[rows[0]]))
+        taus = self.calibration.taus(member.bit, int(step.crowd.modes[rows[0]]))
         guides[member.name] = Guide(depth, taus, None if exploring else further * self._rate)
         for row in rows:
             drafting[row].add(member.name)
@@ -272,25 +283,25 @@ class AutoPlanner:
         if exploring:
             member.credit -= seconds
 
-    def _explore(self, step: _Step, limits: Quota, drafting: list[set[str]], guides: dict[str, Guide]) -> None:
+    def _explore(self, step: _Step, terms: list[Terms], drafting: list[set[str]], guides: dict[str, Guide]) -> None:
         """Try a drafter that is not used on one row, if enough time has been saved up for it."""
-        for member in self.members:
-            used = step.offer is not None and step.offer.member is member
-            depth = min(member.drafter.max_depth, self._max_depth)
-            if used or member.credit < self.costs.draft(member.name, 1, depth):
+        for member, term in zip(self.members, terms, strict=True):
+            if member is step.member or member.credit < self.costs.draft(member.name, 1, max(1, term.deepest)):
                 continue
-            able = self._able(member, step, limits)
-            near = [i for i in able if not lateness(member, step.plan.deciding[i].sequence, depth, self.costs)]
+            near = [row for row, late in enumerate(term.late) if late == 0.0]
             if near:
-                row = near[self._number % len(near)]
-                self._ask(step, member, depth, [row], drafting, guides, exploring=True)
+                self._ask(
+                    step, member, term.deepest, [near[self._number % len(near)]], drafting, guides, exploring=True
+                )
                 return
 
     def _bound(self, step: _Step, row: int) -> int:
         """Nodes of a row where the host does not wait for their number: those that are foreseen, and room for more."""
-        foreseen = float(step.guessed[row])
-        if step.offer is not None and row in step.offer.rows:
-            foreseen += float(self.forecast.widths[step.offer.member.bit, : step.offer.depth].sum())
+        if step.deal is None:
+            return 0
+        foreseen = step.deal.guessed[row]
+        if step.member is not None and row in step.deal.rows:
+            foreseen += float(self.forecast.table.widths[step.member.bit, : step.deal.depth].sum())
         return int(1.25 * foreseen + 1)
 
     def _granted(
@@ -299,15 +310,20 @@ class AutoPlanner:
         """The limits with each row's drafters; slots are reserved for those that have any."""
         rows = []
         for number, (row, limit, names) in enumerate(zip(step.plan.deciding, limits.rows, drafting, strict=True)):
-            granted = replace(limit, drafters=frozenset(names | (step.asked & limit.drafters)))
-            if self._device.type != "cpu":
-                granted = replace(granted, nodes=min(granted.nodes, self._bound(step, number)))
-            wanted = limit.nodes and (names or (guessed and granted.drafters))
-            rows.append(granted if wanted and self._limits.reserve(row, granted) else RowQuota())
+            if not limit.nodes or not (names or guessed):
+                rows.append(RowQuota())
+                continue
+            nodes = limit.nodes if self._device.type == "cpu" else min(limit.nodes, self._bound(step, number))
+            granted = RowQuota(nodes, limit.depth, frozenset(names | (step.asked & limit.drafters)))
+            rows.append(granted if nodes and self._limits.reserve(row, granted) else RowQuota())
         return Quota(tuple(rows), guides)
 
     def _settle_followers(self, plan: Plan) -> None:
         """Drafters that sleep do not follow the rows, but for one: their model neither runs nor keeps anything."""
+        sleeping = any(member.sleeps for member in self.members)
+        if not sleeping and not self._any_slept:
+            return
+        self._any_slept = sleeping
         for member in self.members:
             for row in plan.rows:
                 unfollowed = row.sequence.unfollowed
@@ -322,9 +338,13 @@ class AutoPlanner:
 
     def _prices(self, step: _Step, nodes: int) -> Tensor:
         """[nodes + 1] float64, seconds of the whole step with k nodes in all."""
-        roots = step.plan.chain_tokens
-        index = np.minimum(np.arange(roots, roots + nodes + 1), LARGEST)
-        price = self.costs.steps()[index] + (step.seconds + step.extra)
+        roots, steps = step.plan.chain_tokens, self.costs.steps()
+        sunk = step.seconds + step.extra
+        if roots + nodes > LARGEST:
+            index = torch.arange(roots, roots + nodes + 1).clamp_(max=LARGEST)
+            price = steps[index] + sunk
+        else:
+            price = steps[roots : roots + nodes + 1] + sunk
         needed = slope_of(roots, self.costs) * self._rate
-        self._floor += 0.1 * (min(max(float(needed), FLOOR[0]), FLOOR[1]) - self._floor)
-        return upload(self._device, price)[0]
+        self._floor += 0.1 * (min(max(needed, FLOOR[0]), FLOOR[1]) - self._floor)
+        return price if self._device.type == "cpu" else upload(self._device, price.numpy())[0]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoding.proposal_ops import FIRST_KNOT, KNOTS, ProposalOps, Scores, Tally
+from decoding.proposal_ops import FIRST_KNOT, KNOTS, ProposalOps, Tally
 from decoding.sequence import Sequence
 from models.transfer import upload
 from models.tree import Trees
@@ -54,7 +54,7 @@ class Calibration:
     """
 
     def __init__(self, drafters: int, ops: ProposalOps) -> None:
-        self._ops = ops
+        self.ops = ops
         odds = torch.arange(KNOTS, dtype=torch.float64) + FIRST_KNOT
         self._prior = odds.sigmoid()
         size = (len(MODES), DEPTHS, KNOTS)
@@ -76,7 +76,7 @@ class Calibration:
         curves, device = self._learned[bit].curves, trees.tokens.device
         if device.type != "cpu":
             curves, mode = upload(device, curves.numpy(), mode.numpy())
-        confidence = self._ops.recalibrate(trees, mode, curves)
+        confidence = self.ops.recalibrate(trees, mode, curves)
         return Trees(trees.tokens, trees.parents, confidence, trees.source)
 
     def taus(self, bit: int, mode: int) -> tuple[float, ...]:
@@ -88,15 +88,17 @@ class Calibration:
         knots: list[float] = self._learned[bit].curves[mode, min(depth, DEPTHS) - 1].tolist()
         return knots
 
-    def learn(self, bit: int, trees: Trees, calibrated: Tensor, text: Tensor, mode: Tensor, floor: float) -> Scores:
-        """Hold proposals on the host against the text; see ``ProposalOps.score``."""
+    def tally(self, bit: int) -> Tally:
+        """What is counted of a drafter; whoever adds to it says so by ``saw``."""
+        return self._learned[bit].tally
+
+    def saw(self, bit: int, proposals: int) -> None:
+        """So many proposals have been added to the tally."""
         learned = self._learned[bit]
-        scores = self._ops.score(trees, calibrated, text, mode, floor, learned.tally)
-        learned.proposals += trees.num_rows
+        learned.proposals += proposals
         if learned.proposals >= REFRESH:
             learned.proposals = 0
             self._refresh(learned)
-        return scores
 
     def _refresh(self, learned: _Learned) -> None:
         tally = learned.tally

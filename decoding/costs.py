@@ -10,16 +10,21 @@ from __future__ import annotations
 import json
 import math
 import os
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 EDGES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
-LARGEST = 4096  # query tokens whose price is kept ready; steps that are larger are priced along the last slope
+LARGEST = 2048  # query tokens whose price is kept ready; steps that are larger are priced along the last slope
 SURPRISE = 0.7  # log ratio beyond which a measurement is taken for a hiccup, and counts no more
 FORMAT = 2
+REFRESH = 16  # steps between two looks at the prices, which take as long as fifty products
+FORGETTING = 0.992  # of what a size of step was found to cost, each time
 
 
 @dataclass(frozen=True)
@@ -95,39 +100,42 @@ def guessed_table(drafters: Mapping[str, int] | tuple[str, ...] = ()) -> CostTab
 
 
 class CostModel:
-    """Prices of now: the table, corrected by what steps take."""
+    """Prices of now: the table, corrected by what steps take. In plain numbers: it is asked several times a step."""
 
     def __init__(self, table: CostTable) -> None:
-        self._fresh = 0
+        self._steps_seen = 0
         self.replace(table)
 
     def replace(self, table: CostTable) -> None:
         """Start again from another table."""
         table.check()
         self.table = table
-        self._edges = np.array(table.tokens, dtype=float)
         self._all = 0.0  # log factor on everything
-        self._sizes = np.zeros(len(table.tokens))  # log factor by size of step
-        self._seen = np.full(len(table.tokens), self._fresh)  # steps at the last look
+        self._sizes = [0.0] * len(table.tokens)  # log factor by size of step
+        self._seen = [self._steps_seen] * len(table.tokens)  # steps at the last look
         self._drafters = dict.fromkeys(table.drafters, 0.0)  # log factor by drafter
         self._refresh()
 
     @property
-    def factor(self) -> float:
-        """How much slower everything is than when it was measured."""
-        return math.exp(self._all)
+    def moved(self) -> float:
+        """Logarithm of how much slower everything is than when it was measured."""
+        return self._all
 
-    def steps(self) -> np.ndarray:
-        """[LARGEST + 1] seconds of a step of one row without context, by query tokens; entry 0 repeats entry 1."""
+    def steps(self) -> Tensor:
+        """[LARGEST + 1] float64 seconds of a step of one row without context, by query tokens; entry 0 repeats 1."""
         return self._dense
+
+    def at(self, tokens: float) -> float:
+        """Seconds of a step of one row without context."""
+        return self._list[min(int(tokens + 0.5), LARGEST)]
 
     def step(self, tokens: int, rows: int, context: int) -> float:
         """Seconds of a step without drafting."""
-        return float(self._dense[min(tokens, LARGEST)]) + self.extra(rows, context)
+        return self.at(tokens) + self.extra(rows, context)
 
     def extra(self, rows: int, context: int) -> float:
         """Seconds that rows beyond the first and context add to a step."""
-        return self.factor * (self.table.row * (rows - 1) + self.table.context * context)
+        return math.exp(self._all) * (self.table.row * (rows - 1) + self.table.context * context)
 
     def draft(self, name: str, rows: float, depth: float) -> float:
         """Seconds of a drafter's ``propose`` for so many rows."""
@@ -143,16 +151,16 @@ class CostModel:
     def learn_step(self, tokens: int, rows: int, context: int, seconds: float) -> None:
         """A step, without its drafting, took so long."""
         error = _clip(math.log(max(seconds, 1e-9) / self.step(tokens, rows, context)))
+        edges = self.table.tokens
         self._all += 0.02 * error
-        above = min(int(np.searchsorted(self._edges, tokens)), len(self._edges) - 1)
-        self._sizes *= 0.9995  # what was not seen for long is believed less
-        self._fresh += 1
-        sides = (above, above - 1) if above and self._edges[above] > tokens else (above,)
+        self._steps_seen += 1
+        above = min(bisect_left(edges, tokens), len(edges) - 1)
+        sides = (above, above - 1) if above and edges[above] > tokens else (above,)
         for side in sides:  # a size that was not seen for long is known least: one look at it counts for more
-            gap = self._fresh - self._seen[side]
+            gap = self._steps_seen - self._seen[side]
             self._sizes[side] += min(0.03 * gap, 0.5) * error
-            self._seen[side] = self._fresh
-        if self._fresh % 8 == 0:  # twenty microseconds; prices change slowly
+            self._seen[side] = self._steps_seen
+        if self._steps_seen % REFRESH == 0:
             self._refresh()
 
     def learn_draft(self, name: str, rows: int, depth: int, seconds: float) -> None:
@@ -162,14 +170,17 @@ class CostModel:
             self._drafters[name] += 0.03 * _clip(math.log(max(seconds, 1e-9) / expected))
 
     def _refresh(self) -> None:
-        seconds = np.array(self.table.seconds) * np.exp(self._all + self._sizes)
+        self._sizes = [size * FORGETTING for size in self._sizes]  # what was not seen for long is believed less
+        edges = np.array(self.table.tokens, dtype=float)
+        seconds = np.array(self.table.seconds) * np.exp(self._all + np.array(self._sizes))
         sizes = np.arange(LARGEST + 1, dtype=float)
-        dense = np.interp(sizes, self._edges, seconds)
-        last = self._edges[-1]
+        dense = np.interp(sizes, edges, seconds)
         if len(seconds) > 1:
-            slope = max(0.0, (seconds[-1] - seconds[-2]) / (last - self._edges[-2]))
-            dense = np.where(sizes > last, seconds[-1] + slope * (sizes - last), dense)
-        self._dense = np.maximum.accumulate(dense)  # noise must not make more tokens cheaper than fewer
+            slope = max(0.0, (seconds[-1] - seconds[-2]) / (edges[-1] - edges[-2]))
+            dense = np.where(sizes > edges[-1], seconds[-1] + slope * (sizes - edges[-1]), dense)
+        dense = np.maximum.accumulate(dense)  # noise must not make more tokens cheaper than fewer
+        self._list: list[float] = dense.tolist()
+        self._dense = torch.from_numpy(dense)
 
 
 def _clip(error: float) -> float:

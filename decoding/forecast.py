@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from decoding.calibration import MODES
-from decoding.proposal_ops import CoverageTable, Judged, ProposalOps
+from decoding.proposal_ops import CoverageTable, ProposalOps
 from decoding.sequence import SequenceId
 
 HOPE = 0.7  # chance from depth to depth before anything is known: a drafter gets its trial
@@ -34,18 +34,13 @@ class Forecast:
         self._ops = ops
         hope = torch.full((len(MODES), drafters, depth), HOPE, dtype=torch.float64)
         widths = torch.full((drafters, depth), FIRST_WIDTH, dtype=torch.float64)
-        self._table = CoverageTable(hope[:0].clone(), hope, widths)
+        self.table = CoverageTable(hope[:0].clone(), hope, widths)
         self._slot: dict[SequenceId, int] = {}
         self._free: list[int] = []
 
-    @property
-    def widths(self) -> Tensor:
-        """[drafters, D] nodes of a tree by depth, among those that are probable enough."""
-        return self._table.widths
-
     def common(self, bit: int, mode: int) -> list[float]:
         """[D] a drafter's chances in all rows together."""
-        chances: list[float] = self._table.common[mode, bit].tolist()
+        chances: list[float] = self.table.common[mode, bit].tolist()
         return chances
 
     def join(self, sequence: SequenceId, mode: int) -> int:
@@ -55,7 +50,7 @@ class Forecast:
             if not self._free:
                 self._grow()
             slot = self._slot[sequence] = self._free.pop()
-            self._table.chances[slot] = self._table.common[mode]
+            self.table.chances[slot] = self.table.common[mode]
         return slot
 
     def slot(self, sequence: SequenceId) -> int:
@@ -66,23 +61,15 @@ class Forecast:
         if sequence in self._slot:
             self._free.append(self._slot.pop(sequence))
 
-    def coverage(self, slots: Tensor) -> Tensor:
-        """[R, drafters, D] the chance that the first d tokens are covered."""
-        return self._table.chances[slots].cumprod(dim=2)
-
-    def learn(self, bit: int, rows: Judged) -> None:
-        """A drafter's trees fared so."""
-        self._ops.learn_coverage(self._table, bit, rows, ROW_RATE, ALL_RATE)
-
     def drift(self, slots: Tensor, modes: Tensor) -> None:
         """Some steps have passed: rows that a drafter does not draft for become a little like the others."""
-        chances, common = self._table.chances, self._table.common
+        chances, common = self.table.chances, self.table.common
         chances[slots] += RETURN_RATE * (common[modes] - chances[slots])
 
     def _grow(self) -> None:
-        old = self._table.chances
+        old = self.table.chances
         count = len(old)
         grown = old.new_full((max(8, 2 * count), *old.shape[1:]), HOPE)
         grown[:count] = old
-        self._table = CoverageTable(grown, self._table.common, self._table.widths)
+        self.table = CoverageTable(grown, self.table.common, self.table.widths)
         self._free = list(range(len(grown) - 1, count - 1, -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,21 +11,34 @@ from torch import Tensor
 
 from decoding.calibration import Calibration
 from decoding.drafters.team import Proposal
-from decoding.forecast import Forecast
+from decoding.forecast import ALL_RATE, ROW_RATE, Forecast
 from decoding.plan import Plan
-from decoding.proposal_ops import Judged
+from decoding.proposal_ops import Judged, ProposalOps
+from models import kernels
 from models.tree import Trees
+
+BATCH = 4  # steps between two looks at what can be judged
 
 
 @dataclass
-class _Record:
+class Record:
     """The proposals of one step, on the host (or on their way to it)."""
 
     plan: Plan
     lengths: list[int]  # of the texts when it was made
     modes: Tensor  # [R]
-    proposals: list[tuple[int, Trees, Tensor]] = field(default_factory=list)  # bit, as made, calibrated confidences
-    age: int = 0
+    number: int  # of the step
+    bits: list[int] = field(default_factory=list)
+    made: list[Trees] = field(default_factory=list)
+    calibrated: list[Tensor] = field(default_factory=list)  # [R, N] confidences
+
+    def slots(self, forecast: Forecast) -> list[int]:
+        """[R] of the forecast; -1 for sequences that have ended."""
+        return [forecast.slot(row.sequence.id) for row in self.plan.deciding]
+
+
+Judge = Callable[[Record, Calibration, Forecast, float], None]
+"""Hold a record's proposals against the texts, for the calibration and the forecast; above a floor of probability."""
 
 
 class History:
@@ -36,52 +50,82 @@ class History:
     def __init__(self, calibration: Calibration, forecast: Forecast) -> None:
         self._calibration = calibration
         self._forecast = forecast
-        self._records: deque[_Record] = deque()
+        self._judge: Judge = judge_fused if kernels.load() else judge_anywhere
+        self._records: deque[Record] = deque()
+        self._number = 0
 
     def add(self, plan: Plan, modes: Tensor, proposal: Proposal, calibrated: Trees) -> None:
         """Remember a proposal of the step ``plan`` as it was made, and its calibrated confidences."""
         if not self._records or self._records[-1].plan is not plan:
             lengths = [row.sequence.length for row in plan.deciding]
-            self._records.append(_Record(plan, lengths, modes))
-        trees = proposal.trees
-        made = Trees(*(_to_host(part) for part in (trees.tokens, trees.parents, trees.confidence, trees.source)))
-        self._records[-1].proposals.append((proposal.bit, made, _to_host(calibrated.confidence)))
+            self._records.append(Record(plan, lengths, modes, self._number))
+        record = self._records[-1]
+        record.bits.append(proposal.bit)
+        record.made.append(_to_host(proposal.trees))
+        record.calibrated.append(_to_host(calibrated).confidence)
 
     def settle(self, floor: float) -> None:
-        """A step is over: judge what can be judged. ``floor``: see ``ProposalOps.score``."""
-        for record in self._records:
-            record.age += 1
+        """A step is over: now and then, judge what can be judged. ``floor``: see ``ProposalOps.score``."""
+        self._number += 1
+        if self._number % BATCH:
+            return
         while self._records and self._is_ready(self._records[0]):
-            self._judge(self._records.popleft(), floor)
+            record = self._records.popleft()
+            self._judge(record, self._calibration, self._forecast, floor)
+            for bit in record.bits:
+                self._calibration.saw(bit, len(record.lengths))
 
-    def _is_ready(self, record: _Record) -> bool:
+    def _is_ready(self, record: Record) -> bool:
         depth = self._forecast.depth
-        if record.age >= depth:  # each step adds a token to every row that goes on
+        if self._number - record.number >= depth:  # each step adds a token to every row that goes on
             return True
         pairs = zip(record.plan.deciding, record.lengths, strict=True)
-        return all(row.sequence.length - length >= depth or self._ended(row.sequence.id) for row, length in pairs)
-
-    def _ended(self, sequence: tuple[str, int]) -> bool:
-        return self._forecast.slot(sequence) < 0
-
-    def _judge(self, record: _Record, floor: float) -> None:
-        rows = record.plan.deciding
-        text = torch.full((len(rows), self._forecast.depth), -1, dtype=torch.int64)
-        known = []
-        for number, (row, length) in enumerate(zip(rows, record.lengths, strict=True)):
-            came = row.sequence.tokens[length : length + self._forecast.depth]
-            text[number, : len(came)] = torch.from_numpy(came)
-            known.append(len(came))
-        slots = torch.tensor([self._forecast.slot(row.sequence.id) for row in rows])
-        there = torch.tensor(known)
-        for bit, trees, calibrated in record.proposals:
-            scores = self._calibration.learn(bit, trees, calibrated, text, record.modes, floor)
-            asked = torch.minimum(scores.extent, there)
-            self._forecast.learn(bit, Judged(slots, record.modes, asked, scores.reach, scores.widths))
+        return all(r.sequence.length - n >= depth or self._forecast.slot(r.sequence.id) < 0 for r, n in pairs)
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    if tensor.device.type == "cpu":
-        return tensor
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)
+def judge_anywhere(
+    record: Record, calibration: Calibration, forecast: Forecast, floor: float, ops: ProposalOps | None = None
+) -> None:
+    """The judge by ``ProposalOps``: what it means."""
+    depth = forecast.depth
+    text, known = torch.full((len(record.lengths), depth), -1, dtype=torch.int64), []
+    for number, (row, length) in enumerate(zip(record.plan.deciding, record.lengths, strict=True)):
+        came = row.sequence.tokens[length : length + depth]
+        text[number, : len(came)] = torch.from_numpy(came)
+        known.append(len(came))
+    slots, there, ops = torch.tensor(record.slots(forecast)), torch.tensor(known), ops or calibration.ops
+    for bit, trees, calibrated in zip(record.bits, record.made, record.calibrated, strict=True):
+        scores = ops.score(trees, calibrated, text, record.modes, floor, calibration.tally(bit))
+        judged = Judged(slots, record.modes, torch.minimum(scores.extent, there), scores.reach, scores.widths)
+        ops.learn_coverage(forecast.table, bit, judged, ROW_RATE, ALL_RATE)
+
+
+def judge_fused(record: Record, calibration: Calibration, forecast: Forecast, floor: float) -> None:
+    """``judge_anywhere`` in one call: see models/kernels/planning.cpp."""
+    tallies = [calibration.tally(bit) for bit in record.bits]
+    table = forecast.table
+    torch.ops.saccade.judge_proposals.default(
+        [torch.from_numpy(row.sequence.tokens) for row in record.plan.deciding],
+        record.lengths,
+        record.modes,
+        record.slots(forecast),
+        [trees.tokens for trees in record.made],
+        [trees.parents for trees in record.made],
+        [trees.confidence for trees in record.made],
+        record.calibrated,
+        floor,
+        record.bits,
+        [tally.hits for tally in tallies],
+        [tally.trials for tally in tallies],
+        [tally.surprise for tally in tallies],
+        *(table.chances, table.common, table.widths),
+        *(ROW_RATE, ALL_RATE),
+    )
+
+
+def _to_host(trees: Trees) -> Trees:
+    parts = (trees.tokens, trees.parents, trees.confidence, trees.source)
+    if trees.tokens.device.type == "cpu":
+        return trees
+    pinned = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
+    return Trees(*(to.copy_(part, non_blocking=True) for to, part in zip(pinned, parts, strict=True)))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from decoding.costs import LARGEST, CostModel
 from decoding.drafters.base import Drafter
+from decoding.proposal_ops import CoverageTable, TorchProposalOps
 from decoding.sequence import Sequence, SequenceId
+from models import kernels
+from models.tree import Trees
 
 Floats = NDArray[np.float64]
 
@@ -19,6 +24,7 @@ FADING = 0.98  # of what was promised and kept, a step
 WORTH_RATE = 0.05
 AHEAD = 8  # nodes over which the price of one is averaged: steps cost the same up to an edge
 TRUST = (0.3, 1.5)  # how far promises are corrected
+UNABLE = -1.0  # in place of a row's lateness: the drafter cannot draft for it
 
 
 @dataclass
@@ -73,67 +79,121 @@ class Guesser:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """At what a drafter would draft in this step. Seconds as in ``DraftPrice``, at today's factor."""
+
+    bit: int
+    first: float
+    row: float
+    further: float
+    further_row: float
+    trust: float
+    deepest: int  # depth of its trees at most
+    late: list[float]  # [R] seconds for catching up with each row's text; UNABLE
+
+    def numbers(self) -> list[float]:
+        """What the kernel takes, without ``late``."""
+        return [self.bit, self.first, self.row, self.further, self.further_row, self.trust, self.deepest]
+
+
+@dataclass(frozen=True)
 class Scene:
     """A step before any model has drafted."""
 
-    held: Floats  # [R, D] how much of the text the guesses hold, by depth
-    covered: Floats  # [R, drafters, D] how much each drafter's tree would
-    widths: Floats  # [drafters, D] nodes of a tree, by depth
+    guesses: list[Trees]  # calibrated
+    floor: float  # nodes whose path is less probable are not counted
+    slots: Tensor  # [R] where the rows' chances are
+    table: CoverageTable
+    steps: Tensor  # [LARGEST + 1] float64 seconds of a step by query tokens
     tokens: int  # query tokens without drafts
-    guessed: float  # nodes of the guesses that will be verified, about
     extra: float  # seconds of the step beside its query tokens: rows, context
 
 
 @dataclass(frozen=True)
-class Offer:
-    """A drafter at work."""
+class Deal:
+    """What the market says."""
 
-    member: Member
+    parts: list[float]  # for each guess: expected tokens, nodes
+    guessed: list[float]  # [R] nodes of all guesses
+    held: float  # tokens that the guesses hold, expected
+    member: int  # index into the terms; -1: no model should draft
     depth: int
     rows: list[int]
     gain: float  # accepted tokens that it promises beside the guesses'
     rate: float  # tokens a second of the whole step
 
 
-def rate_without(scene: Scene, costs: CostModel) -> float:
-    """Tokens a second if no model drafts."""
-    steps, rows = costs.steps(), len(scene.held)
-    guessed = (rows + float(scene.held.sum())) / (_at(steps, scene.tokens + scene.guessed) + scene.extra)
-    return max(guessed, rows / (_at(steps, scene.tokens) + scene.extra))
+Market = Callable[[Scene, list[Terms]], Deal]
+"""The best that can be done: one of the drafters, at some depth, for the rows where it pays; or none of them."""
 
 
-def offer_of(
-    member: Member, able: list[int], late: list[float], deepest: int, scene: Scene, costs: CostModel, pace: float
-) -> Offer | None:
-    """The best that a drafter can do for the rows that it is able to draft for; None where no row pays.
+def weigh_anywhere(scene: Scene, terms: list[Terms]) -> Deal:
+    """The market in NumPy: what it means."""
+    rows, depth = len(scene.slots), scene.table.widths.shape[1]
+    held, guessed, parts = np.zeros((rows, depth)), np.zeros(rows), []
+    for trees in scene.guesses:
+        part, nodes = TorchProposalOps().coverage(trees, scene.floor, depth)
+        held = np.maximum(held, part.numpy())
+        guessed += nodes.numpy()
+        parts += [float(part.sum()), float(nodes.sum())]
+    steps: Floats = scene.steps.numpy()
+    base = scene.tokens + float(guessed.sum())
+    sure = rows + float(held.sum())
+    rate = max(sure / (_at(steps, base) + scene.extra), rows / (_at(steps, scene.tokens) + scene.extra))
+    pace, node = 1 / rate, (_at(steps, base + AHEAD) - _at(steps, base)) / AHEAD
+    covered: Floats = scene.table.chances[scene.slots].cumprod(dim=2).numpy()
+    best = Deal(parts, guessed.tolist(), float(held.sum()), -1, 0, [], 0.0, rate)
+    for number, term in enumerate(terms):
+        level = slice(0, term.deepest)
+        gain = np.cumsum(covered[:, term.bit, level] * (1.0 - held[:, level]), axis=1) * term.trust  # [R, D] tokens
+        nodes_by_depth = np.cumsum(scene.table.widths.numpy()[term.bit, level])
+        passes, late = np.arange(term.deepest), np.array(term.late)
+        own = term.row + passes * term.further_row + node * nodes_by_depth  # [D] seconds of a row
+        pays = (late[:, None] >= 0) & (gain * pace > own + late[:, None])  # [R, D]
+        count, promised = pays.sum(axis=0), (gain * pays).sum(axis=0)
+        size = np.minimum(base + count * nodes_by_depth + 0.5, LARGEST).astype(np.int64)
+        drafting = term.first + term.row * count + passes * (term.further + term.further_row * count)
+        seconds = steps[size] + scene.extra + drafting + np.maximum(late, 0.0) @ pays
+        rates = np.where(count > 0, (sure + promised) / seconds, 0.0)
+        at = int(rates.argmax()) if term.deepest else 0
+        if term.deepest and rates[at] > best.rate:
+            chosen = np.flatnonzero(pays[:, at]).tolist()
+            deal = (number, at + 1, chosen, float(promised[at]), float(rates[at]))
+            best = Deal(best.parts, best.guessed, best.held, *deal)
+    return best
 
-    Args:
-        late: [len(able)] seconds for catching up with each of these rows' texts.
-        deepest: depth of its trees at most.
-        pace: seconds that a token costs without it.
+
+class CpuMarket:
+    """The market in one call, see models/kernels/planning.cpp.
+
+    Raises:
+        RuntimeError: the kernels are not available; the log says why.
     """
-    steps, level = costs.steps(), slice(0, deepest)
-    price, factor = costs.table.drafters[member.name], costs.drafter_factor(member.name)
-    fresh = scene.covered[able, member.bit, level] * (1.0 - scene.held[able, level])
-    gain = np.cumsum(fresh, axis=1) * member.trust  # [S, D] tokens
-    nodes = np.cumsum(scene.widths[member.bit, level])  # [D]
-    passes = np.arange(deepest)
-    base = scene.tokens + scene.guessed
-    slope = slope_of(base, costs)
-    own = factor * (price.row + passes * price.further_row) + slope * nodes  # [D] seconds of a row
-    waiting = np.array(late)
-    pays = gain * pace > own + waiting[:, None]  # [S, D]
-    count = pays.sum(axis=0)  # [D]
-    promised = (gain * pays).sum(axis=0)
-    size = np.minimum(base + count * nodes + 0.5, LARGEST).astype(np.int64)
-    drafting = factor * (price.first + price.row * count + passes * (price.further + price.further_row * count))
-    seconds = steps[size] + scene.extra + drafting + waiting @ pays
-    rate = np.where(count > 0, (len(scene.held) + scene.held.sum() + promised) / seconds, 0.0)
-    best = int(rate.argmax())
-    if not count[best]:
-        return None
-    rows = [row for row, pay in zip(able, pays[:, best].tolist(), strict=True) if pay]
-    return Offer(member, best + 1, rows, float(promised[best]), float(rate[best]))
+
+    def __init__(self) -> None:
+        self._weigh = kernels.required().weigh_drafting.default
+
+    def __call__(self, scene: Scene, terms: list[Terms]) -> Deal:
+        """See ``Market``."""
+        parts, guessed, held, promise, offer = self._weigh(
+            [trees.parents for trees in scene.guesses],
+            [trees.confidence for trees in scene.guesses],
+            scene.floor,
+            scene.table.chances,
+            scene.slots,
+            scene.table.widths,
+            scene.steps,
+            scene.tokens,
+            scene.extra,
+            [number for term in terms for number in term.numbers()],
+            [seconds for term in terms for seconds in term.late],
+        )
+        return Deal(parts, guessed, held, offer[0], offer[1], offer[2:], *promise)
+
+
+def load_market() -> Market:
+    """The fastest market that there is: it is the host's, whatever the device."""
+    return CpuMarket() if kernels.load() else weigh_anywhere
 
 
 def lateness(member: Member, sequence: Sequence, depth: int, costs: CostModel) -> float:
@@ -146,8 +206,7 @@ def lateness(member: Member, sequence: Sequence, depth: int, costs: CostModel) -
 
 def slope_of(tokens: float, costs: CostModel) -> float:
     """Seconds of one more node beside so many query tokens, about."""
-    steps = costs.steps()
-    return (_at(steps, tokens + AHEAD) - _at(steps, tokens)) / AHEAD
+    return (costs.at(tokens + AHEAD) - costs.at(tokens)) / AHEAD
 
 
 def _at(steps: Floats, tokens: float) -> float:

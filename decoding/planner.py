@@ -15,7 +15,7 @@ from decoding.cache import SequenceCache
 from decoding.drafters.base import Drafter
 from decoding.drafters.team import Proposal
 from decoding.plan import Plan, PlannedRow, Quota, RowQuota
-from decoding.sequence import Sequence
+from decoding.sequence import Sequence, SequenceId
 from models.transfer import upload
 from models.tree_ops import ChosenTrees, TreeOps
 
@@ -70,6 +70,7 @@ class Limits:
         self._drafters = drafters
         self._max_nodes = max_nodes
         self.max_depth = max_depth
+        self._allowances: dict[SequenceId, RowQuota] = {}  # of a sequence whose text goes on for long
 
     def of(self, plan: Plan, share: int) -> Quota:
         """One limit for each deciding row; ``share`` is what the token budget leaves each of them in nodes."""
@@ -78,18 +79,26 @@ class Limits:
         return Quota(tuple(self._row(row.sequence, share) for row in plan.deciding))
 
     def _row(self, sequence: Sequence, share: int) -> RowQuota:
-        wish = sequence.speculation
-        if not wish.enabled:
-            return RowQuota()
+        allowed = self._allowances.get(sequence.id)
+        if allowed is None:
+            allowed = self._allowances[sequence.id] = self._allowance(sequence)
         # a path of depth m commits m + 1 tokens
-        depth = min(_limit(self.max_depth, wish.max_depth), sequence.limit - sequence.length - 1)
-        nodes = min(_limit(self._max_nodes, wish.max_nodes), share)
-        names = self._allowed(sequence)
-        return RowQuota(nodes, depth, names) if names and depth >= 1 and nodes >= 1 else RowQuota()
+        left = sequence.limit - sequence.length - 1
+        if left >= allowed.depth and share >= allowed.nodes:
+            return allowed
+        depth, nodes = min(allowed.depth, left), min(allowed.nodes, share)
+        return RowQuota(nodes, depth, allowed.drafters) if depth >= 1 and nodes >= 1 else RowQuota()
 
-    def _allowed(self, sequence: Sequence) -> frozenset[str]:
-        wish = sequence.speculation.drafters
-        return frozenset(d.name for d in self._drafters if wish is None or d.name in wish)
+    def _allowance(self, sequence: Sequence) -> RowQuota:
+        """What the client allows."""
+        wish = sequence.speculation
+        depth, nodes = _limit(self.max_depth, wish.max_depth), _limit(self._max_nodes, wish.max_nodes)
+        names = frozenset(d.name for d in self._drafters if wish.drafters is None or d.name in wish.drafters)
+        return RowQuota(nodes, depth, names) if wish.enabled and names and depth and nodes else RowQuota()
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence ended or lost its pages."""
+        self._allowances.pop(sequence.id, None)
 
     def reserve(self, row: PlannedRow, limit: RowQuota) -> bool:
         """Get the slots that the row's tree and its drafting need; False where the pool has none."""
@@ -149,7 +158,8 @@ class StaticPlanner:
         """Nothing to learn."""
 
     def forget(self, sequence: Sequence) -> None:
-        """Nothing to forget."""
+        """See ``Planner``."""
+        self._limits.forget(sequence)
 
 
 def share_of(plan: Plan, max_step_tokens: int) -> int:

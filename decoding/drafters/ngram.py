@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from decoding.drafters.base import DrafterContext, TokenDrafter
 from decoding.errors import ConfigError
