@@ -28,17 +28,21 @@ from decoding.market import UNABLE, Deal, Guesser, Member, Scene, Terms, latenes
 from decoding.plan import Guide, Plan, Quota, RowQuota
 from decoding.planner import Limits, StepTimes, roots_of, share_of
 from decoding.proposal_ops import ProposalOps
+from decoding.pulse import Beat, Pulse
 from decoding.sequence import Sequence, SequenceId
 from models.transfer import upload
 from models.tree import Trees
 from models.tree_ops import ChosenTrees, TreeOps
 
 EXPLORING = 0.005  # share of the time that goes into trying each drafter that is not used
-PLAIN_STEP = 512  # one step in so many is plain, to know what that costs,
-SOON = 24  # or in so many,
+SOON = 24  # steps after a plain one, another is due
 MOVED = 0.15  # if all prices (their logarithm) have moved so far since: that may be the price of nodes
+PLAIN_LOOK = 4  # of the plain steps, one in so many teaches what steps cost
 DRIFT_STEP = 16  # steps between two of Forecast.drift
 FLOOR = (0.01, 0.5)  # path probabilities below which a node is not forecast to be bought
+
+
+NOTHING = RowQuota()
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class AutoPlanner:
         self.guessers = [Guesser(bit, drafter.name) for bit, drafter in enumerate(drafters) if drafter.needs.host]
         self._history = History(self.calibration, self.forecast)
         self._market = load_market()
+        self._pulse = Pulse()
+        self._beat: Beat | None = None
         self._crowd = _Crowd((), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
         self._any_slept = False
         self._floor = 0.05
@@ -107,18 +113,16 @@ class AutoPlanner:
     def limits(self, plan: Plan) -> Quota:
         """See ``Planner``."""
         self._number += 1
-        self._step = None
-        if not plan.deciding or not (self.members or self.guessers):
-            return Quota(tuple(RowQuota() for _ in plan.deciding))
+        self._step = self._beat = None
+        rows = len(plan.deciding)
+        if not rows or not (self.members or self.guessers) or not self._is_weighed(plan):
+            return Quota((NOTHING,) * rows)
         self._settle_followers(plan)
         crowd = self._gather(plan)
         if self._number % DRIFT_STEP == 0:
             self.forecast.drift(crowd.slots, crowd.modes)
         extra = self.costs.extra(len(plan.rows), sum(row.end for row in plan.rows))
         step = self._step = _Step(plan, crowd, extra, set())
-        if self._is_plain_due():
-            self._last_plain = self._number, self.costs.moved
-            return Quota(tuple(RowQuota() for _ in plan.deciding))
         return self._asked_to_guess(step, self._limits.of(plan, share_of(plan, self._max_step_tokens)))
 
     def quota(self, plan: Plan, limits: Quota, guesses: list[Proposal]) -> Quota:
@@ -156,6 +160,12 @@ class AutoPlanner:
     def learn(self, plan: Plan, chosen: ChosenTrees, made: int, times: StepTimes) -> None:
         """See ``Planner``."""
         step = self._step
+        if self._beat is not None and plan.chain_tokens == len(plan.deciding):
+            self._pulse.saw(self._beat, step is not None, made, times.all)
+        if step is None:
+            if self._number % PLAIN_LOOK:
+                return
+            self._settle_followers(plan)
         # where a device works behind the host's back, drafting is known by its price alone
         waits = self._device.type == "cpu"
         drafting = sum(times.drafters.values()) if waits or step is None else step.seconds
@@ -163,7 +173,7 @@ class AutoPlanner:
         self.costs.learn_step(tokens, len(plan.rows), sum(row.end for row in plan.rows), times.all - drafting)
         saved = EXPLORING * times.all
         for member in self.members:
-            member.unused += 1
+            member.unused = self._number - member.used_at
             member.credit += saved
         for guesser in self.guessers:
             guesser.credit += saved
@@ -172,7 +182,7 @@ class AutoPlanner:
         for name, (rows, depth) in step.drafting.items() if waits else ():
             self.costs.learn_draft(name, rows, depth, times.drafters[name])
         if step.member is not None and step.deal is not None:
-            step.member.judge(step.deal.held + step.deal.gain, made - len(plan.deciding))
+            step.member.judge(step.deal.held + step.deal.gain, made - len(plan.deciding), self._number)
         self._history.settle(self._floor)
 
     def forget(self, sequence: Sequence) -> None:
@@ -192,9 +202,15 @@ class AutoPlanner:
             self._crowd = _Crowd(key, torch.tensor(modes), torch.tensor(slots))
         return self._crowd
 
-    def _is_plain_due(self) -> bool:
+    def _is_weighed(self, plan: Plan) -> bool:
+        """Whether this step is not to be plain."""
+        self._beat = self._pulse.beat(len(plan.deciding), plan.deciding[0].sequence.is_greedy)
         last, moved = self._last_plain
-        return self._number - last >= (SOON if abs(self.costs.moved - moved) > MOVED else PLAIN_STEP)
+        soon = self._number - last >= SOON and abs(self.costs.moved - moved) > MOVED
+        if not soon and self._beat.next():
+            return True
+        self._last_plain = self._number, self.costs.moved
+        return False
 
     def _asked_to_guess(self, step: _Step, limits: Quota) -> Quota:
         """The limits without the guessers that are not worth their time; each of them is tried now and then."""
@@ -311,11 +327,11 @@ class AutoPlanner:
         rows = []
         for number, (row, limit, names) in enumerate(zip(step.plan.deciding, limits.rows, drafting, strict=True)):
             if not limit.nodes or not (names or guessed):
-                rows.append(RowQuota())
+                rows.append(NOTHING)
                 continue
             nodes = limit.nodes if self._device.type == "cpu" else min(limit.nodes, self._bound(step, number))
             granted = RowQuota(nodes, limit.depth, frozenset(names | (step.asked & limit.drafters)))
-            rows.append(granted if nodes and self._limits.reserve(row, granted) else RowQuota())
+            rows.append(granted if nodes and self._limits.reserve(row, granted) else NOTHING)
         return Quota(tuple(rows), guides)
 
     def _settle_followers(self, plan: Plan) -> None:

@@ -33,7 +33,8 @@ class Member:
 
     bit: int
     drafter: Drafter
-    unused: int = 0  # steps since it was last used
+    used_at: int = 0  # step that used it last
+    unused: int = 0  # steps since then
     credit: float = 0.0  # seconds saved up for trying it
     scout: SequenceId | None = None  # the one row that it follows while it sleeps
     promised: float = 1.0  # accepted tokens forecast in steps that used it, fading
@@ -53,9 +54,9 @@ class Member:
         """What its promises have been worth."""
         return min(max(self.kept / max(self.promised, 1e-6), TRUST[0]), TRUST[1])
 
-    def judge(self, promised: float, kept: float) -> None:
-        """A step that used it was to have so many tokens accepted, and had so many."""
-        self.unused = 0
+    def judge(self, promised: float, kept: float, step: int) -> None:
+        """The step, which used it, was to have so many tokens accepted, and had so many."""
+        self.unused, self.used_at = 0, step
         self.promised = FADING * self.promised + (1 - FADING) * promised
         self.kept = FADING * self.kept + (1 - FADING) * kept
 

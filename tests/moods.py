@@ -33,6 +33,7 @@ class MoodyPlanner:
         for member in self.inner.members:
             if self._luck.random() < 0.2:
                 member.unused = self._luck.choice([0, DORMANT])
+                member.used_at = self._luck.choice([0, 10**9])
             member.credit = self._luck.choice([0.0, 1e9])
         return self.inner.limits(plan)
 

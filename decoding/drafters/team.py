@@ -68,6 +68,8 @@ class DrafterTeam:
         return self._ask(self._drafting, plan, quota, sampling)
 
     def _ask(self, members: list[tuple[int, Drafter]], plan: Plan, quota: Quota, sampling: Sampling) -> list[Proposal]:
+        if not quota.nodes and len(plan.rows) == len(plan.deciding):
+            return []  # nothing to draft, and no prompt to follow
         proposals = []
         for bit, drafter in members if plan.rows else ():
             started = time.perf_counter()
