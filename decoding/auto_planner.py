@@ -331,7 +331,8 @@ class AutoPlanner:
                 continue
             nodes = limit.nodes if self._device.type == "cpu" else min(limit.nodes, self._bound(step, number))
             granted = RowQuota(nodes, limit.depth, frozenset(names | (step.asked & limit.drafters)))
-            rows.append(granted if nodes and self._limits.reserve(row, granted) else NOTHING)
+            wanted = nodes and granted.drafters  # guesses may be of other rows only
+            rows.append(granted if wanted and self._limits.reserve(row, granted) else NOTHING)
         return Quota(tuple(rows), guides)
 
     def _settle_followers(self, plan: Plan) -> None:

@@ -38,7 +38,9 @@ class Nodes:
     masks: Tensor  # [S, N] int64, ancestor masks
 
 
-def build(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -> tuple[RaggedBatch, Nodes]:
+def build(
+    chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int], shift: int = 0
+) -> tuple[RaggedBatch, Nodes]:
     """One batch: the trees hang on the ends of the first S chains.
 
     Args:
@@ -46,13 +48,16 @@ def build(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -
         trees: S trees whose padding is on the right; column 0 repeats the chain's last token.
         masks: [S, N] their ancestor masks.
         counts: nodes of each tree, root included (host).
+        shift: added to all positions.
     """
     if kernels.serves(trees.tokens.device, torch.float32):
-        return _build_fused(chains, trees, masks, counts)
-    return build_anywhere(chains, trees, masks, counts)
+        return _build_fused(chains, trees, masks, counts, shift)
+    return build_anywhere(chains, trees, masks, counts, shift)
 
 
-def _build_fused(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -> tuple[RaggedBatch, Nodes]:
+def _build_fused(
+    chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int], shift: int
+) -> tuple[RaggedBatch, Nodes]:
     """``build_anywhere`` in one call: see models/kernels/batch.cpp."""
     if len(chains) == 1:
         tokens, pages = chains[0].tokens, chains[0].pages
@@ -67,12 +72,15 @@ def _build_fused(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[
         [len(c.pages) for c in chains],
         trees.tokens,
         masks,
+        shift,
     )
     row, column, depth, first = made[12:]
     return RaggedBatch(*made[:12]), Nodes(row, column, depth, first, masks)
 
 
-def build_anywhere(chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int]) -> tuple[RaggedBatch, Nodes]:
+def build_anywhere(
+    chains: list[Chain], trees: Trees, masks: Tensor, counts: list[int], shift: int = 0
+) -> tuple[RaggedBatch, Nodes]:
     """``build`` in NumPy and PyTorch, on any device: what it means. One copy to the device, and no wait for it."""
     lengths = np.array([len(c.tokens) for c in chains])
     starts = np.array([c.start for c in chains])
@@ -96,10 +104,10 @@ def build_anywhere(chains: list[Chain], trees: Trees, masks: Tensor, counts: lis
     first = np.cumsum([0, *counts[:-1]]) if counts else np.zeros(0, dtype=np.int64)
     there = upload(
         trees.tokens.device,
-        *(tokens, index, table[row_of, index // PAGE_SIZE] * PAGE_SIZE + index % PAGE_SIZE),
+        *(tokens, index + shift, table[row_of, index // PAGE_SIZE] * PAGE_SIZE + index % PAGE_SIZE),
         *(np.minimum(index + 1, ends[row_of]).astype(np.int32), tree_mask),
         *(each.astype(np.int32) for each in (row_of, row_starts, ends - 1, table)),
-        *(wanted, row_of[wanted], column[wanted], first, ends[row_of[wanted]] - 1),
+        *(wanted, row_of[wanted], column[wanted], first, ends[row_of[wanted]] - 1 + shift),
     )
     token_ids, positions, slots, visible, masks_of, rows, begins, bases, pages, at, *places = there
     longest, keys = int(queries.max()), int((ends + extra).max())

@@ -31,6 +31,7 @@ class Sampler:
         self._device = device
         self._sequences: list[Sequence] = []  # of the table
         self._table: SamplingTable | None = None
+        self._unchanging: Sampling | None = None  # of the table, if it is the same in every step
 
     def prepare(self, plan: Plan, quota: Quota) -> Sampling:
         """Everything that drafting and verifying this plan's deciding rows need."""
@@ -40,20 +41,29 @@ class Sampler:
             first = self.noise.first_rows(sequences)
             self._table = make_table(sequences, first, self._vocab_size, self._eos_ids, self._device)
             self._sequences = sequences
-        positions = self._table.first_noise  # not read; no tensor is made for it
-        if not self._table.all_greedy:
+            self._unchanging = None
+        if self._unchanging is None:
+            return self._made(self._table, sequences, quota)
+        return self._unchanging
+
+    def _made(self, table: SamplingTable, sequences: list[Sequence], quota: Quota) -> Sampling:
+        positions = table.first_noise  # not read; no tensor is made for it
+        if not table.all_greedy:
             self.noise.fill(sequences, quota.depth)
             [positions] = upload(self._device, np.array([s.length for s in sequences]))
-        return Sampling(
-            table=self._table,
-            counts=count(sequences, self._table, self._vocab_size, self._device),
+        sampling = Sampling(
+            table=table,
+            counts=count(sequences, table, self._vocab_size, self._device),
             noise=self.noise,
             next_position=positions,
             vocab_size=self._vocab_size,
             ops=self._ops,
         )
+        if table.all_greedy and not table.is_counted:
+            self._unchanging = sampling
+        return sampling
 
     def forget(self, sequence: SequenceId) -> None:
         self.noise.forget(sequence)
         self._sequences = []
-        self._table = None
+        self._table = self._unchanging = None

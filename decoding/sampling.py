@@ -9,6 +9,7 @@ sorts a vocabulary: the few best of x / T + g are tried in turn, and only if the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -44,6 +45,11 @@ class SamplingTable:
     penalised: tuple[int, ...]  # host: sequences with a penalty
     prompt: Tensor | None  # [S, V] bool, ids that occur in the prompt of a penalised sequence, if there is any
     rules: RuleTable
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether a sequence has min_tokens or a penalty."""
+        return self.stops is not None or bool(self.penalised)
 
 
 def make_table(
@@ -128,8 +134,13 @@ class Counts:
     output: Tensor | None  # [S, V] float32, how often a penalised sequence has each id; None if there is none
 
 
+NOT_COUNTED = Counts(None, None)
+
+
 def count(sequences: list[Sequence], table: SamplingTable, vocab_size: int, device: torch.device) -> Counts:
     """The counts of ``sequences`` now."""
+    if not table.is_counted:
+        return NOT_COUNTED
     generated = None
     if table.stops is not None:
         [generated] = upload(device, np.array([s.generated for s in sequences]))
@@ -229,6 +240,8 @@ class Sampling:
     def _of_nodes(self, row: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
         """(temperature [W], row of the noise bank [W]) of nodes."""
         table = self.table
+        if table.all_greedy:
+            return _greedy_nodes(row.shape[0], row.device)
         return self.ops.of_nodes(table.temperature, table.first_noise, self.next_position, row, depth, self.noise.ring)
 
     def _gather_noise(self, noise_row: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,6 +280,12 @@ class Sampling:
 
     def _filters(self, row: Tensor) -> Filters:
         return self.table.filters.at(row)
+
+
+@functools.lru_cache(maxsize=256)  # a drafter asks for the same ones in every pass
+def _greedy_nodes(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Temperature and row of the noise bank of greedy nodes; never written to."""
+    return torch.ones(count, device=device), torch.full((count,), -1, device=device)
 
 
 def _at(table: Tensor, row: Tensor, ids: Tensor | None) -> Tensor:

@@ -76,7 +76,7 @@ class Trees:
 
 def roots_only(tokens: Tensor) -> Trees:
     """Trees of the root alone, from its tokens [R]."""
-    return Trees(tokens.unsqueeze(1), *_root_columns(len(tokens), tokens.device))
+    return Trees(tokens.unsqueeze(1), *_root_columns(tokens.shape[0], tokens.device))
 
 
 @functools.lru_cache(maxsize=64)  # plain decoding asks for the same ones in every step

@@ -36,8 +36,8 @@ class ChosenTrees:
     @staticmethod
     def roots(tokens: Tensor) -> ChosenTrees:
         """Nothing but the roots, from their tokens [R]."""
-        trees = roots_only(tokens)
-        return ChosenTrees(trees, root_masks(len(tokens), tokens.device), [1] * len(tokens), 0)
+        trees, count = roots_only(tokens), tokens.shape[0]
+        return ChosenTrees(trees, root_masks(count, tokens.device), [1] * count, 0)
 
 
 class TreeOps(Protocol):

@@ -12,7 +12,7 @@ as in its positions. Pages behind a gap are never offered to others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -182,8 +182,7 @@ class FeatureDrafter:
         device = self._model.device
         last = [int(run.sequence.tokens[-1]) for run in runs[:count]]
         trees = roots_only(upload(device, np.array(last, dtype=np.int64))[0])
-        batch, _ = build([run.chain() for run in runs], trees, root_masks(count, device), [1] * count)
-        batch = replace(batch, positions=batch.positions - 1)
+        batch, _ = build([run.chain() for run in runs], trees, root_masks(count, device), [1] * count, shift=-1)
         features = [part for run in runs for part in self._features.take(run.sequence.id, run.start - 1, run.end - 1)]
         joined = features[0] if len(features) == 1 else torch.cat(features)
         drafted = self._model.catch_up(batch, joined, self._before(runs), self._cache)

@@ -27,7 +27,7 @@ class Verdict:
     @staticmethod
     def plain(bonus: Tensor) -> Verdict:
         """Of trees without drafted nodes (D = 0): nothing but the bonus tokens [S]."""
-        return Verdict(*_nothing_accepted(len(bonus), bonus.device), bonus, bonus.unsqueeze(1))
+        return Verdict(*_nothing_accepted(bonus.shape[0], bonus.device), bonus, bonus.unsqueeze(1))
 
 
 @functools.lru_cache(maxsize=64)  # plain decoding asks for the same ones in every step

@@ -14,14 +14,16 @@ using at::Tensor;
 
 // The accepted paths of S rows as query tokens.
 struct Paths {
+  Tensor dense;  // path, which need not be
   const int64_t *wanted, *first, *path;
   int64_t rows, deepest, nodes;
 
   // wanted [W]: query token of each node; first [S]: the roots' nodes; path [S, D]: columns of the accepted nodes, -1: none
   Paths(const Tensor& wanted_, const Tensor& first_, const Tensor& path_)
-      : wanted(index_data<int64_t>(wanted_, "wanted")),
+      : dense(path_.contiguous()),
+        wanted(index_data<int64_t>(wanted_, "wanted")),
         first(index_data<int64_t>(first_, "first")),
-        path(index_data<int64_t>(path_, "path")),
+        path(dense.const_data_ptr<int64_t>()),
         rows(first_.numel()),
         deepest(path_.size(1)),
         nodes(wanted_.numel()) {

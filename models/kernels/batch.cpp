@@ -18,10 +18,11 @@ using Batch = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Ten
 // chain_tokens: the chains' tokens, row after row. starts, lengths [R]: cached tokens before each chain, its length.
 // counts [S]: nodes of the trees that hang on the first S chains, root included.
 // pages: the rows' pages, row after row; owned [R]: how many each row has.
-// tokens, masks [S, N]: the trees, padding on the right; column 0 is the chain's last token.
+// tokens, masks [S, N]: the trees, padding on the right; column 0 is the chain's last token. shift: of all positions.
 // Returns the fields of RaggedBatch, then those of Nodes, in their order.
 Batch build_batch(const at::Tensor& chain_tokens, at::IntArrayRef starts, at::IntArrayRef lengths, at::IntArrayRef counts,
-                  at::IntArrayRef pages, at::IntArrayRef owned, const at::Tensor& tokens, const at::Tensor& masks) {
+                  at::IntArrayRef pages, at::IntArrayRef owned, const at::Tensor& tokens, const at::Tensor& masks,
+                  int64_t shift) {
   const int64_t rows = static_cast<int64_t>(starts.size()), trees = static_cast<int64_t>(counts.size());
   TORCH_CHECK(static_cast<int64_t>(lengths.size()) == rows && trees <= rows && static_cast<int64_t>(owned.size()) == rows,
               "build_batch: starts, lengths and owned must have one entry a row");
@@ -73,12 +74,12 @@ Batch build_batch(const at::Tensor& chain_tokens, at::IntArrayRef starts, at::In
       slot[q] = own[index / kPage] * kPage + index % kPage;
       seen[q] = static_cast<int32_t>(std::min(index + 1, end));
       token[q] = node <= 0 ? *chain++ : tree_tokens[r * tokens.stride(0) + node * tokens.stride(1)];
-      position[q] = index;
+      position[q] = index + shift;
       mask[q] = 0;
       if (node < 0 || r >= trees) continue;
       mask[q] = tree_masks[r * masks.stride(0) + node * masks.stride(1)];
       deep[w] = std::popcount(static_cast<uint64_t>(mask[q])) - 1;
-      position[q] = end - 1 + deep[w];
+      position[q] = end - 1 + deep[w] + shift;
       want[w] = q;
       of[w] = r;
       at_column[w++] = node;
@@ -94,7 +95,7 @@ Batch build_batch(const at::Tensor& chain_tokens, at::IntArrayRef starts, at::In
 TORCH_LIBRARY_FRAGMENT(saccade, m) {
   m.def(
       "build_batch(Tensor chain_tokens, int[] starts, int[] lengths, int[] counts, int[] pages, int[] owned, Tensor tokens, "
-      "Tensor masks) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, Tensor, "
+      "Tensor masks, int shift) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, Tensor, "
       "Tensor, Tensor, Tensor)");
 }
 

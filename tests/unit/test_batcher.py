@@ -38,12 +38,12 @@ def steps(draw: st.DrawFn) -> tuple[list[Chain], Trees, list[int]]:
     return chains, Trees(*parts, torch.ones(parts[0].shape), torch.zeros_like(parts[0])), counts
 
 
-@given(steps())
+@given(steps(), st.sampled_from([0, 0, -1, 5]))
 @settings(max_examples=150, deadline=None)
-def test_fused_builder_is_the_plain_one(step: tuple[list[Chain], Trees, list[int]]) -> None:
+def test_fused_builder_is_the_plain_one(step: tuple[list[Chain], Trees, list[int]], shift: int) -> None:
     chains, trees, counts = step
     masks = ancestor_masks(trees.parents)
-    fused, plain = build(chains, trees, masks, counts), build_anywhere(chains, trees, masks, counts)
+    fused, plain = build(chains, trees, masks, counts, shift), build_anywhere(chains, trees, masks, counts, shift)
     for ours, theirs in zip(fused, plain, strict=True):
         for field in dataclasses.fields(ours):
             a, b = getattr(ours, field.name), getattr(theirs, field.name)
