@@ -95,7 +95,7 @@ def test_the_command_makes_a_tree_that_is_served(
     assert len(content["provenance"]["places"]) == 4
 
     settings = {"dtype": "float32", "max_nodes": 63, "num_pages": 64}
-    engine = Engine.load(TARGET, speculate=(f"medusa={heads}:tree=calibrated",), **settings)
+    engine = Engine.load(TARGET, speculate=(f"medusa={heads}:tree=calibrated",), plan="fixed", **settings)
     params = SamplingParams(24, temperature=0.0, ignore_eos=True)
     (made,) = engine.generate("def main():\n", params)
     (plain,) = Engine.load(TARGET, **settings).generate("def main():\n", params)
