@@ -145,7 +145,7 @@ class Expansion:
         guide: Guide,
     ) -> Trees:
         """``grow_anywhere`` with one call between two passes: see models/kernels/expansion.cpp."""
-        rows, zeros = len(row), torch.zeros_like(row)
+        rows, zeros = row.shape[0], torch.zeros_like(row)
         front = Front(zeros, root_masks(rows, row.device), roots.confidence, row, zeros)
         levels: list[tuple[Tensor, Tensor, Tensor]] = []
         width, scratch = 1, 0
@@ -174,7 +174,7 @@ class Expansion:
         scratch: int,
     ) -> tuple[Front, RaggedBatch, Tensor, tuple[float, float]]:
         """The next front, the batch of its pass, its nodes' parents in the old one; what ``_ends`` asks for."""
-        rows, table = len(row), batch.page_table
+        rows, table = row.shape[0], batch.page_table
         size = min(self.options.beam, tokens.numel() // rows)
         made = torch.ops.saccade.next_beam.default(
             *(tokens, confidence),

@@ -97,7 +97,6 @@ class FeatureStore:
             ends = gathered[: tail * len(plan.deciding)]
             if heads.rows:
                 ends = ends.clone()  # they are kept for longer than the chains of prompts, which may be large
-        tails = ends.view(len(plan.deciding), tail, gathered.shape[1]).unbind(0)
         for number, row in enumerate(plan.rows):
             if self._keeps(row.sequence):
                 new = []
@@ -106,7 +105,8 @@ class FeatureStore:
                     first += tail * len(plan.deciding)
                     new.append(Piece.whole(row.start, gathered[first : first + count]))
                 if number < len(plan.deciding):
-                    new.append(Piece.whole(row.end - 1, tails[number]))
+                    root = row.end - 1
+                    new.append(Piece(root, root + tail, ends, number * tail))
                 self._append(row.sequence.id, row.start, new)
             else:
                 self._pieces.pop(row.sequence.id, None)  # followed no longer: what comes next would not join on

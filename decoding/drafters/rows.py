@@ -22,7 +22,7 @@ def may_draft(name: str, sequence: Sequence) -> bool:
 
 def spread(drafted: Trees, row: Tensor, plan: Plan) -> Trees:
     """Trees of all deciding rows from those of the rows ``row`` [S]; the others' are bare roots."""
-    if len(row) == len(plan.deciding):
+    if row.shape[0] == len(plan.deciding):
         return drafted
     [roots] = upload(row.device, np.array([r.sequence.tokens[-1] for r in plan.deciding], dtype=np.int64))
     size = (len(plan.deciding), drafted.width)

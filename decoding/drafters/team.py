@@ -29,6 +29,8 @@ class DrafterTeam:
 
     def __init__(self, drafters: list[Drafter]) -> None:
         self.members = drafters
+        self.names = tuple(d.name for d in drafters)
+        self.taps = tuple(sorted({tap for d in drafters for tap in d.needs.taps}))  # of the target, for all of them
         self.taken = {drafter.name: 0.0 for drafter in drafters}  # seconds
         self._guessing = [(bit, d) for bit, d in enumerate(drafters) if d.needs.host]
         self._drafting = [(bit, d) for bit, d in enumerate(drafters) if not d.needs.host]
@@ -37,14 +39,6 @@ class DrafterTeam:
     def seconds(self) -> float:
         """What all of them took."""
         return sum(self.taken.values())
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(d.name for d in self.members)
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return tuple(sorted({tap for d in self.members for tap in d.needs.taps}))
 
     @property
     def kv_bits(self) -> tuple[int, ...]:

@@ -136,8 +136,9 @@ class Watched:
 def build(examples: tuple[str, ...], *, other: bool = False, **settings: object) -> tuple[Engine, list[Watched]]:
     """An engine on the demo target with watched drafters and, if asked for, a second one called "other"."""
     loaded = demo()
-    given = {"plan": "fixed", **settings}  # an auto plan may well do without
-    config = EngineConfig(f"{ROOT}/demo/target", dtype="float32", speculate=examples, **given)  # type: ignore[arg-type]
+    # with fixed trees, so that every drafter drafts, whether it pays or not
+    settings = {"plan": "fixed", **settings}
+    config = EngineConfig(f"{ROOT}/demo/target", dtype="float32", speculate=examples, **settings)  # type: ignore[arg-type]
     drafters = build_drafters(config, loaded)
     watched = [Watched(drafter, bit, loaded.vocab_size) for bit, drafter in enumerate(drafters)]
     everyone: list[Drafter] = [*watched]

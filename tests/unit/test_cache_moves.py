@@ -71,3 +71,15 @@ def test_paths_end_up_behind_their_roots(verdict: tuple[Tensor, Tensor, Tensor])
     assert torch.equal(few.keys, fused.keys)
     assert torch.equal(few.values, fused.values)
     assert torch.equal(few.values, many.values)
+
+
+@given(verdicts())
+def test_hidden_states_of_paths_are_gathered(verdict: tuple[Tensor, Tensor, Tensor]) -> None:
+    slots, first, path = verdict
+    tokens = len(slots) + 3
+    wanted = torch.arange(tokens).flip(0)[: len(slots)]
+    parts = [torch.rand(tokens, width).to(torch.bfloat16) for width in (4, 1, 3)]
+    made = torch.ops.saccade.gather_paths(parts, wanted, first, path)
+    columns = torch.nn.functional.pad(path, (1, 0)).clamp(min=0)  # the root, and where a path has ended the root again
+    expected = torch.cat(parts, dim=1)[wanted[first[:, None] + columns]]
+    assert torch.equal(made, expected.flatten(0, 1))
