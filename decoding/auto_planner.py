@@ -28,7 +28,7 @@ from decoding.market import UNABLE, Deal, Guesser, Member, Scene, Terms, latenes
 from decoding.plan import Guide, Plan, Quota, RowQuota
 from decoding.planner import Limits, StepTimes, roots_of, share_of
 from decoding.proposal_ops import ProposalOps
-from decoding.pulse import Beat, Pulse
+from decoding.pulse import FULL, LIGHT, PLAIN, Beat, Pulse
 from decoding.sequence import Sequence, SequenceId
 from models.transfer import upload
 from models.tree import Trees
@@ -37,7 +37,8 @@ from models.tree_ops import ChosenTrees, TreeOps
 EXPLORING = 0.005  # share of the time that goes into trying each drafter that is not used
 SOON = 24  # steps after a plain one, another is due
 MOVED = 0.15  # if all prices (their logarithm) have moved so far since: that may be the price of nodes
-PLAIN_LOOK = 4  # of the plain steps, one in so many teaches what steps cost
+LOOK = 8  # of the steps in a low gear, one in so many teaches what steps cost and what guesses are worth
+CREDIT = 64  # steps whose time a drafter's credit is worth at most
 DRIFT_STEP = 16  # steps between two of Forecast.drift
 FLOOR = (0.01, 0.5)  # path probabilities below which a node is not forecast to be bought
 
@@ -90,6 +91,8 @@ class AutoPlanner:
         self.forecast = Forecast(len(drafters), max(max_depth, 1), proposal_ops)
         self.members = [Member(bit, drafter) for bit, drafter in enumerate(drafters) if not drafter.needs.host]
         self._limits = Limits(cache, drafters, max_nodes, max_depth)
+        hosts = [drafter for drafter in drafters if drafter.needs.host]
+        self._light_limits = Limits(cache, hosts, max_nodes, max_depth)
         self._tree_ops = tree_ops
         self._proposal_ops = proposal_ops
         self._device = device
@@ -98,7 +101,9 @@ class AutoPlanner:
         self.guessers = [Guesser(bit, drafter.name) for bit, drafter in enumerate(drafters) if drafter.needs.host]
         self._history = History(self.calibration, self.forecast)
         self._market = load_market()
-        self._pulse = Pulse()
+        gears = [PLAIN, *([LIGHT] if self.guessers else []), *([FULL] if self.members else [])]
+        self._pulse = Pulse(tuple(gears))
+        self._gear = PLAIN
         self._beat: Beat | None = None
         self._crowd = _Crowd((), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
         self._any_slept = False
@@ -115,14 +120,18 @@ class AutoPlanner:
         self._number += 1
         self._step = self._beat = None
         rows = len(plan.deciding)
-        if not rows or not (self.members or self.guessers) or not self._is_weighed(plan):
+        self._gear = self._next_gear(plan) if rows and (self.members or self.guessers) else PLAIN
+        if self._gear == PLAIN:
             return Quota((NOTHING,) * rows)
-        self._settle_followers(plan)
+        if self._gear == FULL or self._number % LOOK == 0:
+            self._settle_followers(plan)
         crowd = self._gather(plan)
         if self._number % DRIFT_STEP == 0:
             self.forecast.drift(crowd.slots, crowd.modes)
         extra = self.costs.extra(len(plan.rows), sum(row.end for row in plan.rows))
         step = self._step = _Step(plan, crowd, extra, set())
+        if self._gear == LIGHT:
+            return self._light_limits.of(plan, share_of(plan, self._max_step_tokens))
         return self._asked_to_guess(step, self._limits.of(plan, share_of(plan, self._max_step_tokens)))
 
     def quota(self, plan: Plan, limits: Quota, guesses: list[Proposal]) -> Quota:
@@ -131,7 +140,12 @@ class AutoPlanner:
         if step is None or not limits.nodes:
             return limits
         for guess in guesses:
-            self._calibrate(step, guess)
+            self._calibrate(step, guess, learn=self._gear == FULL or self._number % LOOK == 0)
+        if self._gear == LIGHT:
+            if not guesses:
+                return Quota((NOTHING,) * len(limits.rows))
+            rows = zip(plan.deciding, limits.rows, strict=True)
+            return Quota(tuple(m if m.nodes and self._light_limits.reserve(r, m) else NOTHING for r, m in rows))
         scene = self._scene(step)
         terms = [self._terms(member, step, limits) for member in self.members]
         deal = step.deal = self._market(scene, terms)
@@ -152,7 +166,7 @@ class AutoPlanner:
             return roots_of(plan, device)
         for proposal in proposals:
             if proposal.bit not in step.guesses:
-                self._calibrate(step, proposal)
+                self._calibrate(step, proposal, learn=True)
         nodes, depth = [row.nodes for row in quota.rows], [row.depth for row in quota.rows]
         trees = [calibrated.to(device) for calibrated in step.guesses.values()]
         return self._tree_ops.choose(trees, nodes, depth, 0.0, 0, self._prices(step, sum(nodes)))
@@ -161,20 +175,24 @@ class AutoPlanner:
         """See ``Planner``."""
         step = self._step
         if self._beat is not None and plan.chain_tokens == len(plan.deciding):
-            self._pulse.saw(self._beat, step is not None, made, times.all)
-        if step is None:
-            if self._number % PLAIN_LOOK:
-                return
+            self._beat.saw(self._gear, made, times.all)
+        looks = 1 if self._gear == FULL else LOOK  # in the lower gears, one step in so many teaches something
+        if self._number % looks:
+            if step is not None:
+                self._history.settle(self._floor)
+            return
+        if step is None and plan.deciding:
             self._settle_followers(plan)
         # where a device works behind the host's back, drafting is known by its price alone
         waits = self._device.type == "cpu"
         drafting = sum(times.drafters.values()) if waits or step is None else step.seconds
         tokens = plan.chain_tokens + sum(chosen.counts) - len(chosen.counts)
         self.costs.learn_step(tokens, len(plan.rows), sum(row.end for row in plan.rows), times.all - drafting)
-        saved = EXPLORING * times.all
+        saved = EXPLORING * times.all * looks
         for member in self.members:
             member.unused = self._number - member.used_at
-            member.credit += saved
+            upkeep = times.drafters[member.name] if step is None or member.name not in step.drafting else 0.0
+            member.credit = min(member.credit + saved, CREDIT * times.all) - looks * upkeep * member.sleeps
         for guesser in self.guessers:
             guesser.credit += saved
         if step is None:
@@ -189,6 +207,7 @@ class AutoPlanner:
         """See ``Planner``."""
         self.forecast.forget(sequence.id)
         self._limits.forget(sequence)
+        self._light_limits.forget(sequence)
         self._crowd = _Crowd((), self._crowd.modes, self._crowd.slots)  # its slot may be another's next
         for member in self.members:
             if member.scout == sequence.id:
@@ -202,15 +221,14 @@ class AutoPlanner:
             self._crowd = _Crowd(key, torch.tensor(modes), torch.tensor(slots))
         return self._crowd
 
-    def _is_weighed(self, plan: Plan) -> bool:
-        """Whether this step is not to be plain."""
+    def _next_gear(self, plan: Plan) -> int:
         self._beat = self._pulse.beat(len(plan.deciding), plan.deciding[0].sequence.is_greedy)
         last, moved = self._last_plain
         soon = self._number - last >= SOON and abs(self.costs.moved - moved) > MOVED
-        if not soon and self._beat.next():
-            return True
-        self._last_plain = self._number, self.costs.moved
-        return False
+        gear = PLAIN if soon else self._beat.next()
+        if gear == PLAIN:
+            self._last_plain = self._number, self.costs.moved
+        return gear
 
     def _asked_to_guess(self, step: _Step, limits: Quota) -> Quota:
         """The limits without the guessers that are not worth their time; each of them is tried now and then."""
@@ -228,9 +246,10 @@ class AutoPlanner:
 
     # before a model drafts --------------------------------------------------------------------------------------------
 
-    def _calibrate(self, step: _Step, proposal: Proposal) -> None:
+    def _calibrate(self, step: _Step, proposal: Proposal, *, learn: bool) -> None:
         calibrated = self.calibration.apply(proposal.bit, proposal.trees, step.crowd.modes)
-        self._history.add(step.plan, step.crowd.modes, proposal, calibrated)
+        if learn:
+            self._history.add(step.plan, step.crowd.modes, proposal, calibrated)
         step.guesses[proposal.bit] = calibrated
 
     def _scene(self, step: _Step) -> Scene:
@@ -346,8 +365,12 @@ class AutoPlanner:
                 unfollowed = row.sequence.unfollowed
                 if not member.sleeps:
                     unfollowed.discard(member.name)
-                elif member.scout is None and member.name not in unfollowed:
+                    member.scout = None
+                elif member.scout is None and member.name not in unfollowed and member.credit > 0:
                     member.scout = row.sequence.id
+                elif member.scout == row.sequence.id and member.credit < 0:
+                    member.scout = None
+                    unfollowed.add(member.name)
                 elif member.scout != row.sequence.id:
                     unfollowed.add(member.name)
 
@@ -362,6 +385,7 @@ class AutoPlanner:
             price = steps[index] + sunk
         else:
             price = steps[roots : roots + nodes + 1] + sunk
-        needed = slope_of(roots, self.costs) * self._rate
-        self._floor += 0.1 * (min(max(needed, FLOOR[0]), FLOOR[1]) - self._floor)
+        if self._gear == FULL:
+            needed = slope_of(roots, self.costs) * self._rate
+            self._floor += 0.1 * (min(max(needed, FLOOR[0]), FLOOR[1]) - self._floor)
         return price if self._device.type == "cpu" else upload(self._device, price.numpy())[0]

@@ -27,7 +27,8 @@ MANY = ((4, 31), (8, 31))  # (rows, nodes of each) of larger steps
 ROWS = 8  # rows by which the price of a row is found
 PROMPT = 24
 CONTEXT = 512
-REPEATS = ((0.02, 5), (0.2, 3), (float("inf"), 1))  # steps shorter than this are measured so often
+REPEATS = ((0.004, 4), (0.2, 2), (float("inf"), 1))  # steps shorter than this are measured so often, a round
+ROUNDS = ((0.004, 5), (0.05, 3), (float("inf"), 1))  # one-token steps shorter than this: so many rounds over the sizes
 WARM_UP = 2
 
 
@@ -98,20 +99,19 @@ class Probe:
             stepper.reset_clocks()
 
     def _table(self) -> CostTable:
-        tokens, seconds = [], []
-        for nodes in NODES:
-            if nodes < self._vocab_size:
-                tokens.append(1 + nodes)
-                seconds.append(self._steps(nodes))
+        sizes = [nodes for nodes in NODES if nodes < self._vocab_size]
+        tokens, seconds = [1 + nodes for nodes in sizes], [self._steps(nodes) for nodes in sizes]
+        # a slow moment of the machine must not be taken for the price of one size: they take turns
+        for _ in range(next(count for limit, count in ROUNDS if seconds[0] < limit) - 1):
+            self._begin(1, PROMPT)
+            seconds = [min(known, self._steps(nodes)) for known, nodes in zip(seconds, sizes, strict=True)]
         row, context = self._row_price(seconds[tokens.index(ROWS)]), self._context_price()
         for rows, nodes in MANY:
             if self._begin(rows, PROMPT):
                 tokens.append(rows * (1 + nodes))
                 seconds.append(max(self._steps(nodes) - row * (rows - 1), seconds[-1]))
         drafters = {d.name: self._draft_price(d) for d in self._stepper.drafters.members}
-        for i in reversed(range(len(seconds) - 1)):  # a step of fewer tokens costs no more
-            seconds[i] = min(seconds[i], seconds[i + 1])
-        table = CostTable(tuple(tokens), tuple(seconds), row, context, drafters)
+        table = CostTable(tuple(tokens), rising(seconds), row, context, drafters)
         table.check()
         return table
 
@@ -195,6 +195,18 @@ class Probe:
         scheduler = self._stepper.scheduler
         for sequence in [*scheduler.running, *scheduler.waiting]:
             self._stepper.committer.end(sequence, "cancelled")
+
+
+def rising(seconds: list[float]) -> tuple[float, ...]:
+    """The nearest prices that never fall: those that do are averaged with their neighbours."""
+    pools: list[tuple[float, int]] = []  # mean, how many
+    for price in seconds:
+        pool = (price, 1)
+        while pools and pools[-1][0] > pool[0]:
+            mean, count = pools.pop()
+            pool = ((mean * count + pool[0] * pool[1]) / (count + pool[1]), count + pool[1])
+        pools.append(pool)
+    return tuple(mean for mean, count in pools for _ in range(count))
 
 
 def draft_price(taken: dict[tuple[int, int], float], deepest: int, token: float) -> DraftPrice:

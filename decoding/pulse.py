@@ -1,37 +1,37 @@
-"""Whether weighing drafts is itself worth its time: steps with and without it take turns, and the clock decides.
+"""Whether thinking about drafts is itself worth its time: the clock decides between three gears.
 
-All else that the planner believes is a model. This is the guard behind it: tokens a second of the steps that it shaped
-against those of plain steps, as they were, thinking included. Where shaping loses, the engine decodes plainly and looks
-again now and then; where it wins, a plain step now and then tells what plain decoding would be.
+All else that the planner believes is a model. This is the guard behind it: tokens a second as they were, thinking and
+everything else included, of steps in each gear. The engine runs in the best one, and tries the others now and then:
+the longer they keep losing, the more rarely.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-REST = (48, 1536)  # plain steps before a burst of weighed ones, while those lose: at first, at most
-BURST = 4
-SAMPLE, RARE_SAMPLE = 96, 512  # weighed steps between two plain ones, while those win: narrowly, clearly
-FIRST_SAMPLE = 6  # until there are enough of them
-CLEARLY = 1.25
-MARGIN = 1.01  # by which weighed steps must win to begin again
-FADING = (0.98, 0.9)  # of what weighed and plain steps made, a step
-ENOUGH = (12, 3)  # weighed and plain steps before anything is concluded
+PLAIN, LIGHT, FULL = 0, 1, 2  # nothing drafted; guesses without a model alone; everything weighed
+TRIAL = (2, 4, 8)  # steps of a try, by gear
+ENOUGH = (4, 12, 24)  # steps before anything is concluded
+FIRST = 10  # steps between two tries until then
+REST = (48, 1024)  # and later: at first, at most
+MARGIN = 1.01  # by which another gear must win
+FADING = 0.97  # of what the steps of a gear made, a step
+FALLEN = 0.5  # of what the gear has made for long: the text may have changed, others are tried soon
+SLOW = 0.01  # how fast "for long" follows
 
 
 @dataclass
 class Account:
-    """What steps of one kind made, fading."""
+    """What the steps of one gear made, fading."""
 
-    fading: float
     tokens: float = 0.0
     seconds: float = 0.0
     steps: int = 0
 
     def add(self, tokens: int, seconds: float) -> None:
         """One more step."""
-        self.tokens = self.fading * self.tokens + tokens
-        self.seconds = self.fading * self.seconds + seconds
+        self.tokens = FADING * self.tokens + tokens
+        self.seconds = FADING * self.seconds + seconds
         self.steps += 1
 
     @property
@@ -40,56 +40,76 @@ class Account:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-@dataclass
 class Beat:
-    """The turns of steps with about so many rows."""
+    """The gears of steps with about so many rows.
 
-    weighed: Account = field(default_factory=lambda: Account(FADING[0]))
-    plain: Account = field(default_factory=lambda: Account(FADING[1]))
-    resting: bool = False
-    count: int = 0  # steps since the last change of turns
-    rest: int = REST[0]
+    Args:
+        gears: those that there are, the highest last; it begins with that one.
+    """
 
-    def next(self) -> bool:
-        """Whether the next step is to be weighed."""
-        self.count += 1
-        if self.resting:
-            if self.count > self.rest + BURST:  # the burst has not won
-                self.count, self.rest = 1, min(2 * self.rest, REST[1])
-            return self.count > self.rest
-        clear = self.weighed.rate > CLEARLY * self.plain.rate
-        turn = FIRST_SAMPLE if self.plain.steps < ENOUGH[1] else RARE_SAMPLE if clear else SAMPLE
-        if self.count > turn:
-            self.count = 0
-            return False
-        return True
+    def __init__(self, gears: tuple[int, ...]) -> None:
+        self.current = gears[-1]
+        self.accounts = {gear: Account() for gear in gears}
+        self._rest = dict.fromkeys(gears, REST[0])
+        self._wait = dict.fromkeys(gears, FIRST)  # steps to the next try
+        self._trial: int | None = None
+        self._left = 0  # steps of the try
+        self._mark = 0.0  # rate of the current gear, for long
 
-    def conclude(self) -> None:
-        """Rest where weighing loses; begin again where it wins."""
-        if self.weighed.steps < ENOUGH[0] or self.plain.steps < ENOUGH[1]:
-            return
-        if self.resting:
-            if self.weighed.rate > MARGIN * self.plain.rate:
-                self.resting, self.count, self.rest = False, 0, REST[0]
-        elif self.weighed.rate < self.plain.rate:
-            self.resting, self.count = True, 0
+    def next(self) -> int:
+        """The gear of the next step."""
+        if self._trial is not None and self._left:
+            self._left -= 1
+            return self._trial
+        self._trial = None
+        for gear in self._wait:
+            if gear == self.current:
+                continue
+            self._wait[gear] -= 1
+            if self._wait[gear] <= 0 and self._trial is None:
+                self._trial, self._left = gear, TRIAL[gear] - 1
+        return self.current if self._trial is None else self._trial
+
+    def saw(self, gear: int, tokens: int, seconds: float) -> None:
+        """A step, without chunks of prompts, made so many tokens in so many seconds."""
+        account = self.accounts[gear]
+        account.add(tokens, seconds)
+        if gear == self._trial and not self._left:
+            self._conclude(gear)
+        elif gear == self.current and gear != PLAIN:
+            self._mark += SLOW * (account.rate - self._mark)
+            if account.rate < FALLEN * self._mark:
+                self._mark = account.rate
+                self._rest = dict.fromkeys(self._rest, REST[0])
+                self._wait = {other: min(wait, REST[0]) for other, wait in self._wait.items()}
+
+    def _conclude(self, gear: int) -> None:
+        """A try is over: change gears, or wait longer for the next one."""
+        self._trial = None
+        ours, theirs = self.accounts[self.current], self.accounts[gear]
+        if ours.steps < ENOUGH[self.current] or theirs.steps < ENOUGH[gear]:
+            self._wait[gear] = FIRST
+        elif theirs.rate > MARGIN * ours.rate:
+            self.current = gear
+            self._rest = dict.fromkeys(self._rest, REST[0])
+            self._wait = dict.fromkeys(self._wait, REST[0])
+            self._mark = theirs.rate
+        else:
+            self._rest[gear] = min(2 * self._rest[gear], REST[1])
+            self._wait[gear] = self._rest[gear]
 
 
 class Pulse:
     """Beats by the number of rows, in powers of two, and by whether the first of them is greedy."""
 
-    def __init__(self) -> None:
+    def __init__(self, gears: tuple[int, ...]) -> None:
+        self._gears = gears
         self._beats: dict[tuple[int, bool], Beat] = {}
-
-    def saw(self, beat: Beat, weighed: bool, tokens: int, seconds: float) -> None:
-        """A step, without chunks of prompts, made so many tokens in so many seconds."""
-        (beat.weighed if weighed else beat.plain).add(tokens, seconds)
-        beat.conclude()
 
     def beat(self, rows: int, greedy: bool) -> Beat:
         """That of a step of so many rows."""
         size = (rows.bit_length(), greedy)
         beat = self._beats.get(size)
         if beat is None:
-            beat = self._beats[size] = Beat()
+            beat = self._beats[size] = Beat(self._gears)
         return beat

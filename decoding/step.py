@@ -66,7 +66,7 @@ class Stepper:
         batch, nodes = build(chains, chosen.trees, chosen.masks, chosen.counts)
 
         forward = time.perf_counter()
-        out = self.target.forward(batch, self.cache.kv, self.drafters.taps)
+        out = self.target.forward(batch, self.cache.kv, self.drafters.taps(plan))
         logits = self.target.logits(batch.at_wanted(out.hidden))  # at the tree's nodes
         self.forward_seconds += time.perf_counter() - forward
 

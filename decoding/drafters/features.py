@@ -69,16 +69,18 @@ class FeatureStore:
         self._keeps = keeps
         self._pieces: dict[SequenceId, list[Piece]] = {}  # in the order of positions, without holes
         self._pages: Tensor  # [num_pages, F]
+        self._known = bytearray()  # [num_pages] whether a page's feature was kept when it was written
 
     def attach(self, num_pages: int, target: CausalModel) -> None:
         """Allocate the pages' features."""
         size = (num_pages, max(1, len(self._taps)) * target.hidden_size)
+        self._known = bytearray(num_pages)
         self._pages = torch.empty(size, dtype=target.dtype, device=target.device)  # read only where it was written
 
     def admit(self, sequence: Sequence) -> None:
         """A sequence joins with the pages that it found: the last one's feature is there."""
-        if sequence.cached and self._keeps(sequence):
-            page = sequence.pages[sequence.cached // PAGE_SIZE - 1]
+        page = sequence.pages[sequence.cached // PAGE_SIZE - 1] if sequence.cached else 0
+        if sequence.cached and self._keeps(sequence) and self._known[page]:
             self._pieces[sequence.id] = [Piece.whole(sequence.cached - 1, self._pages[page : page + 1])]
 
     def forget(self, sequence: SequenceId) -> None:
@@ -86,6 +88,9 @@ class FeatureStore:
 
     def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
         """Keep the features of the step's chains and of its accepted paths."""
+        if not any(self._keeps(row.sequence) for row in plan.rows):
+            self._let_pass(plan, 1 + verdict.path.shape[1])
+            return
         heads = _Heads(plan, self._keeps)
         parts = [out.taps[tap] for tap in self._taps] or [out.hidden]
         tail = 1 + verdict.path.shape[1]  # the root and the path below it, as long as the longest
@@ -111,6 +116,15 @@ class FeatureStore:
             else:
                 self._pieces.pop(row.sequence.id, None)  # followed no longer: what comes next would not join on
         self._keep_pages(plan, heads, gathered, tail)
+
+    def _let_pass(self, plan: Plan, tail: int) -> None:
+        """Nobody follows the rows: their features are not there, and the pages that they write to will have none."""
+        for row in plan.rows:
+            sequence = row.sequence
+            if sequence.id in self._pieces:
+                del self._pieces[sequence.id]
+            for page in sequence.pages[row.start // PAGE_SIZE : (row.end - 1 + tail) // PAGE_SIZE + 1]:
+                self._known[page] = 0
 
     def first(self, sequence: SequenceId) -> int | None:
         """Position of the first token whose feature is here; all later known ones are here too."""
@@ -164,6 +178,8 @@ class FeatureStore:
         source += [len(plan.deciding) * tail + at for at in heads.page_ends]
         target += heads.pages
         if source:
+            for page in target:
+                self._known[page] = 1
             [where] = upload(gathered.device, np.array([source, target]))
             self._pages.index_copy_(0, where[1], gathered.index_select(0, where[0]))
 

@@ -30,7 +30,7 @@ class DrafterTeam:
     def __init__(self, drafters: list[Drafter]) -> None:
         self.members = drafters
         self.names = tuple(d.name for d in drafters)
-        self.taps = tuple(sorted({tap for d in drafters for tap in d.needs.taps}))  # of the target, for all of them
+        self._tapping = [(d.name, d.needs.taps) for d in drafters if d.needs.taps]
         self.taken = {drafter.name: 0.0 for drafter in drafters}  # seconds
         self._guessing = [(bit, d) for bit, d in enumerate(drafters) if d.needs.host]
         self._drafting = [(bit, d) for bit, d in enumerate(drafters) if not d.needs.host]
@@ -52,6 +52,14 @@ class DrafterTeam:
             while valid < len(page_flags) and page_flags[valid] >> bit & 1:
                 valid += 1
             drafter.admit(sequence, valid * PAGE_SIZE)
+
+    def taps(self, plan: Plan) -> tuple[int, ...]:
+        """The target's hidden states that are wanted of a step: by the drafters that follow any of its rows."""
+        wanted: set[int] = set()
+        for name, taps in self._tapping:
+            if any(name not in row.sequence.unfollowed for row in plan.rows):
+                wanted.update(taps)
+        return tuple(sorted(wanted))
 
     def guess(self, plan: Plan, limits: Quota, sampling: Sampling) -> list[Proposal]:
         """Proposals of the drafters that run no model."""

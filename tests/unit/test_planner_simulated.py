@@ -130,8 +130,8 @@ def test_a_drafter_that_turns_bad_is_dropped_and_one_that_turns_good_is_found_ag
     plain_world = World(recording(), 1.0, 1, table)
     plain = rate(plain_world, FixedPlanner(plain_world, (), 0, 1), 20.0)
     planner = auto(world, table)
-    windows = in_windows(world, planner, 10.0, 20)
-    before, during, after = windows[2:4], windows[6:12], windows[16:]
+    windows = in_windows(world, planner, 10.0, 23)
+    before, during, after = windows[2:4], windows[6:12], windows[19:]
     assert min(before) > 1.5 * plain
     assert min(during) > 0.97 * plain  # the models draft garbage, and are not asked but now and then
     assert min(after) > 0.9 * min(before)  # found again
