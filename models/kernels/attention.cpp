@@ -12,11 +12,31 @@ namespace saccade {
 namespace {
 
 constexpr int64_t kTileVectors = 64;      // query vectors of one task
-constexpr int64_t kTasksPerThread = 4;    // with so many, threads need no chunks to share
+constexpr int64_t kTasksPerThread = 4;    // with so many, threads are never idle for long
+constexpr double kIdle = 1.1;             // of the busiest thread's work to the mean: above, chunks are shared
 constexpr int64_t kWorthSharing = 30000;  // of AttentionPlan.cost
 
 template <typename T>
 using Problem = AttentionProblem<T>;
+
+int64_t work(const AttentionTask& task) { return task.keys * (task.last - task.first); }
+
+// Whether threads that take tasks in this order, the longest first, would wait for one of them.
+bool is_uneven(const std::vector<AttentionTask>& tasks, int64_t threads) {
+  if (static_cast<int64_t>(tasks.size()) >= kTasksPerThread * threads) return false;
+  std::vector<int64_t> loads(threads, 0);
+  int64_t total = 0;
+  for (const AttentionTask& task : tasks) {
+    *std::min_element(loads.begin(), loads.end()) += work(task);
+    total += work(task);
+  }
+  return *std::max_element(loads.begin(), loads.end()) * threads > kIdle * total;
+}
+
+void sort_by_work(std::vector<AttentionTask>& tasks) {
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const AttentionTask& a, const AttentionTask& b) { return work(a) > work(b); });
+}
 
 // Makes the chunks of each task tasks of their own.
 template <typename T>
@@ -52,12 +72,13 @@ AttentionPlan plan_attention(const AttentionProblem<T>& p, int64_t rows) {
       for (int64_t head = 0; head < p.kv_heads; ++head) plan.tasks.push_back({row, head, first, last, end});
       plan.cost += end * p.kv_heads * ((last - first) * p.group + 2) * (p.key_dim + p.value_dim) / 64;
     }
-  const int64_t threads = at::get_num_threads(), tasks = plan.tasks.size();
+  const int64_t threads = at::get_num_threads();
   if (threads == 1 || plan.cost < kWorthSharing) return plan;
-  if (tasks < kTasksPerThread * threads) split_tasks(p, plan);
-  std::stable_sort(plan.tasks.begin(), plan.tasks.end(), [](const AttentionTask& a, const AttentionTask& b) {
-    return a.keys * (a.last - a.first) > b.keys * (b.last - b.first);
-  });
+  sort_by_work(plan.tasks);
+  if (is_uneven(plan.tasks, threads)) {
+    split_tasks(p, plan);
+    sort_by_work(plan.tasks);
+  }
   return plan;
 }
 

@@ -30,6 +30,17 @@ void philox(u64x8* counter, u64x8 key0, u64x8 key1) {
   }
 }
 
+// a * b + c in one rounding where the machine can; noise is rounded to float32 in the end, so either does.
+inline f64x8 fused(f64x8 a, f64x8 b, f64x8 c) {
+#if defined(__AVX512F__)
+  return (f64x8)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline f64x8 all(double value) { return value - f64x8{}; }
+
 // log of positive normal doubles to about 1 ulp, near 1 too (fdlibm's e_log: x = 2^k (1 + f), s = f / (2 + f)).
 f64x8 log(f64x8 x) {
   i64x8 bits = (i64x8)x - 0x3fe6a09e667f3bcdll;  // sqrt(1/2), so that 1 + f lies in [sqrt(1/2), sqrt(2))
@@ -37,10 +48,13 @@ f64x8 log(f64x8 x) {
   const f64x8 f = (f64x8)((bits & 0x000fffffffffffffll) + 0x3fe6a09e667f3bcdll) - 1.0;
   const f64x8 k = __builtin_convertvector(exponent, f64x8);
   const f64x8 s = f / (2.0 + f), z = s * s, w = z * z, half = 0.5 * f * f;
-  const f64x8 even = w * (3.999999999940941908e-01 + w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01));
-  const f64x8 odd = z * (6.666666666666735130e-01 +
-                         w * (2.857142874366239149e-01 + w * (1.818357216161805012e-01 + w * 1.479819860511658591e-01)));
-  return k * 6.93147180369123816490e-01 - ((half - (s * (half + even + odd) + k * 1.90821492927058770002e-10)) - f);
+  const f64x8 even = w * fused(w, fused(w, all(1.531383769920937332e-01), all(2.222219843214978396e-01)),
+                               all(3.999999999940941908e-01));
+  const f64x8 odd = z * fused(w, fused(w, fused(w, all(1.479819860511658591e-01), all(1.818357216161805012e-01)),
+                                       all(2.857142874366239149e-01)),
+                              all(6.666666666666735130e-01));
+  const f64x8 low = fused(s, half + even + odd, k * 1.90821492927058770002e-10);
+  return fused(k, all(6.93147180369123816490e-01), f - (half - low));
 }
 
 // Noise of the ids [first, first + 32): -log(-log1p(-u)) with u = (bits + 1/2) 2^-32. 1 - u is exact in float64.

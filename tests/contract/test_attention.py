@@ -326,7 +326,7 @@ def on_threads(count: int, run: Callable[[], Tensor]) -> Tensor:
     ids=["mixed", "one long", "a tree over an edge", "unequal"],
 )
 def test_threads_do_not_change_bits(rows: list[Row], dtype: torch.dtype) -> None:
-    spec = AttentionSpec(4, 2, 64, 64, 0.125)
+    spec = AttentionSpec(6, 3, 64, 64, 0.125)  # three heads for two threads and for four: chunks are shared
     scene = make_scene(rows, spec, dtype, 2)
     query = make_query(scene, spec, dtype, 2)
     attend = load_backend("cpu", CPU, dtype)
@@ -359,7 +359,7 @@ def test_chunks_of_a_long_context_make_one_softmax(dtype: torch.dtype, options: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_nodes_beyond_an_edge_of_chunks_have_the_bits_of_plain_decoding(dtype: torch.dtype, threads: int) -> None:
-    spec = AttentionSpec(4, 2, 64, 64, 0.125)
+    spec = AttentionSpec(4, 1, 64, 64, 0.125)
     rows = [Row(CHUNK - 7, 2, RANDOM_TREE), Row(2 * CHUNK - 3, 1, RANDOM_TREE[:20]), Row(9 * CHUNK - 30, 40)]
     scene = make_scene(rows, spec, dtype, 8)
     query = make_query(scene, spec, dtype, 8)

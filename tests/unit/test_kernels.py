@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from decoding.sampling_ops import CpuSamplingOps, TorchSamplingOps
 from models import kernels
 from models.kernels import build
 
@@ -115,6 +116,25 @@ def test_lowest_id_wins_and_banned_rows_still_answer() -> None:
     assert drawn.tolist() == [300, 0, 5]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_best_ids(dtype: torch.dtype) -> None:
+    logits = torch.randint(-9, 9, (7, 1000)).to(dtype)  # ties in every row
+    logits[3] = -torch.inf
+    logits[4, 1:] = torch.nan
+    best = torch.ops.saccade.best_ids(logits[:, :999])
+    expected = logits[:, :999].nan_to_num(-torch.inf, neginf=-torch.inf)
+    assert best.tolist() == [int((row == row.max()).nonzero()[0]) for row in expected]
+
+
+def test_parameters_of_nodes_are_those_of_their_rows() -> None:
+    temperature, first, position = torch.rand(4), torch.tensor([0, -1, 7, 21]), torch.tensor([5, 9, 30, 11])
+    row, depth = torch.tensor([2, 0, 1, 3, 3]), torch.tensor([0, 4, 1, 2, 0])
+    fused = CpuSamplingOps().of_nodes(temperature, first, position, row, depth, 7)
+    plain = TorchSamplingOps().of_nodes(temperature, first, position, row, depth, 7)
+    assert all(torch.equal(mine, other) for mine, other in zip(fused, plain, strict=True))
+    assert plain[1].tolist() == [7 + 30 % 7, 9 % 7, -1, 21 + 13 % 7, 21 + 11 % 7]
+
+
 def test_scores_are_not_fused() -> None:
     """logits + T * g in two roundings, as PyTorch's operations give them: a fused multiply-add would differ."""
     logits, vectors, temperature = torch.randn(1, 50000), torch.randn(1, 50000), torch.tensor([0.7])
@@ -126,6 +146,10 @@ def test_bad_arguments_are_named() -> None:
     row = torch.tensor([0])
     with pytest.raises(IndexError, match="noise_row 1 of 1"):
         torch.ops.saccade.sample_rows(torch.zeros(1, 8), torch.ones(1), torch.zeros(1, 8), row + 1)
+    with pytest.raises(IndexError, match="place 1 of 1"):
+        torch.ops.saccade.fill_noise_rows(torch.zeros(1, 8), [1], [0], [0], [0])
+    with pytest.raises(IndexError, match="row 1 of 1"):
+        torch.ops.saccade.node_parameters(torch.ones(1), row, row, row + 1, row, 3)
     with pytest.raises(RuntimeError, match="k must be from 1 to 8"):
         torch.ops.saccade.topk_rows(torch.zeros(1, 8), torch.ones(1), torch.zeros(1, 8), row, 9)
     with pytest.raises(RuntimeError, match="logits are"):
