@@ -107,7 +107,7 @@ class AutoPlanner:
         self._beat: Beat | None = None
         self._crowd = _Crowd((), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
         self._any_slept = False
-        self._floor = 0.05
+        self._floor = self._light_floor = 0.05
         self._rate = 0.0  # tokens a second that this step promises
         self._number = 0
         self._last_plain = 0, 0.0  # step, logarithm of all prices
@@ -126,12 +126,13 @@ class AutoPlanner:
         if self._gear == FULL or self._number % LOOK == 0:
             self._settle_followers(plan)
         crowd = self._gather(plan)
+        if self._gear == LIGHT:  # no more than a fixed plan does, but for the floor, which is looked after now and then
+            self._step = _Step(plan, crowd, 0.0, set())
+            return self._light_limits.of(plan, share_of(plan, self._max_step_tokens))
         if self._number % DRIFT_STEP == 0:
             self.forecast.drift(crowd.slots, crowd.modes)
         extra = self.costs.extra(len(plan.rows), sum(row.end for row in plan.rows))
         step = self._step = _Step(plan, crowd, extra, set())
-        if self._gear == LIGHT:
-            return self._light_limits.of(plan, share_of(plan, self._max_step_tokens))
         return self._asked_to_guess(step, self._limits.of(plan, share_of(plan, self._max_step_tokens)))
 
     def quota(self, plan: Plan, limits: Quota, guesses: list[Proposal]) -> Quota:
@@ -169,6 +170,8 @@ class AutoPlanner:
                 self._calibrate(step, proposal, learn=True)
         nodes, depth = [row.nodes for row in quota.rows], [row.depth for row in quota.rows]
         trees = [calibrated.to(device) for calibrated in step.guesses.values()]
+        if self._gear == LIGHT:
+            return self._tree_ops.choose(trees, nodes, depth, self._light_floor)
         return self._tree_ops.choose(trees, nodes, depth, 0.0, 0, self._prices(step, sum(nodes)))
 
     def learn(self, plan: Plan, chosen: ChosenTrees, made: int, times: StepTimes) -> None:
@@ -178,9 +181,11 @@ class AutoPlanner:
             self._beat.saw(self._gear, made, times.all)
         looks = 1 if self._gear == FULL else LOOK  # in the lower gears, one step in so many teaches something
         if self._number % looks:
-            if step is not None:
-                self._history.settle(self._floor)
             return
+        if self._gear == LIGHT and self._beat is not None:  # a node must make what the time that it takes is worth
+            rate = self._beat.accounts[LIGHT].rate
+            node = slope_of(plan.chain_tokens, self.costs)
+            self._light_floor += 0.2 * (min(max(node * rate, FLOOR[0]), FLOOR[1]) - self._light_floor)
         if step is None and plan.deciding:
             self._settle_followers(plan)
         # where a device works behind the host's back, drafting is known by its price alone
@@ -201,7 +206,7 @@ class AutoPlanner:
             self.costs.learn_draft(name, rows, depth, times.drafters[name])
         if step.member is not None and step.deal is not None:
             step.member.judge(step.deal.held + step.deal.gain, made - len(plan.deciding), self._number)
-        self._history.settle(self._floor)
+        self._history.settle(self._floor, self._number)
 
     def forget(self, sequence: Sequence) -> None:
         """See ``Planner``."""
@@ -249,7 +254,7 @@ class AutoPlanner:
     def _calibrate(self, step: _Step, proposal: Proposal, *, learn: bool) -> None:
         calibrated = self.calibration.apply(proposal.bit, proposal.trees, step.crowd.modes)
         if learn:
-            self._history.add(step.plan, step.crowd.modes, proposal, calibrated)
+            self._history.add(step.plan, self._number, step.crowd.modes, proposal, calibrated)
         step.guesses[proposal.bit] = calibrated
 
     def _scene(self, step: _Step) -> Scene:

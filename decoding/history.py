@@ -52,32 +52,32 @@ class History:
         self._forecast = forecast
         self._judge: Judge = judge_fused if kernels.load() else judge_anywhere
         self._records: deque[Record] = deque()
-        self._number = 0
+        self._settled = 0
 
-    def add(self, plan: Plan, modes: Tensor, proposal: Proposal, calibrated: Trees) -> None:
-        """Remember a proposal of the step ``plan`` as it was made, and its calibrated confidences."""
+    def add(self, plan: Plan, number: int, modes: Tensor, proposal: Proposal, calibrated: Trees) -> None:
+        """Remember a proposal of the step ``plan``, by its number, as it was made, and its calibrated confidences."""
         if not self._records or self._records[-1].plan is not plan:
             lengths = [row.sequence.length for row in plan.deciding]
-            self._records.append(Record(plan, lengths, modes, self._number))
+            self._records.append(Record(plan, lengths, modes, number))
         record = self._records[-1]
         record.bits.append(proposal.bit)
         record.made.append(_to_host(proposal.trees))
         record.calibrated.append(_to_host(calibrated).confidence)
 
-    def settle(self, floor: float) -> None:
+    def settle(self, floor: float, number: int) -> None:
         """A step is over: now and then, judge what can be judged. ``floor``: see ``ProposalOps.score``."""
-        self._number += 1
-        if self._number % BATCH:
+        if number - self._settled < BATCH:
             return
-        while self._records and self._is_ready(self._records[0]):
+        self._settled = number
+        while self._records and self._is_ready(self._records[0], number):
             record = self._records.popleft()
             self._judge(record, self._calibration, self._forecast, floor)
             for bit in record.bits:
                 self._calibration.saw(bit, len(record.lengths))
 
-    def _is_ready(self, record: Record) -> bool:
+    def _is_ready(self, record: Record, number: int) -> bool:
         """Each step adds a token at least to every row that goes on."""
-        return self._number - record.number >= self._forecast.depth
+        return number - record.number >= self._forecast.depth
 
 
 def judge_anywhere(

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 PLAIN, LIGHT, FULL = 0, 1, 2  # nothing drafted; guesses without a model alone; everything weighed
 TRIAL = (2, 4, 8)  # steps of a try, by gear
-ENOUGH = (4, 12, 24)  # steps before anything is concluded
-FIRST = 10  # steps between two tries until then
+ENOUGH = (4, 24, 40)  # steps before anything is concluded
+FIRST = 12  # steps between two tries until then
 REST = (48, 1024)  # and later: at first, at most
-MARGIN = 1.01  # by which another gear must win
-FADING = 0.97  # of what the steps of a gear made, a step
+MARGIN = 1.02  # by which another gear must win
+FADING = 0.995  # of what the steps of a gear made, a step
 FALLEN = 0.5  # of what the gear has made for long: the text may have changed, others are tried soon
 SLOW = 0.01  # how fast "for long" follows
 

@@ -88,7 +88,7 @@ class FeatureDrafter:
         self._growth = growth or Expansion(
             options, 1 << context.bit, model.max_positions - 1, self._extend, model.logits, model.token_ids
         )
-        self._features = FeatureStore(model.source, PENDING, self._may_draft)
+        self._features = FeatureStore(model.source, PENDING, self._may_draft, self.name)
         self._progress: dict[SequenceId, Progress] = {}
         self._cache: KVCache
         self._page_carry: Tensor  # [num_pages, C] of each full page's last entry; no columns if nothing is continued

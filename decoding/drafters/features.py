@@ -61,9 +61,11 @@ class FeatureStore:
         source: which hidden states make a feature.
         limit: of the tokens of earlier steps, at most this many features are kept for a sequence; older ones are lost.
         keeps: sequences whose features are wanted at all.
+        name: the drafter that they are for.
     """
 
-    def __init__(self, source: FeatureSource, limit: int, keeps: Callable[[Sequence], bool]) -> None:
+    def __init__(self, source: FeatureSource, limit: int, keeps: Callable[[Sequence], bool], name: str) -> None:
+        self._name = name
         self._taps = source.taps
         self._limit = limit
         self._keeps = keeps
@@ -88,7 +90,7 @@ class FeatureStore:
 
     def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
         """Keep the features of the step's chains and of its accepted paths."""
-        if not any(self._keeps(row.sequence) for row in plan.rows):
+        if all(self._name in row.sequence.unfollowed for row in plan.rows):
             self._let_pass(plan, 1 + verdict.path.shape[1])
             return
         heads = _Heads(plan, self._keeps)
@@ -118,7 +120,7 @@ class FeatureStore:
         self._keep_pages(plan, heads, gathered, tail)
 
     def _let_pass(self, plan: Plan, tail: int) -> None:
-        """Nobody follows the rows: their features are not there, and the pages that they write to will have none."""
+        """The drafter sleeps: the features are not there, and the pages that the rows write to will have none."""
         for row in plan.rows:
             sequence = row.sequence
             if sequence.id in self._pieces:

@@ -121,7 +121,7 @@ class MedusaDrafter:
         self._heads = heads
         self._shape = shape
         self.max_depth = shape.depth
-        self._features = FeatureStore(FeatureSource(), 1, lambda sequence: may_draft(context.name, sequence))
+        self._features = FeatureStore(FeatureSource(), 1, lambda sequence: may_draft(context.name, sequence), self.name)
 
     def attach(self, num_pages: int) -> None:
         self._features.attach(num_pages, self._target)
