@@ -104,6 +104,7 @@ class AutoPlanner:
         gears = [PLAIN, *([LIGHT] if self.guessers else []), *([FULL] if self.members else [])]
         self._pulse = Pulse(tuple(gears))
         self._gear = PLAIN
+        self._no_quotas: dict[int, Quota] = {}  # by rows: most steps of a plain engine have one of a few
         self._beat: Beat | None = None
         self._crowd = _Crowd((), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
         self._any_slept = False
@@ -122,7 +123,7 @@ class AutoPlanner:
         rows = len(plan.deciding)
         self._gear = self._next_gear(plan) if rows and (self.members or self.guessers) else PLAIN
         if self._gear == PLAIN:
-            return Quota((NOTHING,) * rows)
+            return self._no_quota(rows)
         if self._gear == FULL or self._number % LOOK == 0:
             self._settle_followers(plan)
         crowd = self._gather(plan)
@@ -144,7 +145,7 @@ class AutoPlanner:
             self._calibrate(step, guess, learn=self._gear == FULL or self._number % LOOK == 0)
         if self._gear == LIGHT:
             if not guesses:
-                return Quota((NOTHING,) * len(limits.rows))
+                return self._no_quota(len(limits.rows))
             rows = zip(plan.deciding, limits.rows, strict=True)
             return Quota(tuple(m if m.nodes and self._light_limits.reserve(r, m) else NOTHING for r, m in rows))
         scene = self._scene(step)
@@ -217,6 +218,12 @@ class AutoPlanner:
         for member in self.members:
             if member.scout == sequence.id:
                 member.scout = None
+
+    def _no_quota(self, rows: int) -> Quota:
+        quota = self._no_quotas.get(rows)
+        if quota is None:
+            quota = self._no_quotas[rows] = Quota((NOTHING,) * rows)
+        return quota
 
     def _gather(self, plan: Plan) -> _Crowd:
         key = tuple([row.sequence.id for row in plan.deciding])

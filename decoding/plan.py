@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from decoding.sequence import Sequence
 
@@ -76,10 +77,10 @@ class Quota:
     def guide(self, drafter: str) -> Guide:
         return self.guides.get(drafter, UNGUIDED)
 
-    @property
+    @cached_property
     def nodes(self) -> int:
-        return max((row.nodes for row in self.rows), default=0)
+        return max([row.nodes for row in self.rows], default=0)
 
-    @property
+    @cached_property
     def depth(self) -> int:
-        return max((row.depth for row in self.rows), default=0)
+        return max([row.depth for row in self.rows], default=0)
