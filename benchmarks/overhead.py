@@ -16,8 +16,9 @@ and again:
 1 and 3 take turns, several rounds; of each step the median counts, and the table shows the mean over the steps. What
 is left of the step's time is the *host*: Python, NumPy, and the way from one operation to the next. A call's own price
 (the dispatcher, making its results) belongs to the operation, some microseconds each; the table says how many calls
-there are. "in target" and "in drafting" are the host's time within those parts, from a run with clocks around them; the
-rest of it is the engine's own.
+there are. "in target", "in drafting" and "elsewhere" are the host's time within those parts and outside of them, from a
+run with clocks around the parts. For a large model the first two are small differences of large times; "elsewhere" is
+the engine's own, and is sound there, too.
 
 Between operations the host's work displaces code and data from the first caches. In 3 it does not: operations are
 faster there than in a step, and "host" is an upper bound, but for noise. A lower one, "at least", is a step's time less
@@ -159,6 +160,7 @@ class Share:
     calls: float  # tensor operations
     target_host: float  # what is no tensor operation, within the parts
     drafting_host: float
+    other_host: float
     least_host: float
 
     @property
@@ -192,12 +194,14 @@ class Stretch:
         return seconds
 
     def parts(self) -> list[dict[str, float]]:
-        """With clocks around the parts: seconds of each, for each step."""
+        """With clocks around the parts: seconds of each for each step, and of what is in none of them (``OTHER``)."""
         seconds = []
         for _ in self._begun():
             clocks = Clocks(self.clock)
             with watched(self._engine, clocks):
+                started = self.clock()
                 self._engine.step()
+                clocks.seconds[OTHER] = self.clock() - started - sum(clocks.seconds.values())
             seconds.append(clocks.seconds)
         return seconds
 
@@ -265,6 +269,7 @@ def measure(system: str, stretch: Stretch, batch: int, temperature: float, round
         for number, parts in enumerate(stretch.parts()):
             times["in target", number].append(parts[TARGET])
             times["in drafting", number].append(parts[DRAFTING])
+            times["elsewhere", number].append(parts[OTHER])
         for number, recorder in enumerate(stretch.record()):
             times["as they come", number].append(recorder.seconds)
         for number, parts in enumerate(stretch.replay(steps)):
@@ -272,7 +277,7 @@ def measure(system: str, stretch: Stretch, batch: int, temperature: float, round
                 times[part, number].append(parts[part])
     mean = {
         name: statistics.fmean(statistics.median(times[name, number]) for number in range(len(steps)))
-        for name in ("step", "in target", "in drafting", "as they come", *PARTS)
+        for name in ("step", "in target", "in drafting", "elsewhere", "as they come", *PARTS)
     }
     return Share(
         system,
@@ -285,16 +290,29 @@ def measure(system: str, stretch: Stretch, batch: int, temperature: float, round
         calls=statistics.fmean(map(len, steps)),
         target_host=mean["in target"] - mean[TARGET],
         drafting_host=mean["in drafting"] - mean[DRAFTING],
+        other_host=mean["elsewhere"] - mean[OTHER],
         least_host=mean["step"] - mean["as they come"],
     )
 
 
 def render(shares: Sequence[Share]) -> str:
     """A table, in microseconds."""
-    words = ("step", "target", "drafting", "other", "host", "share", "at least", "in target", "in drafting", "calls")
+    words = (
+        "step",
+        "target",
+        "drafting",
+        "other",
+        "host",
+        "share",
+        "at least",
+        "in target",
+        "in drafting",
+        "elsewhere",
+        "calls",
+    )
     lines = [f"{'system':10}{'batch':>6}{'T':>5}" + "".join(f"{word:>{len(word) + 3}}" for word in words)]
     for s in shares:
-        seconds = (s.step, s.target, s.drafting, s.other, s.host, s.target_host, s.drafting_host)
+        seconds = (s.step, s.target, s.drafting, s.other, s.host, s.target_host, s.drafting_host, s.other_host)
         cells = [f"{1e6 * value:.0f}" for value in seconds]
         cells = [*cells[:5], f"{s.host / s.step:.1%}", f"{s.least_host / s.step:.1%}", *cells[5:], f"{s.calls:.0f}"]
         line = f"{s.system:10}{s.batch:6}{s.temperature:5g}"
