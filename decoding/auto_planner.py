@@ -22,6 +22,7 @@ from decoding.calibration import Calibration, mode_of
 from decoding.costs import LARGEST, CostModel
 from decoding.drafters.base import Drafter
 from decoding.drafters.team import Proposal
+from decoding.followers import Followers
 from decoding.forecast import Forecast
 from decoding.history import History
 from decoding.market import UNABLE, Deal, Guesser, Member, Scene, Terms, lateness, load_market, slope_of
@@ -101,13 +102,13 @@ class AutoPlanner:
         self.guessers = [Guesser(bit, drafter.name) for bit, drafter in enumerate(drafters) if drafter.needs.host]
         self._history = History(self.calibration, self.forecast)
         self._market = load_market()
+        self._followers = Followers(self.members)
         gears = [PLAIN, *([LIGHT] if self.guessers else []), *([FULL] if self.members else [])]
         self._pulse = Pulse(tuple(gears))
         self._gear = PLAIN
         self._no_quotas: dict[int, Quota] = {}  # by rows: most steps of a plain engine have one of a few
         self._beat: Beat | None = None
         self._crowd = _Crowd((), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
-        self._any_slept = False
         self._floor = self._light_floor = 0.05
         self._rate = 0.0  # tokens a second that this step promises
         self._number = 0
@@ -125,7 +126,7 @@ class AutoPlanner:
         if self._gear == PLAIN:
             return self._no_quota(rows)
         if self._gear == FULL or self._number % LOOK == 0:
-            self._settle_followers(plan)
+            self._followers.settle(plan)
         crowd = self._gather(plan)
         if self._gear == LIGHT:  # no more than a fixed plan does, but for the floor, which is looked after now and then
             self._step = _Step(plan, crowd, 0.0, set())
@@ -188,7 +189,7 @@ class AutoPlanner:
             node = slope_of(plan.chain_tokens, self.costs)
             self._light_floor += 0.2 * (min(max(node * rate, FLOOR[0]), FLOOR[1]) - self._light_floor)
         if step is None and plan.deciding:
-            self._settle_followers(plan)
+            self._followers.settle(plan)
         # where a device works behind the host's back, drafting is known by its price alone
         waits = self._device.type == "cpu"
         drafting = sum(times.drafters.values()) if waits or step is None else step.seconds
@@ -365,26 +366,6 @@ class AutoPlanner:
             wanted = nodes and granted.drafters  # guesses may be of other rows only
             rows.append(granted if wanted and self._limits.reserve(row, granted) else NOTHING)
         return Quota(tuple(rows), guides)
-
-    def _settle_followers(self, plan: Plan) -> None:
-        """Drafters that sleep do not follow the rows, but for one: their model neither runs nor keeps anything."""
-        sleeping = any(member.sleeps for member in self.members)
-        if not sleeping and not self._any_slept:
-            return
-        self._any_slept = sleeping
-        for member in self.members:
-            for row in plan.rows:
-                unfollowed = row.sequence.unfollowed
-                if not member.sleeps:
-                    unfollowed.discard(member.name)
-                    member.scout = None
-                elif member.scout is None and member.name not in unfollowed and member.credit > 0:
-                    member.scout = row.sequence.id
-                elif member.scout == row.sequence.id and member.credit < 0:
-                    member.scout = None
-                    unfollowed.add(member.name)
-                elif member.scout != row.sequence.id:
-                    unfollowed.add(member.name)
 
     # after drafting ---------------------------------------------------------------------------------------------------
 

@@ -256,7 +256,10 @@ def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
         (("demo/target", "--speculate", "draft=no/such"), ["'no/such'"]),
         (("demo/target", "--chat-template", "nowhere.jinja"), ["--chat-template", "nowhere.jinja"]),
         (("demo/target", "--max-nodes", "64"), ["--max-nodes"]),
-        (("demo/target", "--kv-cache-memory", "100TiB"), ["not enough memory", "--kv-cache-memory"]),
+        (
+            ("demo/target", "--kv-cache-memory", "100TiB"),
+            ["does not fit", "lower --kv-cache-memory"],
+        ),
         (("docs",), ["docs has no config.json", "folder of a model"]),
         (("",), ["no name", "folder of a model"]),
     ],
