@@ -38,6 +38,8 @@ from models.tree_ops import ChosenTrees, TreeOps
 EXPLORING = 0.005  # share of the time that goes into trying each drafter that is not used
 SOON = 24  # steps after a plain one, another is due
 MOVED = 0.15  # if all prices (their logarithm) have moved so far since: that may be the price of nodes
+LONG_STEP = 0.006  # seconds of a plain step beside which the planner's own time does not count
+PLAIN_STEP = 512  # one step in so many is plain there, to know what that costs
 LOOK = 8  # of the steps in a low gear, one in so many teaches what steps cost and what guesses are worth
 CREDIT = 64  # steps whose time a drafter's credit is worth at most
 DRIFT_STEP = 16  # steps between two of Forecast.drift
@@ -106,6 +108,7 @@ class AutoPlanner:
         gears = [PLAIN, *([LIGHT] if self.guessers else []), *([FULL] if self.members else [])]
         self._pulse = Pulse(tuple(gears))
         self._gear = PLAIN
+        self._top_gear = gears[-1]
         self._no_quotas: dict[int, Quota] = {}  # by rows: most steps of a plain engine have one of a few
         self._beat: Beat | None = None
         self._crowd = _Crowd((), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
@@ -238,7 +241,10 @@ class AutoPlanner:
         self._beat = self._pulse.beat(len(plan.deciding), plan.deciding[0].sequence.is_greedy)
         last, moved = self._last_plain
         soon = self._number - last >= SOON and abs(self.costs.moved - moved) > MOVED
-        gear = PLAIN if soon else self._beat.next()
+        if self.costs.at(len(plan.deciding)) > LONG_STEP:  # thought is free beside such steps: no gear saves any
+            gear = PLAIN if soon or self._number - last >= PLAIN_STEP else self._top_gear
+        else:
+            gear = PLAIN if soon else self._beat.next()
         if gear == PLAIN:
             self._last_plain = self._number, self.costs.moved
         return gear
