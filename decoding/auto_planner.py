@@ -38,8 +38,8 @@ from models.tree_ops import ChosenTrees, TreeOps
 EXPLORING = 0.005  # share of the time that goes into trying each drafter that is not used
 SOON = 24  # steps after a plain one, another is due
 MOVED = 0.15  # if all prices (their logarithm) have moved so far since: that may be the price of nodes
+DOUBTS = 10  # plain steps that are made then, one SOON after the other
 LONG_STEP = 0.006  # seconds of a plain step beside which the planner's own time does not count
-PLAIN_STEP = 512  # one step in so many is plain there, to know what that costs
 LOOK = 8  # of the steps in a low gear, one in so many teaches what steps cost and what guesses are worth
 CREDIT = 64  # steps whose time a drafter's credit is worth at most
 DRIFT_STEP = 16  # steps between two of Forecast.drift
@@ -108,7 +108,7 @@ class AutoPlanner:
         gears = [PLAIN, *([LIGHT] if self.guessers else []), *([FULL] if self.members else [])]
         self._pulse = Pulse(tuple(gears))
         self._gear = PLAIN
-        self._top_gear = gears[-1]
+        self._long_pulse = Pulse((PLAIN, gears[-1]))
         self._no_quotas: dict[int, Quota] = {}  # by rows: most steps of a plain engine have one of a few
         self._beat: Beat | None = None
         self._crowd = _Crowd((), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
@@ -116,6 +116,7 @@ class AutoPlanner:
         self._rate = 0.0  # tokens a second that this step promises
         self._number = 0
         self._last_plain = 0, 0.0  # step, logarithm of all prices
+        self._doubts = 0  # plain steps that are still due soon
         self._step: _Step | None = None
 
     # the step ---------------------------------------------------------------------------------------------------------
@@ -184,7 +185,8 @@ class AutoPlanner:
         step = self._step
         if self._beat is not None and plan.chain_tokens == len(plan.deciding):
             self._beat.saw(self._gear, made, times.all)
-        looks = 1 if self._gear == FULL else LOOK  # in the lower gears, one step in so many teaches something
+        # where a low gear is the rule, one step in so many teaches something
+        looks = LOOK if self._beat is not None and self._gear == self._beat.current != FULL else 1
         if self._number % looks:
             return
         if self._gear == LIGHT and self._beat is not None:  # a node must make what the time that it takes is worth
@@ -238,15 +240,17 @@ class AutoPlanner:
         return self._crowd
 
     def _next_gear(self, plan: Plan) -> int:
-        self._beat = self._pulse.beat(len(plan.deciding), plan.deciding[0].sequence.is_greedy)
+        # beside long steps thought is free: no low gear saves any
+        pulse = self._long_pulse if self.costs.at(len(plan.deciding)) > LONG_STEP else self._pulse
+        self._beat = pulse.beat(len(plan.deciding), plan.deciding[0].sequence.is_greedy)
         last, moved = self._last_plain
-        soon = self._number - last >= SOON and abs(self.costs.moved - moved) > MOVED
-        if self.costs.at(len(plan.deciding)) > LONG_STEP:  # thought is free beside such steps: no gear saves any
-            gear = PLAIN if soon or self._number - last >= PLAIN_STEP else self._top_gear
-        else:
-            gear = PLAIN if soon else self._beat.next()
+        if abs(self.costs.moved - moved) > MOVED:
+            self._doubts = DOUBTS
+        soon = self._doubts > 0 and self._number - last >= SOON
+        gear = PLAIN if soon else self._beat.next()
         if gear == PLAIN:
             self._last_plain = self._number, self.costs.moved
+            self._doubts = max(0, self._doubts - 1)
         return gear
 
     def _asked_to_guess(self, step: _Step, limits: Quota) -> Quota:

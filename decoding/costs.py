@@ -158,7 +158,7 @@ class CostModel:
         sides = (above, above - 1) if above and edges[above] > tokens else (above,)
         for side in sides:  # a size that was not seen for long is known least: one look at it counts for more
             gap = self._steps_seen - self._seen[side]
-            self._sizes[side] += min(0.01 * gap, 0.15) * error
+            self._sizes[side] += min(0.02 * gap, 0.4) * error
             self._seen[side] = self._steps_seen
         if self._steps_seen % REFRESH == 0:
             self._refresh()
