@@ -22,7 +22,7 @@ PAGES = 2000
 
 @cache
 def engine(dtype: str, speculate: tuple[str, ...]) -> Engine:
-    return Engine.load(str(ROOT / "demo/target"), dtype=dtype, speculate=speculate, num_pages=PAGES)
+    return Engine.load(str(ROOT / "demo/target"), dtype=dtype, speculate=speculate, num_pages=PAGES, plan="fixed")
 
 
 @cache

@@ -18,7 +18,9 @@ import httpx
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "server.cli")
-DEMO = ("demo/target", "--speculate", "draft=demo/draft", "--speculate", "ngram", "--kv-cache-memory", "64MiB")
+# fixed trees: what an auto plan drafts depends on the clock
+DRAFTERS = ("--speculate", "draft=demo/draft", "--speculate", "ngram", "--plan", "fixed")
+DEMO = ("demo/target", *DRAFTERS, "--kv-cache-memory", "64MiB")
 START_SECONDS = 120  # on a machine that has other things to do
 EXIT_SECONDS = 5.0
 

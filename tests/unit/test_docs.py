@@ -43,7 +43,7 @@ def example(page: str, number: int, path: Path) -> Any:
 
 def test_the_drafter_of_the_guide_drafts_and_changes_nothing(tmp_path: Path) -> None:
     echo = example("docs/add-a-drafter.md", 0, tmp_path / "echo_drafter.py")
-    config = EngineConfig(str(ROOT / "demo" / "target"), num_pages=80, dtype="float32")
+    config = EngineConfig(str(ROOT / "demo" / "target"), num_pages=80, dtype="float32", plan="fixed")
     loaded = load_target(config)
     target = loaded.target
     context = DrafterContext(

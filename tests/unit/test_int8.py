@@ -136,7 +136,7 @@ def test_drafts_do_not_change_the_text_of_an_int8_target(dtype: str) -> None:
     params = SamplingParams(max_tokens=40, temperature=0.8, seed=3)
     plain = Engine.load(target, dtype=dtype, quantization="int8", num_pages=64)
     speculate = (f"draft={DEMO / 'draft'}", "ngram", f"eagle3={DEMO / 'eagle3'}")
-    drafted = Engine.load(target, dtype=dtype, quantization="int8", num_pages=64, speculate=speculate)
+    drafted = Engine.load(target, dtype=dtype, quantization="int8", num_pages=64, speculate=speculate, plan="fixed")
     text = plain.generate(prompt, params)[0].token_ids
     generation = drafted.generate(prompt, params)[0]
     assert generation.token_ids == text
