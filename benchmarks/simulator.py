@@ -8,7 +8,7 @@ many tokens a second it would have made.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,7 +33,6 @@ class SimulatedDrafter:
     name: str
     needs: Needs
     max_depth: int = 8
-    asleep: int = field(default=0, compare=False)
 
     def scratch_slots(self, depth: int) -> int:
         return 0
@@ -65,8 +64,7 @@ class World:
 
     Args:
         costs: what things take. May be replaced while the world runs.
-        quality: maps (drafter's name, the right token, seconds that have passed) to whether its tree at this place is
-            spoilt; None: never.
+        spoilt: maps (drafter's name, seconds that have passed) to whether its trees are all wrong; None: never.
     """
 
     def __init__(

@@ -97,7 +97,6 @@ class AutoPlanner:
         hosts = [drafter for drafter in drafters if drafter.needs.host]
         self._light_limits = Limits(cache, hosts, max_nodes, max_depth)
         self._tree_ops = tree_ops
-        self._proposal_ops = proposal_ops
         self._device = device
         self._max_depth = max_depth
         self._max_step_tokens = max_step_tokens

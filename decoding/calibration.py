@@ -83,11 +83,6 @@ class Calibration:
         """Factors on the drafter's own tau, by depth."""
         return tuple(np.exp(self._learned[bit].log_tau[mode]).tolist())
 
-    def curve(self, bit: int, mode: int, depth: int) -> list[float]:
-        """The acceptance at each knot, of nodes at ``depth`` >= 1."""
-        knots: list[float] = self._learned[bit].curves[mode, min(depth, DEPTHS) - 1].tolist()
-        return knots
-
     def tally(self, bit: int) -> Tally:
         """What is counted of a drafter; whoever adds to it says so by ``saw``."""
         return self._learned[bit].tally
@@ -109,7 +104,7 @@ class Calibration:
         shared_hits, shared_trials = tally.hits.sum(1, keepdim=True), tally.trials.sum(1, keepdim=True)
         shared = (shared_hits + PRIOR * self._prior) / (shared_trials + PRIOR)
         rates = (tally.hits + PRIOR * shared) / (tally.trials + PRIOR)
-        curves = _rising(rates.numpy(), (tally.trials + PRIOR).numpy())
+        curves = rising(rates.numpy(), (tally.trials + PRIOR).numpy())
         learned.curves.copy_(torch.from_numpy(curves))
         count = tally.surprise[..., 1].numpy()
         mean = tally.surprise[..., 0].numpy() / np.maximum(count, 1)
@@ -118,7 +113,7 @@ class Calibration:
         tally.surprise.zero_()
 
 
-def _rising(rates: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def rising(rates: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The nearest curves that never fall along the last dim (isotonic regression by pooling adjacent violators)."""
     flat_rates, flat_weights = rates.reshape(-1, rates.shape[-1]), weights.reshape(-1, rates.shape[-1])
     out = np.empty_like(flat_rates)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from decoding.costs import FORMAT, CostTable
 from decoding.planner import Limits
 from decoding.probe import Probe
 from decoding.step import Stepper
-from models.kernels.build import library_path
+from models.kernels.build import cache_folder, library_path
 
 ENOUGH_PAGES = 400  # with which everything can be measured
 
@@ -25,8 +24,6 @@ logger = logging.getLogger("saccade.engine")
 
 def cost_path(config: EngineConfig, folder: Path, device: torch.device, num_pages: int) -> Path:
     """$SACCADE_CACHE/costs or ~/.cache/saccade/costs, and a name made of all that decides what a step costs."""
-    root = os.environ.get("SACCADE_CACHE")
-    cache = Path(root) if root else Path.home() / ".cache" / "saccade"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else library_path().name
     facts = [FORMAT, where, torch.__version__, torch.get_num_threads(), config.dtype, config.quantization]
     facts += [config.attention, config.max_depth, config.max_num_seqs, min(num_pages, ENOUGH_PAGES)]
@@ -35,7 +32,7 @@ def cost_path(config: EngineConfig, folder: Path, device: torch.device, num_page
         path = Path(text.partition("=")[2].partition(":")[0])
         facts += _files(path) if path.name else []
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
-    return cache / "costs" / f"{digest}.json"
+    return cache_folder().parent / "costs" / f"{digest}.json"
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:

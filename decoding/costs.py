@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 EDGES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
-LARGEST = 2048  # query tokens whose price is kept ready; steps that are larger are priced along the last slope
+LARGEST = 2048  # query tokens whose price is kept; larger steps are taken to cost the same
 SURPRISE = 0.7  # log ratio beyond which a measurement is taken for a hiccup, and counts no more
 FORMAT = 2
 REFRESH = 16  # steps between two looks at the prices, which take as long as fifty products
@@ -92,7 +92,7 @@ class CostTable:
         return table
 
 
-def guessed_table(drafters: Mapping[str, int] | tuple[str, ...] = ()) -> CostTable:
+def guessed_table(drafters: tuple[str, ...]) -> CostTable:
     """What is believed before anything is measured: nodes at a fiftieth of a step, a drafting pass at an eighth."""
     price = DraftPrice(first=1.5e-4, further=1.25e-4, token=1e-6)
     seconds = tuple(1e-3 * (1 + 0.02 * (count - 1)) for count in EDGES)

@@ -38,11 +38,6 @@ class Forecast:
         self._slot: dict[SequenceId, int] = {}
         self._free: list[int] = []
 
-    def common(self, bit: int, mode: int) -> list[float]:
-        """[D] a drafter's chances in all rows together."""
-        chances: list[float] = self.table.common[mode, bit].tolist()
-        return chances
-
     def join(self, sequence: SequenceId, mode: int) -> int:
         """The slot of a sequence; one that is not known gets the chances of all."""
         slot = self._slot.get(sequence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -61,8 +61,12 @@ class History:
             self._records.append(Record(plan, lengths, modes, number))
         record = self._records[-1]
         record.bits.append(proposal.bit)
-        record.made.append(_to_host(proposal.trees))
-        record.calibrated.append(_to_host(calibrated).confidence)
+        trees = proposal.trees
+        tokens, parents, confidence = (_to_host(part) for part in (trees.tokens, trees.parents, trees.confidence))
+        record.made.append(
+            replace(trees, tokens=tokens, parents=parents, confidence=confidence)
+        )  # nobody reads sources
+        record.calibrated.append(_to_host(calibrated.confidence))
 
     def settle(self, floor: float, number: int) -> None:
         """A step is over: now and then, judge what can be judged. ``floor``: see ``ProposalOps.score``."""
@@ -120,9 +124,7 @@ def judge_fused(record: Record, calibration: Calibration, forecast: Forecast, fl
     )
 
 
-def _to_host(trees: Trees) -> Trees:
-    parts = (trees.tokens, trees.parents, trees.confidence, trees.source)
-    if trees.tokens.device.type == "cpu":
-        return trees
-    pinned = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
-    return Trees(*(to.copy_(part, non_blocking=True) for to, part in zip(pinned, parts, strict=True)))
+def _to_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

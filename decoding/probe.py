@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from decoding.calibration import rising
 from decoding.commit import Totals
 from decoding.costs import CostTable, DraftPrice
 from decoding.drafters.base import Drafter
@@ -40,7 +42,6 @@ class ProbePlanner:
     nodes: int = 0
     drafter: Drafter | None = None
     depth: int = 1
-    forgotten: list[Sequence] = field(default_factory=list)
 
     def limits(self, plan: Plan) -> Quota:
         names = frozenset({self.drafter.name} if self.drafter else ())
@@ -111,7 +112,9 @@ class Probe:
                 tokens.append(rows * (1 + nodes))
                 seconds.append(max(self._steps(nodes) - row * (rows - 1), seconds[-1]))
         drafters = {d.name: self._draft_price(d) for d in self._stepper.drafters.members}
-        table = CostTable(tuple(tokens), rising(seconds), row, context, drafters)
+        prices = np.array(seconds)
+        smooth = tuple(rising(prices, np.ones_like(prices)).tolist())
+        table = CostTable(tuple(tokens), smooth, row, context, drafters)
         table.check()
         return table
 
@@ -195,18 +198,6 @@ class Probe:
         scheduler = self._stepper.scheduler
         for sequence in [*scheduler.running, *scheduler.waiting]:
             self._stepper.committer.end(sequence, "cancelled")
-
-
-def rising(seconds: list[float]) -> tuple[float, ...]:
-    """The nearest prices that never fall: those that do are averaged with their neighbours."""
-    pools: list[tuple[float, int]] = []  # mean, how many
-    for price in seconds:
-        pool = (price, 1)
-        while pools and pools[-1][0] > pool[0]:
-            mean, count = pools.pop()
-            pool = ((mean * count + pool[0] * pool[1]) / (count + pool[1]), count + pool[1])
-        pools.append(pool)
-    return tuple(mean for mean, count in pools for _ in range(count))
 
 
 def draft_price(taken: dict[tuple[int, int], float], deepest: int, token: float) -> DraftPrice:
