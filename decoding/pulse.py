@@ -58,10 +58,11 @@ class Beat:
 
     def next(self) -> int:
         """The gear of the next step."""
-        if self._trial is not None and self._left:
-            self._left -= 1
-            return self._trial
-        self._trial = None
+        if self._trial is not None:
+            if self._left:
+                self._left -= 1
+                return self._trial
+            self._conclude(self._trial)  # here and not in ``saw``: a try may end in a step with a chunk of a prompt
         for gear in self._wait:
             if gear == self.current:
                 continue
@@ -74,9 +75,7 @@ class Beat:
         """A step, without chunks of prompts, made so many tokens in so many seconds."""
         account = self.accounts[gear]
         account.add(tokens, seconds)
-        if gear == self._trial and not self._left:
-            self._conclude(gear)
-        elif gear == self.current and gear != PLAIN:
+        if gear == self.current and gear != PLAIN:
             self._mark += SLOW * (account.rate - self._mark)
             if account.rate < FALLEN * self._mark:
                 self._mark = account.rate

@@ -1,0 +1,35 @@
+"""The clock behind the planner: which gear is kept, and how rarely the others are tried."""
+
+from __future__ import annotations
+
+import pytest
+
+from decoding.pulse import FULL, LIGHT, PLAIN, Beat
+
+
+def run(beat: Beat, steps: int, rates: dict[int, float], unseen: int = 0) -> dict[int, int]:
+    """How often each gear was chosen; every ``unseen``-th step has a chunk of a prompt and teaches nothing."""
+    chosen = {PLAIN: 0, LIGHT: 0, FULL: 0}
+    for number in range(1, steps + 1):
+        gear = beat.next()
+        chosen[gear] += 1
+        if not unseen or number % unseen:
+            beat.saw(gear, 1, 1 / rates[gear])
+    return chosen
+
+
+@pytest.mark.parametrize("unseen", [0, 2, 3])
+@pytest.mark.parametrize("best", [PLAIN, LIGHT, FULL])
+def test_the_best_gear_is_found_and_the_others_are_tried_ever_more_rarely(best: int, unseen: int) -> None:
+    rates = {gear: 2.0 if gear == best else 1.0 for gear in (PLAIN, LIGHT, FULL)}
+    beat = Beat((PLAIN, LIGHT, FULL))
+    run(beat, 2000, rates, unseen)
+    assert beat.current == best
+    assert run(beat, 4000, rates, unseen)[best] > 0.98 * 4000
+
+
+def test_a_gear_that_becomes_better_is_found() -> None:
+    beat = Beat((PLAIN, FULL))
+    run(beat, 2000, {PLAIN: 2.0, LIGHT: 1.0, FULL: 1.0})
+    run(beat, 12000, {PLAIN: 2.0, LIGHT: 1.0, FULL: 6.0})
+    assert beat.current == FULL
