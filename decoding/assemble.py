@@ -20,7 +20,7 @@ from decoding.drafters.team import DrafterTeam
 from decoding.errors import ConfigError, ModelError, nearest
 from decoding.memory import pool_size, room_for_weights
 from decoding.noise import NoiseBank
-from decoding.plan_choice import parse_plan
+from decoding.plan_choice import FixedPlan, parse_plan
 from decoding.planner import Planner, StaticPlanner
 from decoding.prefix_cache import PrefixCache
 from decoding.proposal_ops import load_proposal_ops
@@ -240,6 +240,8 @@ def build_planner(
         ConfigError: an unknown plan, or options that it does not have.
     """
     fixed = parse_plan(config.plan)
+    if fixed is None and not drafters:
+        fixed = FixedPlan()  # nothing to weigh, nor to learn
     if fixed is None:
         return AutoPlanner(
             cache,

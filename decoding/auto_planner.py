@@ -40,7 +40,8 @@ SOON = 24  # steps after a plain one, another is due
 MOVED = 0.15  # if all prices (their logarithm) have moved so far since: that may be the price of nodes
 DOUBTS = 10  # plain steps that are made then, one SOON after the other
 LONG_STEP = 0.006  # seconds of a plain step beside which the planner's own time does not count
-LOOK = 8  # of the steps in a low gear, one in so many teaches what steps cost and what guesses are worth
+LOOK = 32  # of the steps in a low gear, one in so many teaches what steps cost and what guesses are worth
+LONG_LOOK = 8  # the same where steps are long
 CREDIT = 64  # steps whose time a drafter's credit is worth at most
 DRIFT_STEP = 16  # steps between two of Forecast.drift
 FLOOR = (0.01, 0.5)  # path probabilities below which a node is not forecast to be bought
@@ -49,13 +50,13 @@ FLOOR = (0.01, 0.5)  # path probabilities below which a node is not forecast to 
 NOTHING = RowQuota()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Crowd:
     """What is the same as long as the same rows decide."""
 
     key: tuple[SequenceId, ...]
     modes: Tensor  # [R]
-    slots: Tensor  # [R] of the forecast
+    slots: Tensor | None = None  # [R] of the forecast; None: nobody asked
 
 
 @dataclass
@@ -110,8 +111,10 @@ class AutoPlanner:
         self._long_pulse = Pulse((PLAIN, gears[-1]))
         self._no_quotas: dict[int, Quota] = {}  # by rows: most steps of a plain engine have one of a few
         self._beat: Beat | None = None
-        self._crowd = _Crowd((), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
-        self._floor = self._light_floor = 0.05
+        self._crowd = _Crowd((), torch.zeros(0, dtype=torch.int64))
+        self._look = 1
+        self._floor = 0.05
+        self._kept_prices: dict[int, Tensor] = {}  # of light steps, by query tokens without drafts
         self._rate = 0.0  # tokens a second that this step promises
         self._number = 0
         self._last_plain = 0, 0.0  # step, logarithm of all prices
@@ -126,19 +129,20 @@ class AutoPlanner:
         self._step = self._beat = None
         rows = len(plan.deciding)
         self._gear = self._next_gear(plan) if rows and (self.members or self.guessers) else PLAIN
+        if self._gear == FULL or self._number % self._look == 0 or len(plan.rows) > rows:
+            self._followers.settle(plan)  # new rows are never followed by those that sleep
         if self._gear == PLAIN:
             return self._no_quota(rows)
-        if self._gear == FULL or self._number % LOOK == 0:
-            self._followers.settle(plan)
         crowd = self._gather(plan)
-        if self._gear == LIGHT:  # no more than a fixed plan does, but for the floor, which is looked after now and then
+        share = share_of(plan, self._max_step_tokens)
+        if self._gear == LIGHT:  # no more than a fixed plan does; prices are looked at now and then
             self._step = _Step(plan, crowd, 0.0, set())
-            return self._light_limits.of(plan, share_of(plan, self._max_step_tokens))
+            return self._light_limits.reserved(plan, share)
         if self._number % DRIFT_STEP == 0:
-            self.forecast.drift(crowd.slots, crowd.modes)
+            self.forecast.drift(self._slots(crowd), crowd.modes)
         extra = self.costs.extra(len(plan.rows), sum(row.end for row in plan.rows))
         step = self._step = _Step(plan, crowd, extra, set())
-        return self._asked_to_guess(step, self._limits.of(plan, share_of(plan, self._max_step_tokens)))
+        return self._asked_to_guess(step, self._limits.of(plan, share))
 
     def quota(self, plan: Plan, limits: Quota, guesses: list[Proposal]) -> Quota:
         """See ``Planner``."""
@@ -146,12 +150,9 @@ class AutoPlanner:
         if step is None or not limits.nodes:
             return limits
         for guess in guesses:
-            self._calibrate(step, guess, learn=self._gear == FULL or self._number % LOOK == 0)
+            self._calibrate(step, guess, learn=self._gear == FULL or self._number % self._look == 0)
         if self._gear == LIGHT:
-            if not guesses:
-                return self._no_quota(len(limits.rows))
-            rows = zip(plan.deciding, limits.rows, strict=True)
-            return Quota(tuple(m if m.nodes and self._light_limits.reserve(r, m) else NOTHING for r, m in rows))
+            return limits if guesses else self._no_quota(len(limits.rows))
         scene = self._scene(step)
         terms = [self._terms(member, step, limits) for member in self.members]
         deal = step.deal = self._market(scene, terms)
@@ -175,9 +176,8 @@ class AutoPlanner:
                 self._calibrate(step, proposal, learn=True)
         nodes, depth = [row.nodes for row in quota.rows], [row.depth for row in quota.rows]
         trees = [calibrated.to(device) for calibrated in step.guesses.values()]
-        if self._gear == LIGHT:
-            return self._tree_ops.choose(trees, nodes, depth, self._light_floor)
-        return self._tree_ops.choose(trees, nodes, depth, 0.0, 0, self._prices(step, sum(nodes)))
+        prices = self._light_prices(step, sum(nodes)) if self._gear == LIGHT else self._prices(step, sum(nodes))
+        return self._tree_ops.choose(trees, nodes, depth, 0.0, 0, prices)
 
     def learn(self, plan: Plan, chosen: ChosenTrees, made: int, times: StepTimes) -> None:
         """See ``Planner``."""
@@ -185,15 +185,10 @@ class AutoPlanner:
         if self._beat is not None and plan.chain_tokens == len(plan.deciding):
             self._beat.saw(self._gear, made, times.all)
         # where a low gear is the rule, one step in so many teaches something
-        looks = LOOK if self._beat is not None and self._gear == self._beat.current != FULL else 1
+        looks = self._look if self._beat is not None and self._gear == self._beat.current != FULL else 1
         if self._number % looks:
             return
-        if self._gear == LIGHT and self._beat is not None:  # a node must make what the time that it takes is worth
-            rate = self._beat.accounts[LIGHT].rate
-            node = slope_of(plan.chain_tokens, self.costs)
-            self._light_floor += 0.2 * (min(max(node * rate, FLOOR[0]), FLOOR[1]) - self._light_floor)
-        if step is None and plan.deciding:
-            self._followers.settle(plan)
+        self._kept_prices.clear()
         # where a device works behind the host's back, drafting is known by its price alone
         waits = self._device.type == "cpu"
         drafting = sum(times.drafters.values()) if waits or step is None else step.seconds
@@ -219,7 +214,7 @@ class AutoPlanner:
         self.forecast.forget(sequence.id)
         self._limits.forget(sequence)
         self._light_limits.forget(sequence)
-        self._crowd = _Crowd((), self._crowd.modes, self._crowd.slots)  # its slot may be another's next
+        self._crowd = _Crowd((), self._crowd.modes)  # its slot may be another's next
         for member in self.members:
             if member.scout == sequence.id:
                 member.scout = None
@@ -233,14 +228,21 @@ class AutoPlanner:
     def _gather(self, plan: Plan) -> _Crowd:
         key = tuple([row.sequence.id for row in plan.deciding])
         if key != self._crowd.key:
-            modes = [mode_of(row.sequence) for row in plan.deciding]
-            slots = [self.forecast.join(sequence, mode) for sequence, mode in zip(key, modes, strict=True)]
-            self._crowd = _Crowd(key, torch.tensor(modes), torch.tensor(slots))
+            self._crowd = _Crowd(key, torch.tensor([mode_of(row.sequence) for row in plan.deciding]))
         return self._crowd
+
+    def _slots(self, crowd: _Crowd) -> Tensor:
+        if crowd.slots is None:
+            rows = zip(crowd.key, crowd.modes.tolist(), strict=True)
+            crowd.slots = torch.tensor([self.forecast.join(sequence, mode) for sequence, mode in rows])
+        return crowd.slots
 
     def _next_gear(self, plan: Plan) -> int:
         # beside long steps thought is free: no low gear saves any
-        pulse = self._long_pulse if self.costs.at(len(plan.deciding)) > LONG_STEP else self._pulse
+        if self.costs.at(len(plan.deciding)) > LONG_STEP:
+            pulse, self._look = self._long_pulse, LONG_LOOK
+        else:
+            pulse, self._look = self._pulse, LOOK
         self._beat = pulse.beat(len(plan.deciding), plan.deciding[0].sequence.is_greedy)
         last, moved = self._last_plain
         if abs(self.costs.moved - moved) > MOVED:
@@ -278,7 +280,7 @@ class AutoPlanner:
         return Scene(
             guesses=list(step.guesses.values()),
             floor=self._floor,
-            slots=step.crowd.slots,
+            slots=self._slots(step.crowd),
             table=self.forecast.table,
             steps=self.costs.steps(),
             tokens=step.plan.chain_tokens,
@@ -377,6 +379,15 @@ class AutoPlanner:
         return Quota(tuple(rows), guides)
 
     # after drafting ---------------------------------------------------------------------------------------------------
+
+    def _light_prices(self, step: _Step, nodes: int) -> Tensor:
+        """The prices of a light step, as they were when they were last looked at."""
+        prices = self._kept_prices.get(step.plan.chain_tokens)
+        if prices is None or len(prices) <= nodes:
+            rows = step.plan.rows
+            step.extra = self.costs.extra(len(rows), sum(row.end for row in rows))
+            prices = self._kept_prices[step.plan.chain_tokens] = self._prices(step, nodes)
+        return prices if len(prices) == nodes + 1 else prices[: nodes + 1]
 
     def _prices(self, step: _Step, nodes: int) -> Tensor:
         """[nodes + 1] float64, seconds of the whole step with k nodes in all."""

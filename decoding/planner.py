@@ -78,6 +78,11 @@ class Limits:
             return Quota(tuple(RowQuota() for _ in plan.deciding))
         return Quota(tuple(self._row(row.sequence, share) for row in plan.deciding))
 
+    def reserved(self, plan: Plan, share: int) -> Quota:
+        """The same, with the slots that all of it needs; rows without them get nothing."""
+        asked = zip(plan.deciding, self.of(plan, share).rows, strict=True)
+        return Quota(tuple(m if m.nodes and self.reserve(row, m) else RowQuota() for row, m in asked))
+
     def _row(self, sequence: Sequence, share: int) -> RowQuota:
         allowed = self._allowances.get(sequence.id)
         if allowed is None:
@@ -140,9 +145,7 @@ class StaticPlanner:
         """See ``Planner``: here reserved at once, and given as they are."""
         if not plan.deciding:
             return Quota(())
-        asked = self._limits.of(plan, share_of(plan, self._max_step_tokens))
-        rows = zip(plan.deciding, asked.rows, strict=True)
-        return Quota(tuple(m if m.nodes and self._limits.reserve(row, m) else RowQuota() for row, m in rows))
+        return self._limits.reserved(plan, share_of(plan, self._max_step_tokens))
 
     def quota(self, plan: Plan, limits: Quota, guesses: list[Proposal]) -> Quota:
         return limits

@@ -1,8 +1,8 @@
 """Whether thinking about drafts is itself worth its time: the clock decides between three gears.
 
 All else that the planner believes is a model. This is the guard behind it: tokens a second as they were, thinking and
-everything else included, of steps in each gear. The engine runs in the best one, and tries the others now and then:
-the longer they keep losing, the more rarely.
+everything else included, of steps in each gear. The engine runs in the best one, and tries the others now and then: the more a
+try costs, the more rarely, so that a known share of the time goes into it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PLAIN, LIGHT, FULL = 0, 1, 2  # nothing drafted; guesses without a model alone; everything weighed
-TRIAL = (2, 4, 8)  # steps of a try, by gear
-ENOUGH = (4, 24, 40)  # steps before anything is concluded
+TRIAL = (2, 8, 8)  # steps of a try, by gear
+ENOUGH = (6, 48, 48)  # steps before anything is concluded
 FIRST = 12  # steps between two tries until then
-REST = (48, 1024)  # and later: at first, at most
+REST = (48, 2048)  # and later: at least, at most
+SHARE = 0.003  # of the time that tries of one gear cost
 MARGIN = 1.02  # by which another gear must win
 FADING = 0.995  # of what the steps of a gear made, a step
 FALLEN = 0.5  # of what the gear has made for long: the text may have changed, others are tried soon
@@ -26,13 +27,20 @@ class Account:
 
     tokens: float = 0.0
     seconds: float = 0.0
+    weight: float = 0.0
     steps: int = 0
 
     def add(self, tokens: int, seconds: float) -> None:
         """One more step."""
         self.tokens = FADING * self.tokens + tokens
         self.seconds = FADING * self.seconds + seconds
+        self.weight = FADING * self.weight + 1
         self.steps += 1
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one step."""
+        return self.seconds / self.weight if self.weight else 0.0
 
     @property
     def rate(self) -> float:
@@ -50,7 +58,6 @@ class Beat:
     def __init__(self, gears: tuple[int, ...]) -> None:
         self.current = gears[-1]
         self.accounts = {gear: Account() for gear in gears}
-        self._rest = dict.fromkeys(gears, REST[0])
         self._wait = dict.fromkeys(gears, FIRST)  # steps to the next try
         self._trial: int | None = None
         self._left = 0  # steps of the try
@@ -79,23 +86,21 @@ class Beat:
             self._mark += SLOW * (account.rate - self._mark)
             if account.rate < FALLEN * self._mark:
                 self._mark = account.rate
-                self._rest = dict.fromkeys(self._rest, REST[0])
                 self._wait = {other: min(wait, REST[0]) for other, wait in self._wait.items()}
 
     def _conclude(self, gear: int) -> None:
-        """A try is over: change gears, or wait longer for the next one."""
+        """A try is over: change gears, or wait for the next one until it has paid for itself."""
         self._trial = None
         ours, theirs = self.accounts[self.current], self.accounts[gear]
         if ours.steps < ENOUGH[self.current] or theirs.steps < ENOUGH[gear]:
             self._wait[gear] = FIRST
         elif theirs.rate > MARGIN * ours.rate:
             self.current = gear
-            self._rest = dict.fromkeys(self._rest, REST[0])
             self._wait = dict.fromkeys(self._wait, REST[0])
             self._mark = theirs.rate
         else:
-            self._rest[gear] = min(2 * self._rest[gear], REST[1])
-            self._wait[gear] = self._rest[gear]
+            lost = TRIAL[gear] * theirs.step_seconds * (1 - theirs.rate / ours.rate)
+            self._wait[gear] = min(max(REST[0], int(lost / (SHARE * ours.step_seconds))), REST[1])
 
 
 class Pulse:

@@ -70,10 +70,13 @@ class DrafterTeam:
         return self._ask(self._drafting, plan, quota, sampling)
 
     def _ask(self, members: list[tuple[int, Drafter]], plan: Plan, quota: Quota, sampling: Sampling) -> list[Proposal]:
-        if not quota.nodes and len(plan.rows) == len(plan.deciding):
-            return []  # nothing to draft, and no prompt to follow
+        follows = len(plan.rows) > len(plan.deciding)  # there are prompts to follow
+        if not quota.nodes and not follows:
+            return []
         proposals = []
-        for bit, drafter in members if plan.rows else ():
+        for bit, drafter in members:
+            if not follows and not any([drafter.name in row.drafters for row in quota.rows]):
+                continue
             started = time.perf_counter()
             trees = drafter.propose(plan, quota, sampling)
             self.taken[drafter.name] += time.perf_counter() - started
