@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PLAIN, LIGHT, FULL = 0, 1, 2  # nothing drafted; guesses without a model alone; everything weighed
-TRIAL = (2, 8, 8)  # steps of a try, by gear
-ENOUGH = (6, 48, 48)  # steps before anything is concluded
-FIRST = 12  # steps between two tries until then
+TRIAL = (2, 8, 8)  # steps of a try, by gear, with one row; with many rows each step tells more
+ENOUGH = (6, 48, 48)  # the same: steps before anything is concluded
+LEAST = 2, 6  # of both, with however many rows
+PATIENCE = 4  # times a try's steps: it ends then, however many of them had chunks of prompts and told nothing
+FIRST = 12  # steps before the first try, and between two of them until enough is known
 REST = (48, 2048)  # and later: at least, at most
 SHARE = 0.003  # of the time that tries of one gear cost
 MARGIN = 1.02  # by which another gear must win
@@ -53,35 +55,47 @@ class Beat:
 
     Args:
         gears: those that there are, the highest last; it begins with that one.
+        rows: how many, about.
     """
 
-    def __init__(self, gears: tuple[int, ...]) -> None:
+    def __init__(self, gears: tuple[int, ...], rows: int = 1) -> None:
+        self._trial_steps = {gear: max(LEAST[0], TRIAL[gear] // rows) for gear in gears}
+        self._enough = {gear: max(LEAST[1], ENOUGH[gear] // rows) for gear in gears}
         self.current = gears[-1]
         self.accounts = {gear: Account() for gear in gears}
         self._wait = dict.fromkeys(gears, FIRST)  # steps to the next try
         self._trial: int | None = None
-        self._left = 0  # steps of the try
+        self._left = 0  # steps of the try that teach something,
+        self._patience = 0  # and steps of any kind
         self._mark = 0.0  # rate of the current gear, for long
 
     def next(self) -> int:
         """The gear of the next step."""
         if self._trial is not None:
-            if self._left:
-                self._left -= 1
+            if self._left > 0 and self._patience > 0:
+                self._patience -= 1
                 return self._trial
-            self._conclude(self._trial)  # here and not in ``saw``: a try may end in a step with a chunk of a prompt
+            self._conclude(self._trial)
         for gear in self._wait:
             if gear == self.current:
                 continue
             self._wait[gear] -= 1
             if self._wait[gear] <= 0 and self._trial is None:
-                self._trial, self._left = gear, TRIAL[gear] - 1
+                self._begin(gear)
         return self.current if self._trial is None else self._trial
+
+    def _begin(self, gear: int) -> None:
+        """Try a gear; one that is hardly known for long enough to judge it."""
+        self._trial = gear
+        self._left = max(self._trial_steps[gear], self._enough[gear] - self.accounts[gear].steps)
+        self._patience = PATIENCE * self._left - 1
 
     def saw(self, gear: int, tokens: int, seconds: float) -> None:
         """A step, without chunks of prompts, made so many tokens in so many seconds."""
         account = self.accounts[gear]
         account.add(tokens, seconds)
+        if gear == self._trial:
+            self._left -= 1
         if gear == self.current and gear != PLAIN:
             self._mark += SLOW * (account.rate - self._mark)
             if account.rate < FALLEN * self._mark:
@@ -92,14 +106,14 @@ class Beat:
         """A try is over: change gears, or wait for the next one until it has paid for itself."""
         self._trial = None
         ours, theirs = self.accounts[self.current], self.accounts[gear]
-        if ours.steps < ENOUGH[self.current] or theirs.steps < ENOUGH[gear]:
+        if ours.steps < self._enough[self.current] or theirs.steps < self._enough[gear]:
             self._wait[gear] = FIRST
         elif theirs.rate > MARGIN * ours.rate:
             self.current = gear
             self._wait = dict.fromkeys(self._wait, REST[0])
             self._mark = theirs.rate
         else:
-            lost = TRIAL[gear] * theirs.step_seconds * (1 - theirs.rate / ours.rate)
+            lost = self._trial_steps[gear] * theirs.step_seconds * (1 - theirs.rate / ours.rate)
             self._wait[gear] = min(max(REST[0], int(lost / (SHARE * ours.step_seconds))), REST[1])
 
 
@@ -115,5 +129,5 @@ class Pulse:
         size = (rows.bit_length(), greedy)
         beat = self._beats.get(size)
         if beat is None:
-            beat = self._beats[size] = Beat(self._gears)
+            beat = self._beats[size] = Beat(self._gears, rows)
         return beat
