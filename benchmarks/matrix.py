@@ -81,7 +81,7 @@ def parse(argv: Sequence[str]) -> Options:
     add("--warm-up", type=float, default=3.0, metavar="SECONDS", help="of auto in each cell (default: %(default)s)")
     add("--select-runs", type=positive, default=2, metavar="N", help="rounds that choose (default: %(default)s)")
     add("--runs", type=positive, default=5, metavar="N", help="paired rounds (default: %(default)s)")
-    add("--tokens", type=positive, default=48, metavar="N", help="of every request (default: %(default)s)")
+    add("--tokens", type=positive, default=128, metavar="N", help="of every request (default: %(default)s)")
     options = Options(**read(parser, argv))
     known(parser, options.systems, SETTINGS)
     if not set(options.systems) & set(FIXED):

@@ -120,6 +120,7 @@ class AutoPlanner:
         self._last_plain = 0, 0.0  # step, logarithm of all prices
         self._doubts = 0  # plain steps that are still due soon
         self._step: _Step | None = None
+        self._light_step = _Step(Plan((), ()), self._crowd, 0.0, set())  # always the same one
 
     # the step ---------------------------------------------------------------------------------------------------------
 
@@ -136,7 +137,9 @@ class AutoPlanner:
         crowd = self._gather(plan)
         share = share_of(plan, self._max_step_tokens)
         if self._gear == LIGHT:  # no more than a fixed plan does; prices are looked at now and then
-            self._step = _Step(plan, crowd, 0.0, set())
+            light = self._step = self._light_step
+            light.plan, light.crowd = plan, crowd
+            light.guesses.clear()
             return self._light_limits.reserved(plan, share)
         if self._number % DRIFT_STEP == 0:
             self.forecast.drift(self._slots(crowd), crowd.modes)

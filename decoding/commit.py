@@ -126,18 +126,23 @@ class Committer:
 
     def _account(self, sequence: Sequence, source: list[int], path: list[int], kept: int) -> None:
         """Count a row's step: the sources of its tree's columns, the columns of those that were accepted."""
+        counters = sequence.counter, self.totals.speculation
+        for counter in counters:
+            counter.steps += 1
+        self.totals.generated_tokens += kept
+        if len(source) == 1:
+            return
         taken = [source[column] for column in path]
         # few drafters, so few different sources; the root has none, nor has padding
-        drafted = [(bits, source.count(bits)) for bits in set(source) if bits]
-        accepted = [(bits, taken.count(bits)) for bits in set(taken)]
-        for counter in (sequence.counter, self.totals.speculation):
-            counter.steps += 1
-            counter.drafted += sum(count for _, count in drafted)
-            counter.accepted += len(path)
-            for bit, name in enumerate(self._names):
-                counter.drafted_by[name] += sum(count for bits, count in drafted if bits >> bit & 1)
-                counter.accepted_by[name] += sum(count for bits, count in accepted if bits >> bit & 1)
-        self.totals.generated_tokens += kept
+        for bits in set(source) - {0}:
+            drafted, accepted = source.count(bits), taken.count(bits)
+            names = [name for bit, name in enumerate(self._names) if bits >> bit & 1]
+            for counter in counters:
+                counter.drafted += drafted
+                counter.accepted += accepted
+                for name in names:
+                    counter.drafted_by[name] += drafted
+                    counter.accepted_by[name] += accepted
 
     def _event(
         self,
@@ -160,7 +165,7 @@ class Committer:
             seed=sequence.seed if first else None,
             cached_tokens=sequence.cached_prompt_tokens if first else 0,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
-            speculation=sequence.counter.stats(sequence.acceptance.rule) if reason else None,
+            speculation=sequence.counter.stats(self._names, sequence.acceptance.rule) if reason else None,
         )
 
     def _settle(self, sequence: Sequence, reason: FinishReason | None) -> None:

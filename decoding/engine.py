@@ -216,7 +216,7 @@ class Engine:
         """Counters since loading, gauges of now."""
         stepper, totals = self._stepper, self._stepper.committer.totals
         pool = stepper.cache.prefixes.pool
-        speculation = totals.speculation.stats()
+        speculation = totals.speculation.stats(stepper.drafters.names)
         return EngineStats(
             running=len(stepper.scheduler.running),
             waiting=len(stepper.scheduler.waiting),

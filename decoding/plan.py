@@ -35,9 +35,9 @@ class Plan:
     rows: tuple[PlannedRow, ...]
     deciding: tuple[PlannedRow, ...]
 
-    @property
+    @cached_property
     def chain_tokens(self) -> int:
-        return sum(row.length for row in self.rows)
+        return sum([row.length for row in self.rows])
 
 
 @dataclass(frozen=True)

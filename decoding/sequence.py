@@ -24,8 +24,9 @@ class SpeculationCounter:
     drafted_by: Counter[str] = field(default_factory=Counter)
     accepted_by: Counter[str] = field(default_factory=Counter)
 
-    def stats(self, acceptance: str = "exact") -> SpeculationStats:
-        by_drafter = {name: DrafterStats(self.drafted_by[name], self.accepted_by[name]) for name in self.drafted_by}
+    def stats(self, names: tuple[str, ...], acceptance: str = "exact") -> SpeculationStats:
+        """What was counted, of each of these drafters."""
+        by_drafter = {name: DrafterStats(self.drafted_by[name], self.accepted_by[name]) for name in names}
         return SpeculationStats(self.steps, self.drafted, self.accepted, by_drafter, acceptance)
 
 
