@@ -65,9 +65,9 @@ def speculating(best: LlamaSetting, ways: Iterator[Speculation]) -> list[LlamaSe
 
 
 def draft_ways() -> Iterator[Speculation]:
-    """With a draft model: how many tokens at most, and how sure it must be of each. The defaults come first."""
-    for tokens in (3, 2, 4, 6, 8, 16):
-        for least in (0.0, 0.4, 0.75):
+    """With a draft model: how many tokens at most, and how sure it must be of each. What tuning found comes first."""
+    for tokens in (6, 3, 2, 4, 8, 16):
+        for least in (0.4, 0.0, 0.75):
             yield draft_way(tokens, least)
 
 
@@ -77,13 +77,12 @@ def draft_way(tokens: int, least: float) -> Speculation:
 
 
 def ngram_ways() -> Iterator[Speculation]:
-    """Without a model: how many tokens must be equal, and how many are then drafted."""
-    sizes = ((3, 8), (2, 4), (3, 4), (4, 16), (12, 48))
-    for equal, drafted in sizes:
-        yield ngram_way("ngram-simple", equal, drafted)
+    """Without a model: how many tokens must be equal, and how many are then drafted. What tuning found comes first."""
     for kind in ("ngram-map-k", "ngram-map-k4v"):
-        for equal, drafted in sizes[1:]:
+        for equal, drafted in ((3, 4), (2, 4), (4, 16), (12, 48)):
             yield ngram_way(kind, equal, drafted, remembers=True)
+    for equal, drafted in ((3, 8), (2, 4), (3, 4), (4, 16), (12, 48)):
+        yield ngram_way("ngram-simple", equal, drafted)
     for match, least, most in ((4, 1, 8), (8, 2, 16), (24, 48, 64)):
         flags = ["--spec-type", "ngram-mod"]
         for flag, value in (("match", match), ("min", least), ("max", most)):

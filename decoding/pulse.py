@@ -1,8 +1,8 @@
 """Whether thinking about drafts is itself worth its time: the clock decides between three gears.
 
 All else that the planner believes is a model. This is the guard behind it: tokens a second as they were, thinking and
-everything else included, of steps in each gear. The engine runs in the best one, and tries the others now and then: the more a
-try costs, the more rarely, so that a known share of the time goes into it.
+everything else included, of steps in each gear. The engine runs in the best one, and tries the others now and then:
+the more a try costs, the more rarely, so that a known share of the time goes into it.
 """
 
 from __future__ import annotations

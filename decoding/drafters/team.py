@@ -75,7 +75,7 @@ class DrafterTeam:
             return []
         proposals = []
         for bit, drafter in members:
-            if not follows and not any([drafter.name in row.drafters for row in quota.rows]):
+            if not follows and not any(drafter.name in row.drafters for row in quota.rows):
                 continue
             started = time.perf_counter()
             trees = drafter.propose(plan, quota, sampling)
