@@ -182,7 +182,7 @@ class PredictionDrafter(TokenDrafter):
         self._followers: dict[SequenceId, _Follower] = {}
 
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
-        if not any([row.sequence.request.prediction_ids for row in plan.deciding]):
+        if not any(row.sequence.request.prediction_ids for row in plan.deciding):
             return None
         rows = zip(plan.deciding, quota.rows, strict=True)
         return trees_of(plan, [self._nodes(row.sequence, limit) for row, limit in rows], self._bit)
