@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,16 +29,15 @@ class Continuation:
     weights: Sequence[float]  # odds of each token, given those before it
 
 
-@dataclass(frozen=True)
-class _Waiting:
-    """A node that may become part of the tree; its parent is."""
+class _Waiting(NamedTuple):
+    """A node that may become part of the tree; its parent is. (A tuple: dozens are made in a step.)"""
 
     parent: int
     token: int
     confidence: float
     path: float  # probability
     depth: int
-    guesses: list[Continuation]  # those that have come this far
+    guesses: Sequence[Continuation]  # those that have come this far
 
 
 def grow(guesses: Sequence[Continuation], nodes: int, depth: int) -> list[Node]:
@@ -58,6 +58,12 @@ def grow(guesses: Sequence[Continuation], nodes: int, depth: int) -> list[Node]:
 
 def _branches(guesses: Sequence[Continuation], column: int, level: int, path: float) -> list[_Waiting]:
     """The children of a node: what the guesses that lead to it say next."""
+    if len(guesses) == 1:
+        [guess] = guesses
+        if level >= len(guess.tokens):
+            return []
+        confidence = guess.weights[level] / (1.0 + guess.weights[level])
+        return [_Waiting(column, guess.tokens[level], confidence, path * confidence, level + 1, guesses)]
     weights: dict[int, float] = {}
     leading: dict[int, list[Continuation]] = {}
     total = 1.0
