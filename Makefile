@@ -4,7 +4,7 @@ PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= demo/target
-SPECULATE ?= --speculate draft=demo/draft --speculate ngram
+SPECULATE ?= --speculate draft=demo/draft --speculate ngram --speculate prediction
 ARGS ?=
 FAMILY ?= demo
 # a family under build/ is inflated to the shape that its name says

@@ -44,7 +44,7 @@ class Options:
     limit: int | None = None  # prompts, and replayed texts
     replay: Path | None = None  # default: the prompts themselves
     nodes: int = 32
-    max_depth: int = EngineConfig.max_depth
+    max_depth: int = 8  # as in the published tables
     batch: int = 16  # texts at once
     dtype: Dtype = EngineConfig.dtype
     device: str = EngineConfig.device

@@ -34,7 +34,7 @@ from models.tree import NO_PARENT, Trees, depths
 from server.flags import Parser, positive
 
 DEPTH = 8
-PLAN = "fixed:nodes=63,min_probability=0"
+PLAN = f"fixed:nodes=63,depth={DEPTH},min_probability=0"
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ class AutoPlanner:
             pulse, self._look = self._long_pulse, LONG_LOOK
         else:
             pulse, self._look = self._pulse, LOOK
-        self._beat = pulse.beat(len(plan.deciding), plan.deciding[0].sequence.is_greedy)
+        self._beat = pulse.beat(len(plan.deciding), plan.deciding[0].sequence.kind)
         last, moved = self._last_plain
         if abs(self.costs.moved - moved) > MOVED:
             self._doubts = DOUBTS

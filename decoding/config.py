@@ -22,7 +22,7 @@ class EngineConfig:
     max_num_seqs: int = 64  # choices in one batch
     max_num_batched_tokens: int = 2048  # query tokens of one step, tree nodes included
     max_nodes: int = 24  # drafted nodes of one row in a step, at most 63
-    max_depth: int = 8  # depth of a tree
+    max_depth: int = 16  # depth of a tree
     plan: str = "auto"  # who decides how much is speculated: see plan_choice.py
     acceptance: str = "exact"  # of requests that name no rule; "typical:epsilon=0.09,delta=0.3,bonus=argmax" is lossy
     kv_cache_memory: int | None = None  # bytes; default: see memory_fraction on CUDA, 2 GiB on CPU

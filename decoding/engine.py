@@ -152,9 +152,13 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         speculation: SpeculationParams | None = None,
+        prediction: str | Many[int] = (),
         stop: Many[str] = (),
     ) -> list[Generation]:
         """Complete one prompt or several (text or token ids) and wait: params.n generations per prompt, in order.
+
+        Args:
+            prediction: text (or token ids) that is expected to come, for the drafter of that name.
 
         Raises:
             RequestError: a prompt or parameter that cannot be served.
@@ -163,7 +167,7 @@ class Engine:
         builders: list[GenerationBuilder] = []
         try:
             for prompt in prompts if several else [prompts]:
-                builders.append(self._start(prompt, params, speculation, stop))
+                builders.append(self._start(prompt, params, speculation, prediction, stop))
             while any(builder.is_open for builder in builders):
                 self._undelivered += self._deliver(self._stepper.step())
             return [generation for builder in builders for generation in builder.generations()]
@@ -177,10 +181,12 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         speculation: SpeculationParams | None = None,
+        prediction: str | Many[int] = (),
         stop: Many[str] = (),
     ) -> Iterator[TextDelta | Generation]:
         """Complete one prompt: pieces of text of choice 0 as they are made, at last its Generation."""
-        builder = self._start(prompt, dataclasses.replace(params or SamplingParams(), n=1), speculation, stop)
+        params = dataclasses.replace(params or SamplingParams(), n=1)
+        builder = self._start(prompt, params, speculation, prediction, stop)
         try:
             while builder.deltas or builder.is_open:
                 if builder.deltas:
@@ -192,11 +198,22 @@ class Engine:
             self._leave(builder)
 
     def _start(
-        self, prompt: Any, params: SamplingParams | None, speculation: SpeculationParams | None, stop: Many[str]
+        self,
+        prompt: Any,
+        params: SamplingParams | None,
+        speculation: SpeculationParams | None,
+        prediction: str | Many[int],
+        stop: Many[str],
     ) -> GenerationBuilder:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prediction, str):
+            prediction = self.tokenizer.encode(prediction, add_special_tokens=False)
         request = GenerateRequest(
-            f"local-{next(self._numbers)}", tuple(ids), params or SamplingParams(), speculation or SpeculationParams()
+            request_id=f"local-{next(self._numbers)}",
+            prompt_ids=tuple(ids),
+            params=params or SamplingParams(),
+            speculation=speculation or SpeculationParams(),
+            prediction_ids=tuple(prediction),
         )
         self._check_request(request)  # before the builder, which trusts it
         builder = self._local[request.request_id] = GenerationBuilder(request, self.tokenizer, tuple(stop))

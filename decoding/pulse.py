@@ -118,15 +118,15 @@ class Beat:
 
 
 class Pulse:
-    """Beats by the number of rows, in powers of two, and by whether the first of them is greedy."""
+    """Beats by the number of rows, in powers of two, and by the kind of the first of them: see ``Sequence.kind``."""
 
     def __init__(self, gears: tuple[int, ...]) -> None:
         self._gears = gears
-        self._beats: dict[tuple[int, bool], Beat] = {}
+        self._beats: dict[tuple[int, tuple[bool, bool]], Beat] = {}
 
-    def beat(self, rows: int, greedy: bool) -> Beat:
+    def beat(self, rows: int, kind: tuple[bool, bool]) -> Beat:
         """That of a step of so many rows."""
-        size = (rows.bit_length(), greedy)
+        size = (rows.bit_length(), kind)
         beat = self._beats.get(size)
         if beat is None:
             beat = self._beats[size] = Beat(self._gears, rows)

@@ -105,6 +105,7 @@ class GenerateRequest:
     params: SamplingParams = SamplingParams()
     speculation: SpeculationParams = SpeculationParams()
     cache_salt: str = ""  # prompts share cached pages only within one salt
+    prediction_ids: tuple[int, ...] = ()  # what the client expects to come, for the drafter that follows it
 
     def validate(self, vocab_size: int, max_model_len: int, drafters: tuple[str, ...]) -> None:
         """Check the whole request against the served model.
@@ -116,6 +117,8 @@ class GenerateRequest:
             raise RequestError("The prompt is empty; it must have at least one token.", param="prompt")
         for token in self.prompt_ids:
             _token_id("prompt", token, vocab_size)
+        for token in self.prediction_ids:
+            _token_id("prediction", token, vocab_size)
         self.params.validate(vocab_size)
         self.speculation.validate(drafters)
         asked = len(self.prompt_ids) + self.params.max_tokens

@@ -41,6 +41,8 @@ class Sequence:
         self.params: SamplingParams = request.params
         self.speculation: SpeculationParams = request.speculation
         self.is_greedy = request.params.temperature < GREEDY_TEMPERATURE
+        # drafts for texts of one kind are worth about the same
+        self.kind = (self.is_greedy, bool(request.prediction_ids))
         self.choice = choice
         self.id: SequenceId = (request.request_id, choice)
         self.seed = seed

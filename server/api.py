@@ -15,7 +15,7 @@ from decoding.text import Tokenizer
 from server.engine_client import EngineClient
 from server.metrics import Metrics
 from server.openai.choice_output import OutputOptions
-from server.openai.fields import SamplingFields
+from server.openai.fields import PredictionFields, SamplingFields
 from server.openai.generation import Generation, PromptRequest
 from server.openai.rendering import StreamUsage
 from server.openai.sse import EventStreamResponse, until_disconnect
@@ -71,6 +71,17 @@ class Api:
                 param="prompt",
                 code="context_length_exceeded",
             )
+
+    def prediction_ids(self, prediction: PredictionFields | None) -> tuple[int, ...]:
+        """The tokens of the text that the client expects, as many as a context could hold; takes the time to tokenize.
+
+        Whatever they are, they change nothing but the speed: so a text that is too long is cut, not refused.
+        """
+        if prediction is None:
+            return ()
+        room = self.client.info.max_model_len
+        (ids,) = self.tokenizer.encode_many([prediction.text[: room * self.longest_token]])
+        return tuple(ids[:room])
 
     def generation(self, prompts: Sequence[PromptRequest], options: OutputOptions, arrived: float) -> Generation:
         """The run of a request that arrived at that time (monotonic)."""

@@ -1,6 +1,8 @@
-"""Prompt lookup (Saxena, 2023): what followed the row's last tokens when they occurred before.
+"""Prompt lookup (Saxena, 2023): what followed the row's last tokens when they occurred before, in prompt and output.
 
-It costs no model time. Several earlier occurrences become a tree.
+The occurrences whose match with the text's end is the longest, and of equals the latest, are weighed against each other
+in one tree. They are found in an index of the text that is kept up to date as tokens come (models/kernels/ngram.cpp): a
+token costs a constant number of look-ups, however long the text is.
 """
 
 from __future__ import annotations
@@ -9,48 +11,73 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from decoding.drafters.base import DrafterContext, TokenDrafter
+from decoding.drafters.continuations import Continuation, Node, grow, trees_of
 from decoding.errors import ConfigError
 from decoding.plan import Plan, Quota, RowQuota
 from decoding.sampling import Sampling
+from decoding.sequence import Sequence, SequenceId
 from models import kernels
 from models.batch import MAX_TREE
-from models.tree import NO_PARENT, Trees
+from models.tree import Trees
 
-RIVAL = 0.5  # a second continuation after the same tokens is about half as likely as the first
+RECENCY = 0.7  # weight of an occurrence, relative to that of the one before it in rank
+FIRST_CAPACITY = 512  # tokens that a new index has room for, at least
+LONGEST = 64  # of matches and of the list of occurrences: what the kernel has room for
 
 
-def _confidence(match: int) -> float:
-    """Chance that the token after a match of this length follows again.
+def _odds(match: int) -> float:
+    """Odds that the token after the only match, of this length, follows again.
 
-    Fitted to the demo target's text at temperature 0.8 (.33, .48, .60, .69 and .85 for matches of 1 to 5; each token
-    that follows lengthens the match). At temperature 0 the chances are up to .15 higher.
+    Fitted, as is RECENCY, to the demo target's texts at temperatures 0 and 0.8 (least log loss of the first node; each
+    token that follows lengthens the match).
     """
-    return 1.0 - 0.65 * 0.75 ** (match - 1)
+    chance = 1.0 - 0.65 * max(0.75 ** (match - 1), 0.02)
+    return chance / (1.0 - chance)
 
 
 @dataclass(frozen=True)
 class NgramOptions:
     """Names as in vLLM's and transformers' prompt lookup."""
 
-    max_match: int = 5  # longest suffix looked up
+    max_match: int = 32  # longest suffix looked up; a longer match counts as one of this length
     min_match: int = 1
-    branches: int = 3  # earlier occurrences that become branches, longest match and most recent first
+    branches: int = 8  # earlier occurrences that are weighed, longest match first and of equals the most recent
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Where the n-grams of a text have ended. The kernel extends it; a new one is empty."""
+
+    capacity: int  # tokens
+    store: Tensor  # [1 + 3 * levels * capacity] int32, see models/kernels/ngram.cpp
 
 
 class NgramDrafter(TokenDrafter):
-    """Looks the row's last tokens up in the row itself, prompt and output."""
+    """Looks the row's last tokens up in the row itself.
+
+    Raises:
+        ConfigError: options that cannot be.
+    """
 
     def __init__(self, options: NgramOptions, context: DrafterContext) -> None:
-        if not 1 <= options.min_match <= options.max_match <= 64:
-            raise ConfigError("ngram: 1 <= min_match <= max_match <= 64 is needed")
-        if options.branches < 1:
-            raise ConfigError("ngram: branches must be at least 1")
+        if not 1 <= options.min_match <= options.max_match <= LONGEST:
+            raise ConfigError(f"ngram: 1 <= min_match <= max_match <= {LONGEST} is needed")
+        if not 1 <= options.branches <= LONGEST:
+            raise ConfigError(f"ngram: branches must be at least 1 and at most {LONGEST}, not {options.branches}")
         self.name = context.name
         self._options = options
         self._bit = context.bit
-        self._chance = [_confidence(match) for match in range(options.max_match + MAX_TREE)]
+        self._levels = [options.min_match]  # lengths of n-grams that are indexed: doubled up to the longest
+        while 2 * self._levels[-1] <= options.max_match:
+            self._levels.append(2 * self._levels[-1])
+        odds = [_odds(match) for match in range(options.max_match + MAX_TREE)]
+        self._weights = [[each * RECENCY**rank for each in odds] for rank in range(options.branches)]
+        self._weight_table = torch.tensor(self._weights, dtype=torch.float64)  # [branches, lengths of matches]
+        self._indexes: dict[SequenceId, _Index] = {}
+        self._unasked = torch.zeros(0, dtype=torch.int32)
         self._search = (
             self._search_fused if kernels.serves(torch.device("cpu"), torch.float32) else self.search_anywhere
         )
@@ -58,75 +85,80 @@ class NgramDrafter(TokenDrafter):
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
         return self._search(plan, quota)
 
+    def forget(self, sequence: SequenceId) -> None:
+        self._indexes.pop(sequence, None)
+
     def _search_fused(self, plan: Plan, quota: Quota) -> Trees | None:
-        """``search_anywhere`` in one call: see models/kernels/ngram.cpp."""
-        options, limits = self._options, quota.rows
+        """``search_anywhere`` in one call, with an index in place of the search."""
+        limits = quota.rows
         nodes = [limit.nodes if self.name in limit.drafters else 0 for limit in limits]
         if not any(nodes):
             return None
-        texts = [torch.from_numpy(row.sequence.tokens) for row in plan.deciding]
-        matching = (options.max_match, options.min_match, options.branches)
+        sequences = [row.sequence for row in plan.deciding]
         arrays = torch.ops.saccade.ngram_trees.default(
-            texts, nodes, [limit.depth for limit in limits], *matching, self._chance, RIVAL, self._bit
+            [torch.from_numpy(sequence.tokens) for sequence in sequences],
+            [self._index(each) if asked else self._unasked for each, asked in zip(sequences, nodes, strict=True)],
+            nodes,
+            [limit.depth for limit in limits],
+            self._options.max_match,
+            self._options.min_match,
+            self._weight_table,
+            self._bit,
         )
         return Trees(*arrays) if arrays[0].shape[1] > 1 else None
 
+    def _index(self, sequence: Sequence) -> Tensor:
+        """The sequence's index, with room for its text: one that is full is made anew, twice as large."""
+        index = self._indexes.get(sequence.id)
+        if index is None or index.capacity < sequence.length:
+            capacity = min(sequence.limit, max(FIRST_CAPACITY, 2 * sequence.length))
+            store = torch.zeros(1 + 3 * len(self._levels) * capacity, dtype=torch.int32)
+            index = self._indexes[sequence.id] = _Index(capacity, store)
+        return index.store
+
     def search_anywhere(self, plan: Plan, quota: Quota) -> Trees | None:
-        """``propose`` in Python: what it means."""
-        tries = [self._trie(row.sequence.tokens, limit) for row, limit in zip(plan.deciding, quota.rows, strict=True)]
-        if not any(tries):
-            return None
-        size = (len(tries), 1 + max(len(trie) for trie in tries))
-        tokens, parents, confidence = np.full(size, -1), np.full(size, NO_PARENT), np.zeros(size, dtype=np.float32)
-        confidence[:, 0] = 1.0
-        for row, (planned, trie) in enumerate(zip(plan.deciding, tries, strict=True)):
-            tokens[row, 0] = planned.sequence.tokens[-1]
-            if trie:
-                used = slice(1, 1 + len(trie))
-                parents[row, used], tokens[row, used], confidence[row, used] = zip(*trie, strict=True)
-        source = (parents != NO_PARENT).astype(np.int64) << self._bit
-        return Trees(*(torch.from_numpy(array) for array in (tokens, parents, confidence, source)))
+        """``propose`` in Python, without an index: what it means."""
+        rows = zip(plan.deciding, quota.rows, strict=True)
+        return trees_of(plan, [self._trie(row.sequence.tokens, limit) for row, limit in rows], self._bit)
 
-    def _trie(self, tokens: np.ndarray, limit: RowQuota) -> list[tuple[int, int, float]]:
-        """(parent column, token, confidence) of each node, parents first."""
-        trie: list[tuple[int, int, float]] = []
-        if self.name not in limit.drafters or limit.nodes == 0:
-            return trie
-        columns: dict[tuple[int, int], int] = {}
-        for match, follows in self._occurrences(tokens, limit.depth):
-            column, chance = 0, self._chance[match : match + limit.depth]
-            for token, confidence in zip(follows, chance, strict=True):
-                child = columns.get((column, token))
-                if child is None:
-                    if len(trie) >= limit.nodes:
-                        return trie
-                    rivals = sum(1 for parent, _, _ in trie if parent == column)
-                    trie.append((column, token, confidence * RIVAL**rivals))
-                    child = columns[column, token] = len(trie)
-                column = child
-        return trie
+    def _trie(self, tokens: np.ndarray, limit: RowQuota) -> list[Node]:
+        if self.name not in limit.drafters or not limit.nodes or not limit.depth:
+            return []
+        guesses = []
+        for rank, (end, match) in enumerate(self._occurrences(tokens)):
+            follows = tokens[end + 1 : end + 1 + limit.depth].tolist()
+            while len(follows) < limit.depth:  # a text that repeats itself goes on doing so
+                follows += follows[: limit.depth - len(follows)]
+            guesses.append(Continuation(follows, self._weights[rank][match:]))
+        return grow(guesses, limit.nodes, limit.depth)
 
-    def _occurrences(self, tokens: np.ndarray, depth: int) -> list[tuple[int, list[int]]]:
-        """(length of the match, the ``depth`` tokens after it) of earlier occurrences, best first."""
-        last = len(tokens) - 1
-        ends = np.flatnonzero(tokens[:last] == tokens[last])  # last token of each match
-        found: list[tuple[int, list[int]]] = []
-        by_length = [ends]
-        for length in range(2, self._options.max_match + 1):
-            ends = ends[ends >= length - 1]
-            ends = ends[tokens[ends - (length - 1)] == tokens[last - (length - 1)]] if last >= length - 1 else ends[:0]
+    def _occurrences(self, tokens: np.ndarray) -> list[tuple[int, int]]:
+        """(index of the last token, length of the match) of the best earlier occurrences of the text's end.
+
+        Looked at are the latest ones of each indexed length, the longest first, until there are enough.
+        """
+        last, most = len(tokens) - 1, self._options.branches
+        ends = np.flatnonzero(tokens[:last] == tokens[last])
+        by_level, known = [], 1
+        for level in self._levels:
+            for back in range(known, level):
+                ends = ends[ends >= back]
+                ends = ends[tokens[ends - back] == tokens[last - back]] if last >= back else ends[:0]
             if not len(ends):
                 break
-            by_length.append(ends)
-        seen: set[int] = set()
-        for length in range(len(by_length), self._options.min_match - 1, -1):
-            for end in by_length[length - 1][::-1][: self._options.branches]:
-                if int(end) not in seen:
-                    seen.add(int(end))
-                    follows = tokens[end + 1 : end + 1 + depth].tolist()
-                    while len(follows) < depth:  # a text that repeats itself goes on doing so
-                        follows += follows[: depth - len(follows)]
-                    found.append((length, follows))
-                if len(found) == self._options.branches:
-                    return found
-        return found
+            by_level.append(ends)
+            known = level
+        found: dict[int, int] = {}
+        for ends in reversed(by_level):
+            for end in ends[::-1][:most].tolist():
+                found.setdefault(end, self._match(tokens, end))
+            if len(found) >= most:
+                break
+        return sorted(found.items(), key=lambda each: (-each[1], -each[0]))[:most]
+
+    def _match(self, tokens: np.ndarray, end: int) -> int:
+        """How many tokens up to ``end`` are those at the text's end."""
+        last, length = len(tokens) - 1, 1
+        while length < self._options.max_match and length <= end and tokens[end - length] == tokens[last - length]:
+            length += 1
+        return length

@@ -2,7 +2,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <cmath>
+#include <algorithm>
+#include <array>
 #include <tuple>
 #include <vector>
 
@@ -14,86 +15,177 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kNoParent = -1;
+constexpr int64_t kLongest = 64;    // LONGEST in ngram.py
+constexpr int64_t kMostLevels = 7;  // 1, 2, 4 .. 64
 
-struct Limits {
-  int64_t nodes, depth, max_match, min_match, branches;
-};
+// The lengths of n-grams that are indexed: the shortest, doubled as often as the longest allows.
+struct Levels {
+  std::array<int64_t, kMostLevels> length{};
+  int64_t count = 0, longest;
 
-struct Trie {
-  std::vector<int64_t> tokens, parents;
-  std::vector<float> confidence;
+  Levels(int64_t min_match, int64_t max_match) : longest(max_match) {
+    for (int64_t each = min_match; each <= max_match; each *= 2) length[count++] = each;
+  }
 };
 
 struct Match {
-  int64_t length, end;  // `end`: index of its last token
+  int64_t end, length;  // `end`: index of its last token
 };
 
-// Earlier occurrences of the text's end, the longest first and of equals the latest.
-std::vector<Match> matches_of(const int64_t* text, int64_t count, const Limits& limits) {
-  const int64_t last = count - 1;
-  std::vector<std::vector<int64_t>> by_length(limits.max_match + 1);  // per length, the latest first
-  for (int64_t end = last - 1; end >= 0; --end) {
-    if (text[end] != text[last]) continue;
-    int64_t length = 1;
-    while (length < limits.max_match && end - length >= 0 && text[end - length] == text[last - length]) ++length;
-    by_length[length].push_back(end);
-    if (length == limits.max_match && static_cast<int64_t>(by_length[length].size()) == limits.branches) break;
+// Where each n-gram of a text ended last, and before that. All of it lies in one int32 tensor of zeros that a new text
+// begins with: how many tokens are in it; [capacity, levels] the end before this one of the same n-gram; [levels, 2 *
+// capacity] hash tables of the latest ones. Ends count from 1; 0 is none. A slot's n-gram is read from the text itself.
+class Index {
+ public:
+  Index(const Tensor& store, const int64_t* text, const Levels& levels)
+      : text_(text), levels_(levels), capacity_((store.numel() - 1) / (3 * levels.count)) {
+    TORCH_CHECK_VALUE(store.numel() > 3 * levels.count && store.is_contiguous(), "an index has no room");
+    done_ = store.mutable_data_ptr<int32_t>();  // checks the dtype
+    before_ = done_ + 1;
+    latest_ = before_ + capacity_ * levels.count;
   }
-  std::vector<Match> found;
-  for (int64_t length = limits.max_match; length >= std::max<int64_t>(limits.min_match, 1); --length)
-    for (const int64_t end : by_length[length]) {
-      if (static_cast<int64_t>(found.size()) == limits.branches) return found;
-      found.push_back({length, end});
-    }
-  return found;
-}
 
-// Adds what followed a match; false when the trie is full.
-bool add(const int64_t* text, int64_t count, const Match& match, const Limits& limits, at::ArrayRef<double> chance,
-         double rival, Trie& trie) {
-  int64_t column = 0;
-  for (int64_t level = 0; level < limits.depth; ++level) {
-    // a text that repeats itself goes on doing so
-    const int64_t follows = text[match.end + 1 + level % (count - 1 - match.end)];
-    int64_t child = 0, rivals = 0;
-    for (size_t i = 0; i < trie.tokens.size() && !child; ++i)
-      if (trie.parents[i] == column) {
-        if (trie.tokens[i] == follows) child = i + 1;
-        ++rivals;
+  // Takes in the n-grams that end at one of the first `ends` tokens.
+  void extend(int64_t ends) {
+    TORCH_CHECK_VALUE(ends <= capacity_, "an index has no room for ", ends, " tokens");
+    std::array<uint64_t, kMostLevels> hash;
+    for (int64_t end = *done_; end < ends; ++end) {
+      const int64_t known = hashes(end, hash);
+      for (int64_t level = 0; level < known; ++level) {
+        int32_t& slot = latest(level, hash[level], end);
+        before_[end * levels_.count + level] = slot;
+        slot = static_cast<int32_t>(end + 1);
       }
-    if (!child) {
-      if (static_cast<int64_t>(trie.tokens.size()) >= limits.nodes) return false;
-      trie.tokens.push_back(follows);
-      trie.parents.push_back(column);
-      trie.confidence.push_back(static_cast<float>(chance[match.length + level] * std::pow(rival, rivals)));
-      child = trie.tokens.size();
     }
-    column = child;
+    *done_ = static_cast<int32_t>(std::max<int64_t>(*done_, ends));
   }
-  return true;
-}
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> ngram_trees(at::TensorList texts, at::IntArrayRef max_nodes, at::IntArrayRef max_depth,
-                                               int64_t max_match, int64_t min_match, int64_t branches,
-                                               const at::ArrayRef<double> chance, double rival, int64_t bit) {
-  const int64_t rows = texts.size();
-  TORCH_CHECK_VALUE(int64_t(max_nodes.size()) == rows && int64_t(max_depth.size()) == rows, "a limit for each row");
-  std::vector<Trie> tries(rows);
-  size_t width = 1;
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t count = texts[row].numel();
-    const Limits limits{max_nodes[row], max_depth[row], max_match, min_match, branches};
-    TORCH_CHECK_VALUE(max_match + limits.depth <= int64_t(chance.size()), "a chance is missing");
-    if (limits.nodes <= 0 || count < 2) continue;
-    const int64_t* text = index_data<int64_t>(texts[row], "text");
-    for (const Match& match : matches_of(text, count, limits))
-      if (!add(text, count, match, limits, chance, rival, tries[row])) break;
-    width = std::max(width, 1 + tries[row].tokens.size());
+  // The best `most` matches with the text up to `last`, the longest first and of equals the latest.
+  std::vector<Match> matches(int64_t last, int64_t most) {
+    std::array<uint64_t, kMostLevels> hash;
+    std::array<int32_t, kMostLevels> newest{};
+    const int64_t known = hashes(last, hash);
+    int64_t top = 0;  // what has occurred has occurred at all shorter lengths, too
+    while (top < known && (newest[top] = latest(top, hash[top], last)) != 0) ++top;
+    std::vector<Match> found;
+    while (--top >= 0 && static_cast<int64_t>(found.size()) < most) {
+      int32_t at = newest[top];
+      for (int64_t visited = 0; visited < most && at != 0; ++visited) {
+        const int64_t end = at - 1;
+        const bool fresh = std::none_of(found.begin(), found.end(), [&](const Match& each) { return each.end == end; });
+        if (fresh) found.push_back({end, length(end, last, levels_.length[top])});
+        at = before_[end * levels_.count + top];
+      }
+    }
+    std::sort(found.begin(), found.end(), [](const Match& one, const Match& other) {
+      return one.length != other.length ? one.length > other.length : one.end > other.end;
+    });
+    if (static_cast<int64_t>(found.size()) > most) found.resize(most);
+    return found;
   }
-  const Tensor tokens = empty({rows, int64_t(width)}, at::kLong), parents = empty({rows, int64_t(width)}, at::kLong);
-  const Tensor confidence = empty({rows, int64_t(width)}, at::kFloat), source = empty({rows, int64_t(width)}, at::kLong);
+
+ private:
+  // The hashes of the n-grams that end at `end`; how many fit in the text.
+  int64_t hashes(int64_t end, std::array<uint64_t, kMostLevels>& out) const {
+    uint64_t hash = 0;
+    int64_t level = 0;
+    for (int64_t back = 0; level < levels_.count && back <= end; ++back) {
+      hash = (hash ^ (hash >> 29)) + static_cast<uint64_t>(text_[end - back]) + 1;
+      hash *= 0x9E3779B97F4A7C15ull;
+      if (back + 1 == levels_.length[level]) out[level++] = hash;
+    }
+    return level;
+  }
+
+  // The slot of the n-gram that ends at `end`: 0 if it has not been seen. Half of the slots stay free.
+  int32_t& latest(int64_t level, uint64_t hash, int64_t end) {
+    const uint64_t size = 2 * capacity_;
+    int32_t* table = latest_ + level * size;
+    uint64_t at = ((hash >> 32) * size) >> 32;
+    while (table[at] != 0 && !same(table[at] - 1, end, levels_.length[level])) at = at + 1 == size ? 0 : at + 1;
+    return table[at];
+  }
+
+  bool same(int64_t one, int64_t other, int64_t length) const {
+    for (int64_t back = 0; back < length; ++back)
+      if (text_[one - back] != text_[other - back]) return false;
+    return true;
+  }
+
+  int64_t length(int64_t end, int64_t last, int64_t known) const {
+    while (known < levels_.longest && known <= end && text_[end - known] == text_[last - known]) ++known;
+    return known;
+  }
+
+  const int64_t* text_;
+  const Levels& levels_;
+  int64_t capacity_;
+  int32_t *done_, *before_, *latest_;
+};
+
+struct Node {
+  int64_t parent, token, depth;
+  double confidence, path;
+  uint64_t matches;  // bit i: the i-th match leads here
+};
+
+// Grows a row's tree: `grow` of decoding/drafters/continuations.py.
+class Tree {
+ public:
+  Tree(const int64_t* text, int64_t count, const std::vector<Match>& matches, const double* weights, int64_t stride)
+      : text_(text), count_(count), matches_(matches), weights_(weights), stride_(stride) {}
+
+  std::vector<Node> grow(int64_t nodes, int64_t depth) {
+    std::vector<Node> made;
+    branch({kNoParent, 0, 0, 1.0, 1.0, ~uint64_t{0}}, 0);
+    while (!waiting_.empty() && static_cast<int64_t>(made.size()) < nodes) {
+      auto best = waiting_.begin();  // the first of the most probable
+      for (auto each = best; each != waiting_.end(); ++each)
+        if (each->path > best->path) best = each;
+      made.push_back(*best);
+      waiting_.erase(best);
+      if (made.back().depth < depth) branch(made.back(), made.size());
+    }
+    return made;
+  }
+
+ private:
+  // The children of a node that stands in this column.
+  void branch(const Node& node, int64_t column) {
+    const size_t first = waiting_.size();
+    double total = 1.0;
+    for (size_t rank = 0; rank < matches_.size(); ++rank) {
+      if (!(node.matches >> rank & 1)) continue;
+      const Match& match = matches_[rank];
+      // a text that repeats itself goes on doing so
+      const int64_t token = text_[match.end + 1 + node.depth % (count_ - 1 - match.end)];
+      const double weight = weights_[rank * stride_ + match.length + node.depth];
+      size_t at = first;
+      while (at < waiting_.size() && waiting_[at].token != token) ++at;
+      if (at == waiting_.size()) waiting_.push_back({column, token, node.depth + 1, 0.0, 0.0, 0});
+      waiting_[at].confidence += weight;
+      waiting_[at].matches |= uint64_t{1} << rank;
+      total += weight;
+    }
+    for (size_t at = first; at < waiting_.size(); ++at) {
+      waiting_[at].confidence /= total;
+      waiting_[at].path = node.path * waiting_[at].confidence;
+    }
+  }
+
+  const int64_t* text_;
+  int64_t count_;
+  const std::vector<Match>& matches_;
+  const double* weights_;
+  int64_t stride_;
+  std::vector<Node> waiting_;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> packed(at::TensorList texts, const std::vector<std::vector<Node>>& trees,
+                                                  int64_t width, int64_t bit) {
+  const int64_t rows = trees.size();
+  const Tensor tokens = empty({rows, width}, at::kLong), parents = empty({rows, width}, at::kLong);
+  const Tensor confidence = empty({rows, width}, at::kFloat), source = empty({rows, width}, at::kLong);
   for (int64_t row = 0; row < rows; ++row) {
     int64_t* token = tokens.mutable_data_ptr<int64_t>() + row * width;
     int64_t* parent = parents.mutable_data_ptr<int64_t>() + row * width;
@@ -105,21 +197,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ngram_trees(at::TensorList texts, at:
     std::fill(sure, sure + width, 0.0f);
     token[0] = index_data<int64_t>(texts[row], "text")[texts[row].numel() - 1];
     sure[0] = 1.0f;
-    const Trie& trie = tries[row];
-    for (size_t i = 0; i < trie.tokens.size(); ++i) {
-      token[i + 1] = trie.tokens[i];
-      parent[i + 1] = trie.parents[i];
-      sure[i + 1] = trie.confidence[i];
-      from[i + 1] = int64_t(1) << bit;
+    for (size_t i = 0; i < trees[row].size(); ++i) {
+      const Node& node = trees[row][i];
+      token[i + 1] = node.token;
+      parent[i + 1] = node.parent;
+      sure[i + 1] = static_cast<float>(node.confidence);
+      from[i + 1] = int64_t{1} << bit;
     }
   }
   return {tokens, parents, confidence, source};
 }
 
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ngram_trees(at::TensorList texts, at::TensorList indexes,
+                                                       at::IntArrayRef max_nodes, at::IntArrayRef max_depth,
+                                                       int64_t max_match, int64_t min_match, const Tensor& weights,
+                                                       int64_t bit) {
+  const int64_t rows = texts.size();
+  TORCH_CHECK_VALUE(int64_t(indexes.size()) == rows && int64_t(max_nodes.size()) == rows && int64_t(max_depth.size()) == rows,
+                    "an index and limits for each row");
+  TORCH_CHECK_VALUE(1 <= min_match && min_match <= max_match && max_match <= kLongest && weights.dim() == 2 &&
+                        weights.size(0) <= kLongest && weights.is_contiguous(),
+                    "no such matches");
+  const Levels levels(min_match, max_match);
+  const int64_t most = weights.size(0), stride = weights.size(1);
+  std::vector<std::vector<Node>> trees(rows);
+  size_t width = 1;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t count = texts[row].numel();
+    TORCH_CHECK_VALUE(count >= 1 && max_match + max_depth[row] <= stride, "a text or a weight is missing");
+    if (max_nodes[row] <= 0 || max_depth[row] <= 0 || count < 2) continue;
+    const int64_t* text = index_data<int64_t>(texts[row], "text");
+    Index index(indexes[row], text, levels);
+    index.extend(count - 1);  // what ends at the last token has no continuation yet
+    const std::vector<Match> matches = index.matches(count - 1, most);
+    trees[row] = Tree(text, count, matches, weights.const_data_ptr<double>(), stride).grow(max_nodes[row], max_depth[row]);
+    width = std::max(width, 1 + trees[row].size());
+  }
+  return packed(texts, trees, width, bit);
+}
+
 TORCH_LIBRARY_FRAGMENT(saccade, m) {
   m.def(
-      "ngram_trees(Tensor[] texts, int[] max_nodes, int[] max_depth, int max_match, int min_match, int branches, "
-      "float[] chance, float rival, int bit) -> (Tensor tokens, Tensor parents, Tensor confidence, Tensor source)");
+      "ngram_trees(Tensor[] texts, Tensor(a!)[] indexes, int[] max_nodes, int[] max_depth, int max_match, int min_match, "
+      "Tensor weights, int bit) -> (Tensor tokens, Tensor parents, Tensor confidence, Tensor source)");
 }
 
 TORCH_LIBRARY_IMPL(saccade, CPU, m) { m.impl("ngram_trees", &ngram_trees); }

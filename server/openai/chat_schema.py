@@ -5,24 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
 
 from decoding.errors import RequestError
 from decoding.request import MAX_LOGPROBS
-from server.openai.fields import Fields, Integer, Name, SamplingFields
+from server.openai.fields import MAX_TEXT_PARTS, Fields, Integer, Name, SamplingFields, TextPart, as_parts
 
 MAX_MESSAGES = 4096
-
-
-class TextPart(Fields):
-    type: Literal["text"]
-    text: str
-
-
-def _as_parts(value: Any) -> Any:
-    if not isinstance(value, str | list):
-        raise PydanticCustomError("content_form", "it must be a string or an array of text parts")
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 class Message(Fields):
@@ -31,7 +19,7 @@ class Message(Fields):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], Field(min_length=1, max_length=1024), BeforeValidator(_as_parts)]
+    content: Annotated[list[TextPart], Field(min_length=1, max_length=MAX_TEXT_PARTS), BeforeValidator(as_parts)]
     name: Name | None = None
     refusal: None = None
     audio: None = None

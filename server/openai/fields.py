@@ -19,6 +19,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 4096
 MAX_NAME_CHARS = 256
+MAX_TEXT_PARTS = 1024
 SEED_BITS = 53  # of seeds drawn here: they come back in JSON, and JavaScript's numbers hold no more
 
 Integer = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
@@ -79,6 +80,29 @@ class SpeculationFields(Fields):
         )
 
 
+class TextPart(Fields):
+    type: Literal["text"]
+    text: str
+
+
+def as_parts(value: Any) -> Any:
+    """Text as a string or in parts, before it is checked: as parts."""
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("content_form", "it must be a string or an array of text parts")
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class PredictionFields(Fields):
+    """The text that the client expects; parts are put together as they are."""
+
+    type: Literal["content"]
+    content: Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS), BeforeValidator(as_parts)]
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content)
+
+
 def _speculation_form(value: Any) -> Literal["switch", "limits"] | None:
     if isinstance(value, bool):
         return "switch"
@@ -121,6 +145,7 @@ class SamplingFields(Fields):
     stream_options: StreamOptions | None = None
     speculation: Speculation | None = None
     cache_salt: Annotated[str, Field(max_length=1024)] | None = None
+    prediction: PredictionFields | None = None
 
     def check_combinations(self) -> None:
         """Check what no single field shows.

@@ -90,6 +90,11 @@ class Generation:
     def completion_tokens(self) -> int:
         return sum(choice.returned for choice in self.choices)
 
+    @property
+    def predicted(self) -> bool:
+        """The request brought a prediction."""
+        return any(run.predicted for run in self._runs)
+
     def speculation(self) -> SpeculationStats | None:
         """The account of all choices; None until the first of them has ended."""
         ended = [choice.speculation for choice in self.choices if choice.speculation is not None]
@@ -108,6 +113,7 @@ class _PromptRun:
         count = prompt.request.params.n
         self.choices = [ChoiceOutput(first + j, tokenizer, prompt.request, options) for j in range(count)]
         self.prompt_tokens = len(prompt.request.prompt_ids)
+        self.predicted = bool(prompt.request.prediction_ids)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         waiting: list[TokenEvent] = []  # for the prompt's logprobs, which come with the first choice

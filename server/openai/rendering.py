@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decoding.acceptance import LOSSY
+from decoding.messages import DrafterStats
 from decoding.text import Tokenizer
 from server.openai.fields import StreamOptions
 from server.openai.generation import Generation
 
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf
+PREDICTION = "prediction"  # the drafter whose account OpenAI has fields for
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,14 @@ def usage(generation: Generation) -> dict[str, Any]:
             "acceptance": stats.acceptance,
             "lossy": stats.acceptance in LOSSY,
         }
+    if stats is not None and generation.predicted:
+        account["completion_tokens_details"] = _prediction_details(stats.by_drafter.get(PREDICTION, DrafterStats()))
     return account
+
+
+def _prediction_details(mine: DrafterStats) -> dict[str, int]:
+    """OpenAI's: tokens of the text that were drafted from the prediction, and those that were drafted in vain."""
+    return {"accepted_prediction_tokens": mine.accepted, "rejected_prediction_tokens": mine.drafted - mine.accepted}
 
 
 @dataclass(frozen=True)

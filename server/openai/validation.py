@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from decoding.errors import RequestError, nearest
-from server.openai.fields import AcceptanceFields, SpeculationFields, StreamOptions
+from server.openai.fields import AcceptanceFields, PredictionFields, SpeculationFields, StreamOptions
 
 # Fields without an effect on the answer: accepted, so that clients which always send them work.
 IGNORED = frozenset(
@@ -40,7 +40,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "mm_processor_kwargs": (),
     "moderation": (),
-    "prediction": (),
     "priority": (0,),
     "prompt_embeds": (),
     "prompt_logprobs": (),
@@ -80,6 +79,7 @@ _NESTED: dict[str, type[BaseModel]] = {
     "stream_options": StreamOptions,
     "speculation": SpeculationFields,
     "speculation.acceptance": AcceptanceFields,
+    "prediction": PredictionFields,
 }
 _UNION_TAGS = frozenset({"switch", "limits"})
 _MAX_NAME_CHARS = 60
@@ -133,7 +133,7 @@ def _request_error(details: ErrorDetails) -> RequestError:
         return RequestError(f"The field {param} is missing.", param=param, code="missing_required_parameter")
     if kind == "extra_forbidden":
         return _unknown_nested(place)
-    if kind == "literal_error" and place[-1] == "type":
+    if kind == "literal_error" and place[-1] == "type" and "content" in place:
         message = f"{param}: this model reads text only, so the content's type must be 'text'."
         return RequestError(message, param=param, code="unsupported_value")
     return RequestError(f"{param}: {_words(details)}.", param=param)

@@ -64,6 +64,13 @@ def _request(api: Api, fields: ChatFields, head: Head) -> GenerateRequest:
         seed=head.seed,
         logprobs=fields.scored,
     )
-    request = GenerateRequest(f"{head.id}-0", ids, params, fields.speculation_params(), fields.cache_salt or "")
+    request = GenerateRequest(
+        request_id=f"{head.id}-0",
+        prompt_ids=ids,
+        params=params,
+        speculation=fields.speculation_params(),
+        cache_salt=fields.cache_salt or "",
+        prediction_ids=api.prediction_ids(fields.prediction),
+    )
     request.validate(info.vocab_size, info.max_model_len, info.drafters)
     return request

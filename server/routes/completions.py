@@ -50,6 +50,7 @@ def prepare_prompts(api: Api, fields: CompletionFields, head: Head) -> list[Prom
         logprobs=fields.logprobs,
         prompt_logprobs=fields.logprobs if fields.echo else None,
     )
+    prediction = api.prediction_ids(fields.prediction)
     prepared = []
     for place, prompt in enumerate(fields.prompt):
         if isinstance(prompt, str):
@@ -58,7 +59,12 @@ def prepare_prompts(api: Api, fields: CompletionFields, head: Head) -> list[Prom
         else:
             ids = tuple(prompt)
         request = GenerateRequest(
-            f"{head.id}-{place}", ids, params, fields.speculation_params(), fields.cache_salt or ""
+            request_id=f"{head.id}-{place}",
+            prompt_ids=ids,
+            params=params,
+            speculation=fields.speculation_params(),
+            cache_salt=fields.cache_salt or "",
+            prediction_ids=prediction,
         )
         request.validate(info.vocab_size, info.max_model_len, info.drafters)
         prepared.append(PromptRequest(request, _echo_text(api, fields, prompt)))

@@ -35,6 +35,7 @@ DRAFT = f"draft={ROOT}/demo/draft"
 # how each drafter is asked for on the command line; it must draft for the demo target
 EXAMPLES: dict[str, Callable[[], str]] = {
     "ngram": lambda: "ngram",
+    "prediction": lambda: "prediction",  # follows what every request of these tests predicts
     "draft": lambda: DRAFT,
     "medusa": lambda: f"medusa={ROOT}/demo/medusa:tau=0.3",
     "mtp": lambda: f"mtp={ROOT}/demo/mtp",
@@ -172,6 +173,12 @@ def plain_text(prompt: tuple[int, ...], temperature: float, seed: int, max_token
     return run(plain(), [GenerateRequest("plain", prompt, params)])["plain", 0].tokens
 
 
+def predicted(prompt: tuple[int, ...], temperature: float, seed: int, max_tokens: int) -> tuple[int, ...]:
+    """The text that will come, with some tokens wrong."""
+    text = plain_text(prompt, temperature, seed, max_tokens)
+    return tuple(9 if place % 13 == 5 else token for place, token in enumerate(text))
+
+
 def mixed_requests(name: str) -> list[GenerateRequest]:
     """Rows of all kinds: with this drafter, with another, with both, without; limited; long prompts and short."""
     wishes = [
@@ -188,10 +195,11 @@ def mixed_requests(name: str) -> list[GenerateRequest]:
         GenerateRequest(
             f"r{number}",
             prompt,
-            SamplingParams(40, 0.8 if number % 2 else 0.0, seed=number, ignore_eos=True),
+            SamplingParams(40, temperature, seed=number, ignore_eos=True),
             wish,
+            prediction_ids=predicted(prompt, temperature, number, 40),
         )
-        for number, (prompt, wish) in enumerate(zip(prompts(), wishes, strict=True))
+        for number, (prompt, wish, temperature) in enumerate(zip(prompts(), wishes, (0.0, 0.8) * 4, strict=True))
     ]
 
 
@@ -247,7 +255,8 @@ def test_text_is_that_of_plain_decoding(example: str, temperature: float) -> Non
     engine, (watched,) = build((example,))
     for number, prompt in enumerate(prompts()[4:7]):
         params = SamplingParams(60, temperature, seed=number, ignore_eos=True)
-        outcome = run(engine, [GenerateRequest(f"r{number}", prompt, params)])[f"r{number}", 0]
+        guess = predicted(prompt, temperature, number, 60)
+        outcome = run(engine, [GenerateRequest("r", prompt, params, prediction_ids=guess)])["r", 0]
         assert outcome.tokens == plain_text(prompt, temperature, number, 60)
         assert [len(event.token_ids) for event in outcome.events] != [1] * 60, "something is accepted"
     assert watched.proposals > 0
@@ -259,7 +268,8 @@ def test_all_drafters_together_change_nothing() -> None:
     engine, watched = build(examples(), max_nodes=40)
     prompt = prompts()[5]
     for temperature in (0.0, 0.8):
-        request = GenerateRequest("r", prompt, SamplingParams(60, temperature, seed=5, ignore_eos=True))
+        params = SamplingParams(60, temperature, seed=5, ignore_eos=True)
+        request = GenerateRequest("r", prompt, params, prediction_ids=predicted(prompt, temperature, 5, 60))
         outcome = run(engine, [request])["r", 0]
         assert outcome.tokens == plain_text(prompt, temperature, 5, 60)
         stats = outcome.last.speculation
@@ -306,8 +316,10 @@ def test_bad_choices_name_the_fix(text: str, message: str) -> None:
     [
         (("ngram", "ngram:max_match=2"), "--speculate ngram is given twice"),
         (("ngram:max_match=0",), "1 <= min_match <= max_match <= 64"),
-        (("ngram:min_match=6",), "1 <= min_match <= max_match <= 64"),
+        (("ngram:min_match=33",), "1 <= min_match <= max_match <= 64"),
         (("ngram:branches=0",), "branches must be at least 1"),
+        (("prediction:branches=0",), "branches must be at least 1"),
+        (("prediction:max_match=65",), "max_match must be in 1 .. 64"),
         (("draft=/no/such/folder",), "draft model: there is no folder '/no/such/folder'"),
         ((DRAFT + ":depth=0",), "must be at least 1"),
         ((DRAFT + ":beam=40",), r"beam \* \(depth - 1\) under 64"),

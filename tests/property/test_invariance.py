@@ -21,6 +21,7 @@ from decoding.drafters.feature_drafter import FeatureDrafter
 from decoding.drafters.medusa import CALIBRATED, PROBABILITY, MedusaDrafter, MedusaOptions
 from decoding.drafters.mtp import MTPOptions, parallel_drafter
 from decoding.drafters.ngram import NgramDrafter, NgramOptions
+from decoding.drafters.prediction import PredictionDrafter, PredictionOptions
 from decoding.drafters.product_tree import FixedTrees, ProbableTrees
 from decoding.engine import Engine
 from decoding.request import GREEDY_TEMPERATURE, GenerateRequest, SamplingParams, SpeculationParams
@@ -182,6 +183,7 @@ def parallel_heads(setup: Setup) -> BuildDrafter:
 # a drafter is one line here; pairs join two of them by "+"
 DRAFTERS: dict[str, Callable[[Setup, Texts], BuildDrafter]] = {
     "ngram": lambda setup, texts: lambda context: NgramDrafter(NgramOptions(), context),
+    "prediction": lambda setup, texts: lambda context: PredictionDrafter(PredictionOptions(), context),
     "draft": lambda setup, texts: draft_drafter(setup),
     "eagle": lambda setup, texts: feature_drafter(setup, eagles()[0]),
     "eagle3": lambda setup, texts: feature_drafter(setup, eagles()[1]),
@@ -197,6 +199,7 @@ DRAFTERS: dict[str, Callable[[Setup, Texts], BuildDrafter]] = {
 }
 PAIRS = (
     "draft+ngram",
+    "draft+prediction",
     "eagle3+ngram",
     "eagle+draft",
     "eagle+eagle3",
@@ -229,6 +232,14 @@ def drafters_of(setup: Setup, texts: Texts) -> dict[str, BuildDrafter]:
     groups: dict[str, Sequence[str]] = {"none": (), "all": tuple(DRAFTERS)}
     names = groups.get(setup.drafters, setup.drafters.split("+"))
     return {name: DRAFTERS[name](setup, texts) for name in names}
+
+
+def predicting(request: GenerateRequest, texts: Texts) -> GenerateRequest:
+    """The request with a prediction: the true text of its first choice, with tokens changed, doubled and left out."""
+    truth = texts[request.request_id, 0][len(request.prompt_ids) :]
+    changed = [(token + 1) % VOCAB if place % 9 == 4 else token for place, token in enumerate(truth)]
+    edited = [token for place, token in enumerate(changed) for _ in range((1, 1, 1, 1, 1, 0, 1, 2)[place % 8])]
+    return replace(request, prediction_ids=tuple(edited))
 
 
 def is_lossy(request: GenerateRequest) -> bool:
@@ -267,7 +278,7 @@ def test_text_depends_on_the_request_alone(requests: list[GenerateRequest], setu
     )
     if setup.mood:
         make_moody(engine, setup.mood)
-    together = run(engine, requests)
+    together = run(engine, [predicting(request, texts) for request in requests])
     lossy = {request.request_id for request in requests if is_lossy(request)}
     for key, outcome in together.items():
         judge = alone[key]
