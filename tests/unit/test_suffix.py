@@ -16,12 +16,13 @@ from decoding.drafters.suffix_search import PlainSuffixCache
 from decoding.engine import Engine
 from decoding.errors import ConfigError
 from decoding.messages import SpeculationStats
-from decoding.probe import Probe
 from decoding.planner import Limits
+from decoding.probe import Probe
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
 from models.decoder import Decoder
 from tests.engines import ROOT, Outcome, make_engine, run, tiny_decoder
 
+DEFAULTS = SuffixOptions()
 CONTEXT = DrafterContext(
     name="suffix",
     bit=1,
@@ -52,7 +53,13 @@ def drafted(cache: PlainSuffixCache, text: list[int], tree: int = 0, nodes: int 
 
 def test_a_row_drafts_from_its_own_text() -> None:
     assert drafted(plain_cache(), [1, 2, 3, 4, 9, 1, 2, 3]) == [(0, 4), (1, 9), (2, 1)], "as many nodes as tokens match"
-    assert drafted(plain_cache(max_spec_factor=2.0), [1, 2, 3, 4, 9, 1, 2, 3]) == [(0, 4), (1, 9), (2, 1), (3, 2), (4, 3)]
+    assert drafted(plain_cache(max_spec_factor=2.0), [1, 2, 3, 4, 9, 1, 2, 3]) == [
+        (0, 4),
+        (1, 9),
+        (2, 1),
+        (3, 2),
+        (4, 3),
+    ]
     assert drafted(plain_cache(), [1, 2, 3, 4]) == []
 
 
@@ -96,7 +103,7 @@ def target() -> Decoder:
 class Served:
     """A tiny engine and its drafter."""
 
-    def __init__(self, options: SuffixOptions = SuffixOptions(), **settings: object) -> None:
+    def __init__(self, options: SuffixOptions = DEFAULTS, **settings: object) -> None:
         self.engine = make_engine(target(), {"suffix": self._build(options)}, **settings)
 
     def _build(self, options: SuffixOptions) -> Any:

@@ -80,14 +80,14 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path, damage: Callable[
 
 def test_a_file_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "kept")
-    with pytest.raises(ModelError, match="another tokenizer.*name another file"):
+    with pytest.raises(ModelError, match=r"another tokenizer.*name another file"):
         SuffixFile(str(tmp_path / "kept"), bytes(32)).read()
 
 
 def test_places_that_cannot_hold_a_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="there is no folder .*create it"):
+    with pytest.raises(ModelError, match=r"there is no folder .*create it"):
         SuffixFile(str(tmp_path / "no" / "kept"), VOCABULARY)
-    with pytest.raises(ModelError, match="cannot be read .*name another file"):
+    with pytest.raises(ModelError, match=r"cannot be read .*name another file"):
         SuffixFile(str(tmp_path), VOCABULARY).read()
 
 
