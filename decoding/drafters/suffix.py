@@ -32,8 +32,12 @@ KEY_BYTES = 32
 
 
 def trust_of(match: int) -> float:
-    """What is left of a share of the occurrences after a match of this length; each drafted token lengthens it."""
-    return 1.0 - 0.65 * 0.75 ** (match - 1)
+    """What is left of a share of the occurrences after a match of this length; each drafted token lengthens it.
+
+    Fitted to the demo target's text at temperature 0.8, where one continuation alone was right in .35, .49, .65, .79,
+    .83 and .86 of the cases after matches of 1 to 6, and in .93 after much longer ones.
+    """
+    return 0.95 - 0.61 * 0.7 ** (match - 1)
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ class SuffixDrafter(TokenDrafter):
             return
         self._key = kept.key
         trees, lengths, tokens = kept.texts
-        for tree, text in zip(trees.tolist(), tokens.long().split(lengths.tolist()), strict=True):
+        for tree, text in zip(trees.tolist(), torch.split_with_sizes(tokens.long(), lengths.tolist()), strict=True):
             self.cache.insert(tree, text)
         requests, count, *_ = self.cache.usage()
         logger.info("suffix decoding goes on with %d outputs (%d tokens) of %s", requests, count, file.path)

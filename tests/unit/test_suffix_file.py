@@ -151,3 +151,11 @@ def test_a_limit_that_was_lowered_keeps_the_newest(tmp_path: Path) -> None:
     served.engine.close()
     smaller = Served(SuffixOptions(path=str(tmp_path / "kept"), max_cached_requests=2))
     assert smaller.drafter.cache.texts()[1].tolist() == [7, 8]
+
+
+def test_a_server_that_learned_nothing_can_start_again(tmp_path: Path) -> None:
+    options = SuffixOptions(path=str(tmp_path / "kept"))
+    Served(options).engine.close()
+    again = Served(options)
+    assert again.drafter.cache.usage()[:2] == [0, 0]
+    assert again.run(ask("one"))[0].tokens == Served().run(ask("one"))[0].tokens
