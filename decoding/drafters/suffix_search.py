@@ -38,11 +38,12 @@ class SearchSettings:
     max_spec_factor: float
     min_token_prob: float
     trust: tuple[float, ...]  # [max_tree_depth], rising: what a share is worth after a match of that length
+    learn_tokens: int = 16  # an output under way is learned by so many tokens at a time: then they meet a warm cache
 
     def numbers(self) -> tuple[int | float | list[float], ...]:
         """As the kernel takes them."""
         sizes = (self.max_tree_depth, self.max_bytes, self.max_cached_requests, TOKEN_BYTES, REQUEST_BYTES)
-        return (*sizes, self.max_spec_factor, self.min_token_prob, list(self.trust))
+        return (*sizes, self.learn_tokens, self.max_spec_factor, self.min_token_prob, list(self.trust))
 
 
 @dataclass(eq=False)
@@ -152,7 +153,8 @@ class PlainSuffixCache:
     def _draft(self, number: int, text: np.ndarray, nodes: int, depth: int) -> list[Guess]:
         """What follows, by the text itself or by the outputs of its tree, whichever promises more."""
         follower = self._followers[number]
-        self._learn(follower, text.tolist())
+        if len(text) - follower.learned >= self._settings.learn_tokens:
+            self._learn(follower, text.tolist())
         outputs = [np.array([*output.tokens, -1]) for output in self._outputs if output.tree == follower.tree]
         own, score = self._best(text, np.append(text, -1), nodes, depth)
         others, best = self._best(text, np.concatenate([*outputs, [-1]]), nodes, depth)

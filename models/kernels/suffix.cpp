@@ -120,9 +120,9 @@ class Search {
 // What of texts is kept for drafting: a tree for each text that is under way, and trees of outputs.
 struct SuffixCache : torch::CustomClassHolder {
   SuffixCache(int64_t max_depth, int64_t max_bytes, int64_t max_requests, int64_t token_bytes, int64_t request_bytes,
-              double factor, double min_prob, std::vector<double> trust)
+              int64_t learn_tokens, double factor, double min_prob, std::vector<double> trust)
       : max_depth(max_depth), max_bytes(max_bytes), max_requests(max_requests), token_bytes(token_bytes),
-        request_bytes(request_bytes), outputs(static_cast<int32_t>(max_depth)),
+        request_bytes(request_bytes), learn_tokens(learn_tokens), outputs(static_cast<int32_t>(max_depth)),
         search(max_depth, factor, min_prob, std::move(trust)) {}
 
   struct Follower {
@@ -184,7 +184,7 @@ struct SuffixCache : torch::CustomClassHolder {
 
   Draft draft(int64_t number, const int64_t* text, int64_t count, int64_t nodes, int64_t depth) {
     Follower& follower = followers.at(number);
-    learn(follower, text, count);
+    if (count - follower.learned >= learn_tokens) learn(follower, text, count);
     if (!follower.own) {
       follower.own = std::make_unique<SuffixForest>(static_cast<int32_t>(max_depth));
       follower.root = follower.own->plant();
@@ -254,7 +254,7 @@ struct SuffixCache : torch::CustomClassHolder {
     roots.erase(tree);
   }
 
-  const int64_t max_depth, max_bytes, max_requests, token_bytes, request_bytes;
+  const int64_t max_depth, max_bytes, max_requests, token_bytes, request_bytes, learn_tokens;
   SuffixForest outputs;
   std::unordered_map<int64_t, int32_t> roots;  // in `outputs`
   std::unordered_map<int64_t, Follower> followers;
@@ -301,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> suffix_trees(const c10::intrusive_ptr
 
 TORCH_LIBRARY_FRAGMENT(saccade, m) {
   m.class_<SuffixCache>("SuffixCache")
-      .def(torch::init<int64_t, int64_t, int64_t, int64_t, int64_t, double, double, std::vector<double>>())
+      .def(torch::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, std::vector<double>>())
       .def("admit", &SuffixCache::admit)
       .def("forget", &SuffixCache::forget)
       .def("insert", &SuffixCache::insert)

@@ -26,7 +26,7 @@ struct SuffixNode {
   struct Family {
     int32_t* ids;
     int32_t size, room;
-  } children;  // the most frequent first
+  } children;  // the most frequent first; in no order at a root
 };
 
 // A position in a forest: behind the first `used` tokens of the edge to `node`.
@@ -264,10 +264,11 @@ class SuffixForest {
     family.ids[family.size++] = id;
   }
 
-  // A node without occurrences goes: it is the last of its siblings.
+  // A node without occurrences goes.
   void abandon(int32_t id) {
     SuffixNode::Family& family = node(node(id).parent).children;
     erase(id);
+    exchange(family.ids, node(id).place, family.size - 1);  // in an ordered family it is the last
     --family.size;
     if (family.size == 0)
       resize(family, 0);
@@ -291,9 +292,14 @@ class SuffixForest {
 
   static int64_t family_cost(int32_t room) { return room == 0 ? 0 : std::max<int64_t>(32, room * sizeof(int32_t) + 16); }
 
-  // One occurrence more: the node changes places with the first sibling that had as many.
+  // One occurrence more: the node changes places with the first sibling that had as many. A root's children are many,
+  // and nobody asks for their order.
   void raise(int32_t id) {
     SuffixNode& n = node(id);
+    if (node(n.parent).parent == kNone) {
+      ++n.count;
+      return;
+    }
     int32_t* ids = node(n.parent).children.ids;
     int32_t* first = std::partition_point(ids, ids + n.place, [&](int32_t other) { return node(other).count > n.count; });
     exchange(ids, first - ids, n.place);
@@ -303,6 +309,10 @@ class SuffixForest {
   // One occurrence less: it changes places with the last sibling that had as many.
   void lower(int32_t id) {
     SuffixNode& n = node(id);
+    if (node(n.parent).parent == kNone) {
+      --n.count;
+      return;
+    }
     const SuffixNode::Family& family = node(n.parent).children;
     int32_t* end = std::partition_point(family.ids + n.place, family.ids + family.size,
                                         [&](int32_t other) { return node(other).count >= n.count; });

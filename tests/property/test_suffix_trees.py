@@ -20,9 +20,11 @@ pytestmark = pytest.mark.skipif(not kernels.load(), reason="the kernels cannot b
 MADE_UP = 3  # the slot whose texts are not kept, and share a tree with nobody
 
 
-def search_settings(depth: int, tokens: int, requests: int, factor: float = 1.0, least: float = 0.1) -> SearchSettings:
+def search_settings(
+    depth: int, tokens: int, requests: int, factor: float = 1.0, least: float = 0.1, learn: int = 1
+) -> SearchSettings:
     trust = tuple(1 - 0.6 * 0.8**match for match in range(depth))
-    return SearchSettings(depth, tokens * TOKEN_BYTES + requests * REQUEST_BYTES, requests, factor, least, trust)
+    return SearchSettings(depth, tokens * TOKEN_BYTES + requests * REQUEST_BYTES, requests, factor, least, trust, learn)
 
 
 @dataclass
@@ -94,11 +96,12 @@ actions = st.one_of(
     requests=st.integers(1, 6),
     factor=st.sampled_from([0.5, 1.0, 3.0]),
     least=st.sampled_from([0.01, 0.1, 0.4]),
+    learn=st.sampled_from([1, 1, 5]),
 )
 def test_the_kernel_answers_as_defined(
-    script: list[tuple[object, ...]], depth: int, tokens: int, requests: int, factor: float, least: float
+    script: list[tuple[object, ...]], depth: int, tokens: int, requests: int, factor: float, least: float, learn: int
 ) -> None:
-    twins = Twins(search_settings(depth, tokens, requests, factor, least))
+    twins = Twins(search_settings(depth, tokens, requests, factor, least, learn))
     for name, *arguments in script:
         getattr(twins, str(name))(*arguments)
         twins.check()
