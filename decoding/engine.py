@@ -259,6 +259,7 @@ class Engine:
         self._stepper.cache.check(self._sequences.values())
 
     def close(self) -> None:
-        """End every request; the engine can go on being used."""
+        """End every request; the engine can go on being used. Drafters write what is to outlive it."""
         for request_id in self._open_requests():
             self.cancel(request_id)
+        self._stepper.drafters.close()

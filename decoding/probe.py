@@ -188,7 +188,9 @@ class Probe:
         for _ in range(rows):
             ids = torch.randint(self._vocab_size, (prompt,), generator=generator).tolist()
             params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-            self._stepper.scheduler.add(Sequence(GenerateRequest(f"probe-{self._number}", tuple(ids), params), 0, 0))
+            sequence = Sequence(GenerateRequest(f"probe-{self._number}", tuple(ids), params), 0, 0)
+            sequence.made_up = True
+            self._stepper.scheduler.add(sequence)
             self._number += 1
         while self._stepper.scheduler.waiting or any(s.generated == 0 for s in self._stepper.scheduler.running):
             self._stepper.step()

@@ -61,6 +61,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.counter = SpeculationCounter()
         self.unfollowed: set[str] = set()  # drafters that the planner lets sleep through this sequence
+        self.made_up = False  # by a probe and not by a client: nobody is to learn from its text
 
     @property
     def acceptance(self) -> Acceptance:

@@ -19,7 +19,7 @@ from decoding.machine import cores
 # bridge the gaps between the operations of one step, and end soon after the last one.
 GOMP_SPINCOUNT = 20000
 POLL_SECONDS = 0.05
-EXIT_SECONDS = 0.5  # how long an engine may take to end by itself; it has nothing to lose when it is killed
+EXIT_SECONDS = 2.0  # how long an engine may take to end by itself: drafters write what they keep
 
 
 def engine_environment(config: EngineConfig, environment: Mapping[str, str]) -> dict[str, str]:

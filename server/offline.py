@@ -49,8 +49,15 @@ def generate(config: EngineConfig, prompt: str, sampling: Sampling) -> str:
         torch.set_num_threads(config.threads or cores().lone_threads())
     with memory_named():
         engine = Engine.load(config)
+    try:
+        return _stream(engine, prompt, sampling.params(engine.info.default_sampling))
+    finally:
+        engine.close()
+
+
+def _stream(engine: Engine, prompt: str, params: SamplingParams) -> str:
     started = time.monotonic()
-    for piece in engine.stream(prompt, sampling.params(engine.info.default_sampling)):
+    for piece in engine.stream(prompt, params):
         if isinstance(piece, Generation):
             sys.stdout.write("\n")
             return report(piece, time.monotonic() - started)

@@ -65,6 +65,12 @@ def _eagle3() -> DrafterKind:
     return DrafterKind(Eagle3Options, load_eagle3_drafter)
 
 
+def _suffix() -> DrafterKind:
+    from decoding.drafters.suffix import SuffixDrafter, SuffixOptions
+
+    return DrafterKind(SuffixOptions, SuffixDrafter)
+
+
 DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "ngram": _ngram,
     "prediction": _prediction,
@@ -73,6 +79,7 @@ DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "mtp": _mtp,
     "eagle": _eagle,
     "eagle3": _eagle3,
+    "suffix": _suffix,
 }
 
 

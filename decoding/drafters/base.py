@@ -104,6 +104,10 @@ class Drafter(Protocol):
         """The sequence ended or lost its pages."""
         ...
 
+    def close(self) -> None:
+        """The engine is done, for now at least: keep what is to outlive it."""
+        ...
+
 
 class TokenDrafter:
     """Base of drafters that need nothing but the tokens: no K/V, no state per sequence."""
@@ -134,3 +138,6 @@ class TokenDrafter:
 
     def forget(self, sequence: SequenceId) -> None:
         """Nothing to free."""
+
+    def close(self) -> None:
+        """Nothing to keep."""

@@ -109,6 +109,9 @@ class DraftModelDrafter:
     def forget(self, sequence: SequenceId) -> None:
         self._drafted.pop(sequence, None)
 
+    def close(self) -> None:
+        """Nothing to keep."""
+
     def valid_length(self, sequence: Sequence) -> int:
         return self._drafted.get(sequence.id, 0)
 

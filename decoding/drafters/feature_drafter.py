@@ -110,6 +110,9 @@ class FeatureDrafter:
         self._progress.pop(sequence, None)
         self._features.forget(sequence)
 
+    def close(self) -> None:
+        """Nothing to keep."""
+
     def valid_length(self, sequence: Sequence) -> int:
         progress = self._progress.get(sequence.id, Progress(0))
         return progress.whole if progress.base else progress.end

@@ -132,6 +132,9 @@ class MedusaDrafter:
     def forget(self, sequence: SequenceId) -> None:
         self._features.forget(sequence)
 
+    def close(self) -> None:
+        """Nothing to keep."""
+
     def valid_length(self, sequence: Sequence) -> int:
         return 0
 

@@ -96,3 +96,7 @@ class DrafterTeam:
     def forget(self, sequence: SequenceId) -> None:
         for drafter in self.members:
             drafter.forget(sequence)
+
+    def close(self) -> None:
+        for drafter in self.members:
+            drafter.close()

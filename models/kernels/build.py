@@ -39,6 +39,7 @@ SOURCES: dict[str, list[str]] = {  # file: flags of its own
     "ngram.cpp": [],
     "planning.cpp": [],
     "sampling.cpp": ["-ffp-contract=off"],  # it says why
+    "suffix.cpp": ["-ffp-contract=off"],  # probabilities to the bit of the definition
     "tree.cpp": [],
 }
 # no -ffast-math: it would reorder sums, and results must not depend on how work is split

@@ -41,6 +41,7 @@ EXAMPLES: dict[str, Callable[[], str]] = {
     "mtp": lambda: f"mtp={ROOT}/demo/mtp",
     "eagle": lambda: f"eagle={demo_eagle()}:tau=0.5",
     "eagle3": lambda: f"eagle3={ROOT}/demo/eagle3",
+    "suffix": lambda: "suffix",
 }
 
 
@@ -132,6 +133,9 @@ class Watched:
 
     def forget(self, sequence: SequenceId) -> None:
         self.inner.forget(sequence)
+
+    def close(self) -> None:
+        self.inner.close()
 
 
 def build(examples: tuple[str, ...], *, other: bool = False, **settings: object) -> tuple[Engine, list[Watched]]:
