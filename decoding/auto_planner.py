@@ -262,6 +262,7 @@ class AutoPlanner:
             if guesser.is_due(self.costs.draft(guesser.name, rows, 1)):
                 guesser.credit = 0.0
                 step.asked.add(guesser.name)
+                step.drafting[guesser.name] = (rows, 1)  # its price is learned, too
             else:
                 resting.add(guesser.name)
         if not resting:

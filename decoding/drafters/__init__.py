@@ -29,6 +29,12 @@ def _ngram() -> DrafterKind:
     return DrafterKind(NgramOptions, NgramDrafter)
 
 
+def _recycling() -> DrafterKind:
+    from decoding.drafters.recycling import RecyclingDrafter, RecyclingOptions
+
+    return DrafterKind(RecyclingOptions, RecyclingDrafter)
+
+
 def _draft_model() -> DrafterKind:
     from decoding.drafters.draft_model import DraftModelOptions, load_draft_model
 
@@ -61,6 +67,7 @@ def _eagle3() -> DrafterKind:
 
 DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "ngram": _ngram,
+    "recycling": _recycling,
     "draft": _draft_model,
     "medusa": _medusa,
     "mtp": _mtp,

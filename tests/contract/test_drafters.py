@@ -35,6 +35,7 @@ DRAFT = f"draft={ROOT}/demo/draft"
 # how each drafter is asked for on the command line; it must draft for the demo target
 EXAMPLES: dict[str, Callable[[], str]] = {
     "ngram": lambda: "ngram",
+    "recycling": lambda: "recycling",
     "draft": lambda: DRAFT,
     "medusa": lambda: f"medusa={ROOT}/demo/medusa:tau=0.3",
     "mtp": lambda: f"mtp={ROOT}/demo/mtp",
@@ -308,6 +309,9 @@ def test_bad_choices_name_the_fix(text: str, message: str) -> None:
         (("ngram:max_match=0",), "1 <= min_match <= max_match <= 64"),
         (("ngram:min_match=6",), "1 <= min_match <= max_match <= 64"),
         (("ngram:branches=0",), "branches must be at least 1"),
+        (("recycling:top_k=0",), "top_k must be from 1 to 64"),
+        (("recycling:nodes=64",), "nodes must be from 1 to 63"),
+        (("recycling:salts=0",), "salts must be at least 1"),
         (("draft=/no/such/folder",), "draft model: there is no folder '/no/such/folder'"),
         ((DRAFT + ":depth=0",), "must be at least 1"),
         ((DRAFT + ":beam=40",), r"beam \* \(depth - 1\) under 64"),
