@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,12 +18,14 @@ from decoding.config import EngineConfig
 from decoding.drafters.base import DrafterContext
 from decoding.drafters.ngram import NgramDrafter, NgramOptions
 from decoding.drafters.recycling import RecyclingDrafter, RecyclingOptions
+from decoding.drafters.team import DrafterTeam
 from decoding.engine import Engine
-from decoding.plan import Plan, Quota
+from decoding.plan import Plan, Quota, RowQuota
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
 from decoding.sampling import Sampling
 from decoding.sampling_ops import CpuSamplingOps
 from decoding.step_ops import StepOps, load_step_ops
+from models.target import ForwardOutput, Top
 from models.tree import Trees
 from tests.engines import ALL_NODES, ROOT, device_ops, make_engine, run, tiny_decoder
 from tests.waits import watch
@@ -106,7 +110,7 @@ def test_a_drafter_that_is_not_asked_costs_nothing(wish: SpeculationParams) -> N
     assert drafters[0].tokens() == 0
 
 
-def test_they_are_computed_once_a_step_for_every_node_and_charged_to_who_asked() -> None:
+def test_they_are_computed_once_a_step_for_every_node() -> None:
     ops, counting = counting_ops()
     # two that want them, one with more than the other
     engine = make_engine(target(), {"a": recycling(top_k=3), "b": recycling(top_k=8)}, ops=ops, plan=ALL_NODES)
@@ -116,7 +120,27 @@ def test_they_are_computed_once_a_step_for_every_node_and_charged_to_who_asked()
     # the last steps draft nothing, as no text is left for it
     assert sum(counting.rows) >= stats.drafted
     assert max(counting.rows) == 25, "the root and 24 nodes"
-    assert engine._stepper.drafters.taken["a"] > 0
+
+
+def test_the_time_they_take_is_shared_by_those_who_asked() -> None:
+    class SlowSampling:
+        def top(self, logits: Tensor, k: int) -> Top:
+            time.sleep(0.02)
+            return Top(*reversed(logits.topk(k)))
+
+    context = DrafterContext(
+        "", 0, target(), cast(Any, None), torch.float64, CPU, "auto", max_model_len=64, max_step_tokens=64
+    )
+    members = [RecyclingDrafter(RecyclingOptions(), replace(context, name=name, bit=bit)) for bit, name in enumerate("abc")]
+    team = DrafterTeam([*members])
+    limits = Quota((RowQuota(4, 4, frozenset({"a"})), RowQuota(4, 4, frozenset({"a", "c"}))))
+    out = ForwardOutput(torch.zeros(2, 8))
+    ranked = team.with_top(out, torch.randn(2, 20), limits, cast(Any, SlowSampling()))
+    assert ranked.top is not None
+    assert ranked.top.ids.shape == (2, 8)
+    assert team.taken["a"] == team.taken["c"] >= 0.01
+    assert team.taken["b"] == 0.0
+    assert team.with_top(out, torch.randn(2, 20), Quota((RowQuota(),)), cast(Any, SlowSampling())) is out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

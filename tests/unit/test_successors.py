@@ -219,7 +219,8 @@ def test_memory_stays_within_its_bound_and_the_salt_used_longest_ago_goes() -> N
         fresh = salt not in recent
         assert (kept[0].used == 0) == fresh
         recent = [*(each for each in recent if each != salt), salt][-salts:]
-        token, successors = int(luck.integers(vocab)), luck.permutation(vocab)[:top_k].tolist()
+        token = int(luck.integers(vocab))
+        successors = [(token + rank) % vocab for rank in range(top_k)]
         learn_fused(kept, counts, shown([token], [], [token], [successors]))
         assert len(matrices) <= salts
         assert matrices.nbytes <= salts * vocab * 4 * (1 + top_k)
