@@ -79,12 +79,13 @@ class Matrices:
         return [self._take(salt) for salt in places], [places[salt] for salt in salts]
 
     def _take(self, salt: str) -> Matrix:
-        matrix = self._by_salt.pop(salt, None)
-        if matrix is None:
-            if len(self._by_salt) >= self._salts:
-                self._by_salt.popitem(last=False)
-            matrix = Matrix(*self._size)
-        self._by_salt[salt] = matrix
+        matrix = self._by_salt.get(salt)
+        if matrix is not None:
+            self._by_salt.move_to_end(salt)
+            return matrix
+        if len(self._by_salt) >= self._salts:
+            self._by_salt.popitem(last=False)
+        matrix = self._by_salt[salt] = Matrix(*self._size)
         return matrix
 
 

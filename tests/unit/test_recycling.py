@@ -131,7 +131,9 @@ def test_the_time_they_take_is_shared_by_those_who_asked() -> None:
     context = DrafterContext(
         "", 0, target(), cast(Any, None), torch.float64, CPU, "auto", max_model_len=64, max_step_tokens=64
     )
-    members = [RecyclingDrafter(RecyclingOptions(), replace(context, name=name, bit=bit)) for bit, name in enumerate("abc")]
+    members = [
+        RecyclingDrafter(RecyclingOptions(), replace(context, name=name, bit=bit)) for bit, name in enumerate("abc")
+    ]
     team = DrafterTeam([*members])
     limits = Quota((RowQuota(4, 4, frozenset({"a"})), RowQuota(4, 4, frozenset({"a", "c"}))))
     out = ForwardOutput(torch.zeros(2, 8))

@@ -21,9 +21,16 @@ from decoding.drafters.successors import (
     learn_anywhere,
     learn_fused,
 )
+from models import kernels
 from models.tree import depths, is_node
 
 VOCAB = 30
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled() -> None:
+    """The kernels must work where tests run."""
+    kernels.required()
 
 
 def a_lesson(luck: np.random.Generator, matrices: int, top_k: int) -> Lesson:
