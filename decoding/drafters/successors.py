@@ -157,13 +157,14 @@ def learn_anywhere(matrices: list[Matrix], counts: Tensor, lesson: Lesson) -> No
 def classes_of(logits: np.ndarray) -> np.ndarray:
     """[W, k] int64 class of each successor's share of the probability of all k."""
     weights = np.exp(logits.astype(np.float64) - logits[:, :1].astype(np.float64))
-    shares: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
-    return (shares[..., None] >= np.array(EDGES)).sum(axis=2)
+    shares = weights / weights.sum(axis=1, keepdims=True)
+    classes: np.ndarray = (shares[..., None] >= np.array(EDGES)).sum(axis=2)
+    return classes
 
 
 def _judge(matrix: Matrix, cells: np.ndarray, text: list[int]) -> None:
     """``cells`` [LEVELS, top_k, classes, 2] are of the row's mode."""
-    for level, (before, after) in enumerate(zip(text, text[1:])):
+    for level, (before, after) in enumerate(itertools.pairwise(text)):
         for rank, entry in enumerate(_entries(matrix, before)):
             cell = cells[min(level, LEVELS - 1), rank, entry & (1 << CLASS_BITS) - 1]
             cell *= FADING

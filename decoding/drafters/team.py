@@ -96,7 +96,7 @@ class DrafterTeam:
             logits: [W, V'] raw.
             limits: by which the drafters were asked.
         """
-        asked = [d for d in self._ranking if any([d.name in row.drafters for row in limits.rows])]
+        asked = [d for d in self._ranking if any(d.name in row.drafters for row in limits.rows)]
         if not asked:
             return out
         started = time.perf_counter()

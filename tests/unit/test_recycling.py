@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -190,7 +191,7 @@ def test_a_warm_matrix_drafts_better_than_a_cold_one() -> None:
         outcome = run(engine, [GenerateRequest(f"r{turn}", PROMPT, GREEDY)])[f"r{turn}", 0]
         assert outcome.tokens == plain_text(GenerateRequest("plain", PROMPT, GREEDY))
         accepted.append(engine.stats().accepted)
-    gained = [after - before for before, after in zip(accepted, accepted[1:])]
+    gained = [after - before for before, after in itertools.pairwise(accepted)]
     assert 0 < gained[0] < gained[2]
 
 
