@@ -262,9 +262,10 @@ class AutoPlanner:
         resting = set()
         for guesser in self.guessers:
             rows = sum(1 for row in limits.rows if row.nodes and guesser.name in row.drafters)
-            if guesser.is_due(self.costs.draft(guesser.name, rows, 1)):
+            if rows and guesser.is_due(self.costs.draft(guesser.name, rows, 1)):
                 guesser.credit = 0.0
                 step.asked.add(guesser.name)
+                step.drafting[guesser.name] = (rows, 1)  # its price is learned, too
             else:
                 resting.add(guesser.name)
         if not resting:

@@ -23,6 +23,7 @@ from decoding.noise import NoiseBank
 from decoding.rule_table import RuleTable, make_rule_table
 from decoding.sampling_ops import SamplingOps
 from decoding.sequence import Sequence
+from models.target import Top
 from models.transfer import upload
 
 
@@ -203,6 +204,12 @@ class Sampling:
         if not self.table.filtered:
             return self.ops.draw(x, temperature, self.noise.vectors, noise_row)
         return self.ops.draw_filtered(x, temperature, self.noise.vectors, noise_row, self._filters(row))
+
+    def top(self, logits: Tensor, k: int) -> Top:
+        """The k likeliest of the tokenizer's ids (all of them if there are fewer) by raw logits [W, V']."""
+        x = logits if logits.shape[1] == self.vocab_size else logits[:, : self.vocab_size]
+        values, ids = self.ops.top(x, min(k, x.shape[1]))
+        return Top(ids, values.float())
 
     def guess(
         self, x: Tensor, row: Tensor, depth: Tensor, k: int, tau: float, ids: Tensor | None = None

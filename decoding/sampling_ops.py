@@ -41,6 +41,10 @@ class SamplingOps(Protocol):
         """argmax(x) [W] int64; the lowest id wins a tie."""
         ...
 
+    def top(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest of x [W, k], largest first, and their ids [W, k] int64."""
+        ...
+
     def draw(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor) -> Tensor:
         """argmax(x / T + g) [W] int64, of x alone without noise; the lowest id wins a tie."""
         ...
@@ -82,6 +86,10 @@ class TorchSamplingOps:
 
     def best(self, x: Tensor) -> Tensor:
         return x.argmax(dim=1)
+
+    def top(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        best = x.topk(k, dim=1)
+        return best.values, best.indices
 
     def draw(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor) -> Tensor:
         return self._noisy(x / temperature[:, None], x, noise, noise_row).argmax(dim=1)
@@ -141,6 +149,12 @@ class CpuSamplingOps:
         self.draw = ops.sample_rows.default
         self.guess = ops.guess_rows.default
         self._topk = ops.topk_rows.default
+
+    def top(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Without noise a row is scanned once; equal values come in the order of their ids."""
+        rows = len(x)
+        values, ids = self._topk(x, torch.ones(rows), torch.empty(0, 1), torch.full((rows,), -1), k, False)
+        return values, ids
 
     def candidates(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, k: int) -> Tensor:
         ids: Tensor = self._topk(x, temperature, noise, noise_row, k, True)[1]

@@ -73,6 +73,7 @@ class Stepper:
         verdict = verify(self.rule, chosen.trees, nodes, logits, sampling, chosen.deepest)  # accepted path + bonus
         self.cache.commit(batch, nodes, verdict)  # keep the accepted path's K/V
         results = self.committer.send(plan, chosen, nodes, verdict, logits)  # to the host, before others keep it busy
+        out = self.drafters.with_top(out, logits, limits, sampling)  # likeliest tokens, for who learns from them
         self.drafters.observe(plan, batch, nodes, out, verdict)
         events = self.committer.commit(plan, chosen, results, out)  # append, stop, finish, free
         taken = time.perf_counter() - started

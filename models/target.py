@@ -13,11 +13,20 @@ from models.kv_cache import KVCache, KVSpec
 
 
 @dataclass(frozen=True)
+class Top:
+    """The k likeliest tokens at W nodes, best first."""
+
+    ids: Tensor  # [W, k] int64
+    logits: Tensor  # [W, k] float32, raw: no bias, no penalties, no temperature
+
+
+@dataclass(frozen=True)
 class ForwardOutput:
     """Result of one forward pass."""
 
     hidden: Tensor  # [T, H] after the final norm: exactly what the LM head is fed
     taps: dict[int, Tensor] = field(default_factory=dict)  # tap i -> [T, H], the residual stream that enters layer i
+    top: Top | None = None  # at the wanted tokens; added by the step where a drafter learns from it
 
 
 class CausalModel(Protocol):

@@ -35,6 +35,12 @@ def _prediction() -> DrafterKind:
     return DrafterKind(PredictionOptions, PredictionDrafter)
 
 
+def _recycling() -> DrafterKind:
+    from decoding.drafters.recycling import RecyclingDrafter, RecyclingOptions
+
+    return DrafterKind(RecyclingOptions, RecyclingDrafter)
+
+
 def _draft_model() -> DrafterKind:
     from decoding.drafters.draft_model import DraftModelOptions, load_draft_model
 
@@ -74,6 +80,7 @@ def _suffix() -> DrafterKind:
 DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "ngram": _ngram,
     "prediction": _prediction,
+    "recycling": _recycling,
     "draft": _draft_model,
     "medusa": _medusa,
     "mtp": _mtp,

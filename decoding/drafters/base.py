@@ -29,6 +29,7 @@ class Needs:
 
     kv: KVSpec | None = None  # own K/V layers on the shared pages
     taps: tuple[int, ...] = ()  # target's hidden states, see ForwardOutput.taps
+    top: int = 0  # the k likeliest tokens at each node of the steps in which it is asked, see ForwardOutput.top
     page_bytes: int = 0  # kept with each page beside K/V
     host: bool = False  # runs no model: proposes on the host, trees of the host, at next to no cost
     fixed_tree: bool = False  # all its nodes are wanted, however improbable; --max-nodes and --max-depth still hold

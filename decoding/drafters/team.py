@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from decoding.batcher import Nodes
 from decoding.drafters.base import Drafter
@@ -32,6 +34,7 @@ class DrafterTeam:
         self.names = tuple(d.name for d in drafters)
         self._tapping = [(d.name, d.needs.taps) for d in drafters if d.needs.taps]
         self.taken = {drafter.name: 0.0 for drafter in drafters}  # seconds
+        self._ranking = [d for d in drafters if d.needs.top]
         self._guessing = [(bit, d) for bit, d in enumerate(drafters) if d.needs.host]
         self._drafting = [(bit, d) for bit, d in enumerate(drafters) if not d.needs.host]
 
@@ -83,6 +86,25 @@ class DrafterTeam:
             if trees is not None:
                 proposals.append(Proposal(bit, trees))
         return proposals
+
+    def with_top(self, out: ForwardOutput, logits: Tensor, limits: Quota, sampling: Sampling) -> ForwardOutput:
+        """The output with the likeliest tokens of each node, if a drafter wants them that was asked in this step.
+
+        Once for all of them, who share the time it takes.
+
+        Args:
+            logits: [W, V'] raw.
+            limits: by which the drafters were asked.
+        """
+        asked = [d for d in self._ranking if any(d.name in row.drafters for row in limits.rows)]
+        if not asked:
+            return out
+        started = time.perf_counter()
+        out = replace(out, top=sampling.top(logits, max(d.needs.top for d in asked)))
+        share = (time.perf_counter() - started) / len(asked)
+        for drafter in asked:
+            self.taken[drafter.name] += share
+        return out
 
     def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
         for drafter in self.members:

@@ -38,6 +38,7 @@ SOURCES: dict[str, list[str]] = {  # file: flags of its own
     "linear.cpp": [],
     "ngram.cpp": [],
     "planning.cpp": [],
+    "recycling.cpp": ["-ffp-contract=off"],  # it says why
     "sampling.cpp": ["-ffp-contract=off"],  # it says why
     "suffix.cpp": ["-ffp-contract=off"],  # probabilities to the bit of the definition
     "tree.cpp": [],

@@ -162,7 +162,7 @@ inline void insert(Best<T>* best, int64_t& count, int64_t k, T value, int64_t id
 // The k best of the ids [begin, end), descending, lowest id first among equals. Returns how many there are.
 template <typename T, Formula F>
 int64_t scan(const T* logits, const float* noise, T temperature, int64_t begin, int64_t end, int64_t k, Best<T>* best) {
-  constexpr int64_t kBlock = 128;
+  constexpr int64_t kBlock = 128, kPiece = 16;
   int64_t count = 0, id = begin;
   T values[kBlock];
   for (; id + kBlock <= end; id += kBlock) {
@@ -172,8 +172,15 @@ int64_t scan(const T* logits, const float* noise, T temperature, int64_t begin, 
       values[i] = score<T>(logits[id + i], temperature, F == kPlain ? 0 : noise[id + i], F);
       above |= values[i] > bar;
     }
-    if (above)  // rare: about k ln(V / k) values of a row raise the bar
-      for (int64_t i = 0; i < kBlock; ++i) insert<T>(best, count, k, values[i], id + i);
+    if (!above) continue;
+    // about k ln(V / k) values of a row raise the bar; they are looked for in pieces that vectors can pass over
+    for (int64_t piece = 0; piece < kBlock; piece += kPiece) {
+      const T now = count == k ? best[k - 1].value : -std::numeric_limits<T>::infinity();
+      int higher = count < k;
+      for (int64_t i = piece; i < piece + kPiece; ++i) higher |= values[i] > now;
+      if (higher)
+        for (int64_t i = piece; i < piece + kPiece; ++i) insert<T>(best, count, k, values[i], id + i);
+    }
   }
   for (; id < end; ++id) insert<T>(best, count, k, score<T>(logits[id], temperature, F == kPlain ? 0 : noise[id], F), id);
   return count;

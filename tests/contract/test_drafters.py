@@ -36,6 +36,7 @@ DRAFT = f"draft={ROOT}/demo/draft"
 EXAMPLES: dict[str, Callable[[], str]] = {
     "ngram": lambda: "ngram",
     "prediction": lambda: "prediction",  # follows what every request of these tests predicts
+    "recycling": lambda: "recycling",
     "draft": lambda: DRAFT,
     "medusa": lambda: f"medusa={ROOT}/demo/medusa:tau=0.3",
     "mtp": lambda: f"mtp={ROOT}/demo/mtp",
@@ -324,6 +325,9 @@ def test_bad_choices_name_the_fix(text: str, message: str) -> None:
         (("ngram:branches=0",), "branches must be at least 1"),
         (("prediction:branches=0",), "branches must be at least 1"),
         (("prediction:max_match=65",), "max_match must be in 1 .. 64"),
+        (("recycling:top_k=0",), "top_k must be from 1 to 64"),
+        (("recycling:nodes=64",), "nodes must be from 1 to 63"),
+        (("recycling:salts=0",), "salts must be at least 1"),
         (("draft=/no/such/folder",), "draft model: there is no folder '/no/such/folder'"),
         ((DRAFT + ":depth=0",), "must be at least 1"),
         ((DRAFT + ":beam=40",), r"beam \* \(depth - 1\) under 64"),

@@ -7,6 +7,7 @@ The recording is of the demo target with its drafters (benchmarks/record.py); th
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
@@ -180,3 +181,13 @@ def test_nothing_is_drafted_where_nothing_pays() -> None:
     plain_world = World(recording(), 1.0, 8, table)
     assert got > 0.985 * rate(plain_world, FixedPlanner(plain_world, (), 0, 1), 2.0)
     assert all(member.sleeps for member in planner.members)
+
+
+def test_the_price_of_guessing_is_learned() -> None:
+    """Guesses take a hundred times as long as was measured."""
+    table = TABLES["0.3B on a CPU"]
+    dear = replace(table, drafters={**table.drafters, "ngram": DraftPrice(first=1e-3)})
+    world = World(recording(), 0.0, 1, dear)
+    planner = auto(world, table)
+    rate(world, planner, 20.0)
+    assert planner.costs.draft("ngram", 1, 1) == pytest.approx(1e-3, rel=0.3)

@@ -1,0 +1,125 @@
+"""Token Recycling (2408.08696): trees of what the target found likely when it last met a token.
+
+Verification computes logits at every node, and throws most of them away. The likeliest tokens of each are kept in a
+matrix from token to successors, and the next tree is grown from it: no model, no corpus, no text to search. The
+paper's tree has one shape; here it takes the most probable nodes, by what is counted of each rank (successors.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from decoding.batcher import Nodes
+from decoding.drafters.base import DrafterContext, Needs, TokenDrafter
+from decoding.drafters.successors import MAX_VOCAB, Lesson, Matrices, Wish, first_counts, load_recycling
+from decoding.errors import ConfigError
+from decoding.plan import Plan, Quota
+from decoding.sampling import Sampling
+from decoding.sequence import Sequence
+from decoding.verify import Verdict
+from models.batch import MAX_TREE, RaggedBatch
+from models.target import ForwardOutput
+from models.transfer import fetch
+from models.tree import Trees
+
+MOST_SUCCESSORS = 64
+
+
+@dataclass(frozen=True)
+class RecyclingOptions:
+    """Names as in the paper, where k is 8."""
+
+    top_k: int = 8  # successors kept of each token
+    nodes: int = MAX_TREE - 1  # of a tree at most; --max-nodes holds, too
+    salts: int = 16  # matrices kept at most, one for each cache_salt; the one used longest ago goes first
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """A step's nodes on their way to the host."""
+
+    rows: list[tuple[Sequence, int]]  # those that decided, and the lengths of their texts then
+    fetched: Callable[[], list[np.ndarray]]  # nodes' tokens, roots, successors, their logits; paths if there are nodes
+
+
+class RecyclingDrafter(TokenDrafter):
+    """Learns from every verified node of the steps in which it is asked.
+
+    Args:
+        context: ``target`` must have fewer than 2^28 ids.
+
+    Raises:
+        ConfigError: options that cannot work.
+    """
+
+    def __init__(self, options: RecyclingOptions, context: DrafterContext) -> None:
+        vocab_size = context.target.vocab_size
+        if not 1 <= options.top_k <= MOST_SUCCESSORS:
+            raise ConfigError(f"recycling: top_k must be from 1 to {MOST_SUCCESSORS}, not {options.top_k}")
+        if not 1 <= options.nodes < MAX_TREE:
+            raise ConfigError(f"recycling: nodes must be from 1 to {MAX_TREE - 1}, not {options.nodes}")
+        if options.salts < 1:
+            raise ConfigError(f"recycling: salts must be at least 1, not {options.salts}")
+        if vocab_size > MAX_VOCAB:
+            raise ConfigError(
+                f"recycling: at most {MAX_VOCAB} token ids are possible, and the target has {vocab_size}; "
+                "use another drafter, such as ngram"
+            )
+        self.name = context.name
+        self.needs = Needs(host=True, top=options.top_k)
+        self._bit = context.bit
+        self._options = options
+        self._matrices = Matrices(vocab_size, options.top_k, options.salts)
+        self._counts = first_counts(options.top_k)
+        self._learn, self._grow = load_recycling()
+        self._heard: _Heard | None = None
+        # a device is still busy with the last step's successors: they are looked at while it runs the next step
+        self._waits = context.device.type != "cpu"
+
+    def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
+        if not self._waits:
+            self._settle()
+        nodes = [min(row.nodes, self._options.nodes) if self.name in row.drafters else 0 for row in quota.rows]
+        if not any(nodes):
+            return None
+        sequences = [row.sequence for row in plan.deciding]
+        matrices, owner = self._matrices.of([sequence.request.cache_salt for sequence in sequences])
+        roots = [int(sequence.tokens[-1]) for sequence in sequences]
+        wish = Wish(owner, _modes(sequences), roots, nodes, [row.depth for row in quota.rows])
+        return self._grow(matrices, self._counts, wish, self._bit)
+
+    def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
+        self._settle()
+        if out.top is None:  # it was not asked
+            return
+        rows = [(row.sequence, row.sequence.length) for row in plan.deciding]
+        paths = (verdict.path,) if verdict.path.shape[1] else ()
+        shown = (batch.at_wanted(batch.token_ids), nodes.first, out.top.ids, out.top.logits)
+        self._heard = _Heard(rows, fetch(*shown, *paths))
+
+    def _settle(self) -> None:
+        """Learn from the last step in which it was asked; by now the text has gone on."""
+        heard, self._heard = self._heard, None
+        if heard is None:
+            return
+        tokens, first, ids, logits, *paths = heard.fetched()
+        sequences = [sequence for sequence, _ in heard.rows]
+        matrices, owner = self._matrices.of([sequence.request.cache_salt for sequence in sequences])
+        lesson = Lesson(
+            owner=owner,
+            modes=_modes(sequences),
+            texts=[sequence.tokens[length - 1 :] for sequence, length in heard.rows],
+            tokens=tokens,
+            first=first,
+            path=paths[0] if paths else np.empty((len(first), 0), dtype=np.int64),
+            ids=ids[:, : self._options.top_k],
+            logits=logits[:, : self._options.top_k],
+        )
+        self._learn(matrices, self._counts, lesson)
+
+
+def _modes(sequences: list[Sequence]) -> list[int]:
+    return [int(not sequence.is_greedy) for sequence in sequences]
