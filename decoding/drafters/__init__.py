@@ -59,6 +59,12 @@ def _eagle3() -> DrafterKind:
     return DrafterKind(Eagle3Options, load_eagle3_drafter)
 
 
+def _retrieval() -> DrafterKind:
+    from decoding.drafters.retrieval import RetrievalOptions, load_retrieval_drafter
+
+    return DrafterKind(RetrievalOptions, load_retrieval_drafter)
+
+
 DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "ngram": _ngram,
     "draft": _draft_model,
@@ -66,6 +72,7 @@ DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "mtp": _mtp,
     "eagle": _eagle,
     "eagle3": _eagle3,
+    "retrieval": _retrieval,
 }
 
 

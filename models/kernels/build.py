@@ -38,6 +38,7 @@ SOURCES: dict[str, list[str]] = {  # file: flags of its own
     "linear.cpp": [],
     "ngram.cpp": [],
     "planning.cpp": [],
+    "retrieval.cpp": [],
     "sampling.cpp": ["-ffp-contract=off"],  # it says why
     "tree.cpp": [],
 }

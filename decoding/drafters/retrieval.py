@@ -1,0 +1,161 @@
+"""REST (He et al., 2311.08252): what followed the text's last tokens in a corpus that was prepared beforehand.
+
+The longest end of the text that the corpus has is looked up in the corpus's suffix array (decoding/datastore). What
+followed it there makes a trie with counts, and the trie's most probable nodes are the tree. It costs no model time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+import numpy as np
+import torch
+
+from decoding.datastore.layout import NO_TOKEN, Datastore, Match
+from decoding.drafters.base import DrafterContext, TokenDrafter
+from decoding.drafters.tries import Node, as_trees
+from decoding.errors import ConfigError
+from decoding.plan import Plan, Quota, RowQuota
+from decoding.sampling import Sampling
+from models import kernels
+from models.batch import MAX_TREE
+from models.tree import Trees
+
+IMPROBABLE = 0.01  # nodes whose path is less probable are not worth their way through the planner
+
+
+def _doubt(match: int) -> float:
+    """What is added to the number of matches of this length, as if so many had gone on with something else.
+
+    So one match is no certainty, many are, and the longer the match, the fewer it takes.
+    """
+    return 2.0 * 0.75 ** (match - 1)
+
+
+@dataclass(frozen=True)
+class RetrievalOptions:
+    """Names as in prompt lookup; REST's own are max_token_span (max_match), k (max_matches) and long (depth)."""
+
+    path: str  # of the datastore
+    max_match: int = 16  # longest end of the text that is looked up
+    min_match: int = 1
+    max_matches: int = 256  # of more, so many are looked at, evenly over all; REST: 5000
+    depth: int = 10  # of the trie
+
+    def check(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigError: an option out of range.
+        """
+        if not 1 <= self.min_match <= self.max_match <= 64:
+            raise ConfigError("retrieval: 1 <= min_match <= max_match <= 64 is needed")
+        if not 1 <= self.depth < MAX_TREE:
+            raise ConfigError(f"retrieval: depth must be from 1 to {MAX_TREE - 1}, not {self.depth}")
+        if not 1 <= self.max_matches <= 2**20:
+            raise ConfigError(f"retrieval: max_matches must be from 1 to {2**20}, not {self.max_matches}")
+
+
+def load_retrieval_drafter(options: RetrievalOptions, context: DrafterContext) -> RetrievalDrafter:
+    """The drafter of ``--speculate retrieval=PATH``.
+
+    Raises:
+        ModelError: no datastore, a damaged one, or one of another tokenizer.
+        ConfigError: an option out of range.
+    """
+    options.check()
+    store = Datastore.open(options.path)
+    store.check_vocabulary(context.tokenizer, options.path)
+    return RetrievalDrafter(options, context, store)
+
+
+class RetrievalDrafter(TokenDrafter):
+    """Looks the row's last tokens up in a datastore. Keeps nothing of requests."""
+
+    def __init__(self, options: RetrievalOptions, context: DrafterContext, store: Datastore) -> None:
+        self.name = context.name
+        self.max_depth = options.depth
+        self._options = options
+        self._bit = context.bit
+        self._store = store
+        self._arrays = [torch.from_numpy(array) for array in (store.tokens, store.suffixes, store.starts)]
+        self._ids = min(store.vocabulary.size, context.target.vocab_size)  # others end a match, and what follows it
+        self._doubt = [_doubt(match) for match in range(options.max_match + options.depth)]
+        fused = kernels.serves(torch.device("cpu"), torch.float32)
+        self._search = self._search_fused if fused else self.search_anywhere
+
+    def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
+        return self._search(plan, quota)
+
+    def _search_fused(self, plan: Plan, quota: Quota) -> Trees | None:
+        """``search_anywhere`` in one call: see models/kernels/retrieval.cpp."""
+        options = self._options
+        nodes = [limit.nodes if self.name in limit.drafters else 0 for limit in quota.rows]
+        if not any(nodes):
+            return None
+        depths = [min(limit.depth, options.depth) for limit in quota.rows]
+        texts = [torch.from_numpy(row.sequence.tokens) for row in plan.deciding]
+        looks = (self._ids, options.max_match, options.min_match, options.max_matches)
+        arrays = torch.ops.saccade.retrieval_trees.default(
+            self._arrays, texts, nodes, depths, *looks, self._doubt, IMPROBABLE, self._bit
+        )
+        return Trees(*arrays) if arrays[0].shape[1] > 1 else None
+
+    def search_anywhere(self, plan: Plan, quota: Quota) -> Trees | None:
+        """``propose`` in Python: what it means."""
+        texts = [row.sequence.tokens for row in plan.deciding]
+        tries = [self._trie(text, limit) for text, limit in zip(texts, quota.rows, strict=True)]
+        return as_trees(tries, [int(text[-1]) for text in texts], self._bit)
+
+    def _trie(self, text: np.ndarray, limit: RowQuota) -> list[Node]:
+        """The nodes, the most probable first."""
+        options = self._options
+        if self.name not in limit.drafters or limit.nodes == 0:
+            return []
+        match = self._store.longest(text, options.min_match, options.max_match, self._ids)
+        follows = self._follows(match, min(limit.depth, options.depth))
+        return self._most_probable(follows, match.length, limit.nodes)
+
+    def _follows(self, match: Match, depth: int) -> np.ndarray:
+        """[M, depth] what follows each of the matches, ``NO_TOKEN`` from where their document ends.
+
+        In lexicographic order, since the suffixes are.
+        """
+        found = match.end - match.first
+        taken = min(found, self._options.max_matches)
+        numbers = match.first + np.arange(taken) * found // max(taken, 1)
+        places = (self._store.suffixes[numbers].astype(np.int64) + match.length)[:, None] + np.arange(depth)
+        stored = self._store.tokens
+        tokens = stored[places.clip(0, len(stored) - 1)].astype(np.int64)
+        return np.where((places >= 0) & (places < len(stored)) & (tokens < self._ids), tokens, NO_TOKEN)
+
+    def _most_probable(self, follows: np.ndarray, match: int, nodes: int) -> list[Node]:
+        """The best ``nodes`` of the trie of all rows of ``follows`` [M, depth].
+
+        A node's confidence is its count over its parent's and the doubt about a match of that length: each node on
+        the way makes the match longer by one.
+        """
+        trie: list[Node] = []
+        discovered = itertools.count()  # of equally probable nodes, the first comes first
+        waiting: list[tuple[float, int, Node, np.ndarray, int]] = []
+
+        def discover(rows: np.ndarray, column: int, level: int, path: float) -> None:
+            """Let the children of a node wait; ``rows`` of ``follows`` pass through it."""
+            tokens, counts = np.unique(follows[rows, level], return_counts=True)
+            for token, count in zip(tokens.tolist(), counts.tolist(), strict=True):
+                chance = count / (len(rows) + self._doubt[match + level])
+                if token != NO_TOKEN and path * chance >= IMPROBABLE:
+                    through = rows[follows[rows, level] == token]
+                    node = (column, token, chance)
+                    heappush(waiting, (-path * chance, next(discovered), node, through, level + 1))
+
+        if follows.size:
+            discover(np.arange(len(follows)), 0, 0, 1.0)
+        while waiting and len(trie) < nodes:
+            path, _, node, rows, level = heappop(waiting)
+            trie.append(node)
+            if level < follows.shape[1]:
+                discover(rows, len(trie), level, -path)
+        return trie
