@@ -2,6 +2,9 @@
 
 The longest end of the text that the corpus has is looked up in the corpus's suffix array (decoding/datastore). What
 followed it there makes a trie with counts, and the trie's most probable nodes are the tree. It costs no model time.
+
+REST asks the longest match alone. Where that has few occurrences, shorter ones know more, so the counts are
+interpolated, as in language models of n-grams (Dirichlet smoothing, MacKay and Peto 1995).
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ from models.batch import MAX_TREE
 from models.tree import Trees
 
 IMPROBABLE = 0.01  # nodes whose path is less probable are not worth their way through the planner
+MAX_BACKOFF = 3  # as many as the kernel has room for
 
 
 def _doubt(match: int) -> float:
-    """What is added to the number of matches of this length, as if so many had gone on with something else.
+    """What is added to the number of occurrences of a match, as if so many had gone on as a shorter match says.
 
-    So one match is no certainty, many are, and the longer the match, the fewer it takes.
+    So one occurrence is no certainty, many are, and the longer the match, the fewer it takes.
     """
     return 2.0 * 0.75 ** (match - 1)
 
@@ -42,7 +46,8 @@ class RetrievalOptions:
     max_match: int = 16  # longest end of the text that is looked up
     min_match: int = 1
     max_matches: int = 256  # of more, so many are looked at, evenly over all; REST: 5000
-    depth: int = 10  # of the trie
+    backoff: int = 2  # shorter matches that are asked, too, where there are fewer occurrences; REST: 0
+    depth: int = 10  # of the tree
 
     def check(self) -> None:
         """Refuse what cannot work.
@@ -52,6 +57,8 @@ class RetrievalOptions:
         """
         if not 1 <= self.min_match <= self.max_match <= 64:
             raise ConfigError("retrieval: 1 <= min_match <= max_match <= 64 is needed")
+        if not 0 <= self.backoff <= MAX_BACKOFF:
+            raise ConfigError(f"retrieval: backoff must be from 0 to {MAX_BACKOFF}, not {self.backoff}")
         if not 1 <= self.depth < MAX_TREE:
             raise ConfigError(f"retrieval: depth must be from 1 to {MAX_TREE - 1}, not {self.depth}")
         if not 1 <= self.max_matches <= 2**20:
@@ -97,7 +104,7 @@ class RetrievalDrafter(TokenDrafter):
             return None
         depths = [min(limit.depth, options.depth) for limit in quota.rows]
         texts = [torch.from_numpy(row.sequence.tokens) for row in plan.deciding]
-        looks = (self._ids, options.max_match, options.min_match, options.max_matches)
+        looks = (self._ids, options.max_match, options.min_match, options.max_matches, options.backoff)
         arrays = torch.ops.saccade.retrieval_trees.default(
             self._arrays, texts, nodes, depths, *looks, self._doubt, IMPROBABLE, self._bit
         )
@@ -111,15 +118,28 @@ class RetrievalDrafter(TokenDrafter):
 
     def _trie(self, text: np.ndarray, limit: RowQuota) -> list[Node]:
         """The nodes, the most probable first."""
-        options = self._options
         if self.name not in limit.drafters or limit.nodes == 0:
             return []
-        match = self._store.longest(text, options.min_match, options.max_match, self._ids)
-        follows = self._follows(match, min(limit.depth, options.depth))
-        return self._most_probable(follows, match.length, limit.nodes)
+        matches, depth = self._matches(text), min(limit.depth, self._options.depth)
+        if not matches or depth == 0:
+            return []
+        follows = [self._follows(match, depth) for match in matches]
+        return self._most_probable(follows, [match.length for match in matches], limit.nodes)
+
+    def _matches(self, text: np.ndarray) -> list[Match]:
+        """The longest, then shorter ones, by halves, until there are enough occurrences."""
+        options = self._options
+        longest = self._store.longest(text, options.min_match, options.max_match, self._ids)
+        found = [longest] if longest.length else []
+        while found and len(found) <= options.backoff and found[-1].end - found[-1].first < options.max_matches:
+            length = max(options.min_match, (found[-1].length + 1) // 2)
+            if length == found[-1].length:
+                break
+            found.append(Match(length, *self._store.find(text[-length:].tolist())))
+        return found
 
     def _follows(self, match: Match, depth: int) -> np.ndarray:
-        """[M, depth] what follows each of the matches, ``NO_TOKEN`` from where their document ends.
+        """[M, depth] what follows each of the occurrences, ``NO_TOKEN`` from where their document ends.
 
         In lexicographic order, since the suffixes are.
         """
@@ -131,31 +151,40 @@ class RetrievalDrafter(TokenDrafter):
         tokens = stored[places.clip(0, len(stored) - 1)].astype(np.int64)
         return np.where((places >= 0) & (places < len(stored)) & (tokens < self._ids), tokens, NO_TOKEN)
 
-    def _most_probable(self, follows: np.ndarray, match: int, nodes: int) -> list[Node]:
-        """The best ``nodes`` of the trie of all rows of ``follows`` [M, depth].
+    def _most_probable(self, follows: list[np.ndarray], lengths: list[int], nodes: int) -> list[Node]:
+        """The best ``nodes`` of the trie of all rows of all ``follows`` [M, depth].
 
-        A node's confidence is its count over its parent's and the doubt about a match of that length: each node on
-        the way makes the match longer by one.
+        Args:
+            lengths: of the matches that they follow, the longest first.
         """
         trie: list[Node] = []
         discovered = itertools.count()  # of equally probable nodes, the first comes first
-        waiting: list[tuple[float, int, Node, np.ndarray, int]] = []
+        waiting: list[tuple[float, int, Node, list[np.ndarray], int]] = []
 
-        def discover(rows: np.ndarray, column: int, level: int, path: float) -> None:
-            """Let the children of a node wait; ``rows`` of ``follows`` pass through it."""
-            tokens, counts = np.unique(follows[rows, level], return_counts=True)
-            for token, count in zip(tokens.tolist(), counts.tolist(), strict=True):
-                chance = count / (len(rows) + self._doubt[match + level])
+        def discover(through: list[np.ndarray], column: int, level: int, path: float) -> None:
+            """Let the children of a node wait; the rows ``through`` of each of ``follows`` pass through it."""
+            there = [after[rows, level] for after, rows in zip(follows, through, strict=True)]
+            for token in np.unique(np.concatenate(there)).tolist():
+                chance = self._chance([tokens == token for tokens in there], [length + level for length in lengths])
                 if token != NO_TOKEN and path * chance >= IMPROBABLE:
-                    through = rows[follows[rows, level] == token]
-                    node = (column, token, chance)
-                    heappush(waiting, (-path * chance, next(discovered), node, through, level + 1))
+                    passing = [rows[tokens == token] for rows, tokens in zip(through, there, strict=True)]
+                    heappush(waiting, (-path * chance, next(discovered), (column, token, chance), passing, level + 1))
 
-        if follows.size:
-            discover(np.arange(len(follows)), 0, 0, 1.0)
+        discover([np.arange(len(after)) for after in follows], 0, 0, 1.0)
         while waiting and len(trie) < nodes:
-            path, _, node, rows, level = heappop(waiting)
+            path, _, node, through, level = heappop(waiting)
             trie.append(node)
-            if level < follows.shape[1]:
-                discover(rows, len(trie), level, -path)
+            if level < follows[0].shape[1]:
+                discover(through, len(trie), level, -path)
         return trie
+
+    def _chance(self, equal: list[np.ndarray], lengths: list[int]) -> float:
+        """The chance of a token that follows those of the matches for which ``equal`` says so, longest first.
+
+        Its share among the occurrences of the longest match, with the doubt about them going by the next shorter one.
+        """
+        chance = 0.0
+        for those, length in zip(reversed(equal), reversed(lengths), strict=True):
+            doubt = self._doubt[length]
+            chance = (int(those.sum()) + doubt * chance) / (len(those) + doubt)
+        return chance

@@ -38,8 +38,8 @@ SOURCES: dict[str, list[str]] = {  # file: flags of its own
     "linear.cpp": [],
     "ngram.cpp": [],
     "planning.cpp": [],
-    "retrieval.cpp": [],
-    "sampling.cpp": ["-ffp-contract=off"],  # it says why
+    "retrieval.cpp": ["-ffp-contract=off"],
+    "sampling.cpp": ["-ffp-contract=off"],  # they say why
     "tree.cpp": [],
 }
 # no -ffast-math: it would reorder sums, and results must not depend on how work is split

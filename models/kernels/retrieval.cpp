@@ -2,10 +2,14 @@
 // comes out), for all rows in one call. The datastore's arrays are mapped from a file: each element that is looked at
 // may cost a read from the disk, the first time, and a miss of all caches later. So few are looked at, and those whose
 // places are known beforehand are fetched together.
+//
+// Compiled with -ffp-contract=off: the definition rounds each product, so this must, too.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -19,7 +23,7 @@ using at::Tensor;
 constexpr int64_t kNoParent = -1, kNoToken = -1;
 
 struct Limits {
-  int64_t nodes, depth, max_match, min_match, max_matches;
+  int64_t nodes, depth, max_match, min_match, max_matches, backoff;
 };
 
 struct Range {
@@ -105,37 +109,105 @@ struct Trie {
   std::vector<float> confidence;
 };
 
-// A node that may be taken. Matches first .. end - 1 pass through it; what follows them is sorted, so they are in a row.
+constexpr int kMostMatches = 4;  // the longest, and shorter ones
+
+// Occurrences of a match: the places after them, in the order of what follows.
+struct Level {
+  int64_t length;
+  std::vector<int64_t> places;
+};
+
+// Those of a level's occurrences that pass through a node. What follows is sorted, so they are in a row.
+struct Span {
+  int64_t first, end;
+};
+
+using Spans = std::array<Span, kMostMatches>;
+
+// A node that may be taken.
 struct Candidate {
   double path, chance;
   int64_t number;  // in the order of discovery
-  int64_t parent, token, first, end, level;
+  int64_t parent, token, depth;
+  Spans through;
 
   bool operator<(const Candidate& other) const {
     return path < other.path || (path == other.path && number > other.number);
   }
 };
 
-// Places after `max_matches` of the matches at most, evenly over all of them.
+// Places after `max_matches` of the occurrences at most, evenly over all of them.
 template <typename S>
-std::vector<int64_t> places_after(const S& store, const Match& match, int64_t max_matches) {
-  const int64_t found = match.range.end - match.range.first, taken = std::min(found, max_matches);
-  std::vector<int64_t> places(taken);
+Level level_of(const S& store, const Match& match, int64_t max_matches) {
+  const int64_t found = std::max<int64_t>(0, match.range.end - match.range.first), taken = std::min(found, max_matches);
+  Level level{match.length, std::vector<int64_t>(taken)};
   for (int64_t i = 0; i < taken; ++i) {
-    places[i] = static_cast<int64_t>(store.suffixes[match.range.first + i * found / taken]) + match.length;
-    if (places[i] >= 0 && places[i] < store.count) __builtin_prefetch(store.tokens + places[i]);
+    const int64_t place = static_cast<int64_t>(store.suffixes[match.range.first + i * found / taken]) + match.length;
+    if (place >= 0 && place < store.count) __builtin_prefetch(store.tokens + place);
+    level.places[i] = place;
   }
-  return places;
+  return level;
 }
+
+// The longest match, then shorter ones, by halves, until there are enough occurrences.
+template <typename S>
+std::vector<Level> levels_of(const S& store, const int64_t* text, int64_t size, const Limits& limits) {
+  std::vector<Level> levels;
+  Match match = store.longest(text, size, limits);
+  while (match.length > 0) {
+    levels.push_back(level_of(store, match, limits.max_matches));
+    const int64_t length = std::max(limits.min_match, (match.length + 1) / 2);
+    const bool enough = match.range.end - match.range.first >= limits.max_matches;
+    if (enough || length == match.length || static_cast<int64_t>(levels.size()) > limits.backoff) break;
+    match = {length, store.find(text + size - length, length)};
+  }
+  return levels;
+}
+
+// Goes through a span, from one token that follows to the next.
+template <typename S>
+class Cursor {
+ public:
+  static constexpr int64_t kDone = std::numeric_limits<int64_t>::max();
+
+  Cursor(const S& store, const Level& level, Span span, int64_t ahead)
+      : store_(store), places_(level.places), ahead_(ahead), end_(span.end), run_{span.first, span.first} {
+    advance();
+  }
+
+  int64_t token() const { return token_; }
+  Span run() const { return run_; }  // the occurrences that go on with it
+
+  void advance() {
+    const int64_t before = token_;
+    do {
+      run_.first = run_.end;
+      token_ = run_.first < end_ ? next(run_.first) : kDone;
+      while (run_.end < end_ && next(run_.end) == token_) ++run_.end;
+    } while (token_ == kNoToken);
+    if (token_ <= before || token_ >= store_.ids) token_ = kDone;  // a damaged file is out of order; or documents end
+  }
+
+ private:
+  int64_t next(int64_t i) const { return store_.token(places_[i] + ahead_); }
+
+  const S& store_;
+  const std::vector<int64_t>& places_;
+  const int64_t ahead_, end_;
+  Span run_;
+  int64_t token_ = kNoToken;
+};
 
 template <typename S>
 class Growth {
  public:
-  Growth(const S& store, std::vector<int64_t> places, int64_t match, at::ArrayRef<double> doubt, double least)
-      : store_(store), places_(std::move(places)), match_(match), doubt_(doubt), least_(least) {}
+  Growth(const S& store, const std::vector<Level>& levels, at::ArrayRef<double> doubt, double least)
+      : store_(store), levels_(levels), doubt_(doubt), least_(least) {}
 
   void grow(const Limits& limits, Trie& trie) {
-    discover(0, static_cast<int64_t>(places_.size()), 0, 0, 1.0);
+    Spans all{};
+    for (size_t k = 0; k < levels_.size(); ++k) all[k] = {0, static_cast<int64_t>(levels_[k].places.size())};
+    discover(all, 0, 0, 1.0);
     while (!waiting_.empty() && static_cast<int64_t>(trie.tokens.size()) < limits.nodes) {
       std::pop_heap(waiting_.begin(), waiting_.end());
       const Candidate taken = waiting_.back();
@@ -143,30 +215,39 @@ class Growth {
       trie.tokens.push_back(taken.token);
       trie.parents.push_back(taken.parent);
       trie.confidence.push_back(static_cast<float>(taken.chance));
-      if (taken.level < limits.depth) discover(taken.first, taken.end, trie.tokens.size(), taken.level, taken.path);
+      if (taken.depth < limits.depth) discover(taken.through, trie.tokens.size(), taken.depth, taken.path);
     }
   }
 
  private:
-  void discover(int64_t first, int64_t end, int64_t column, int64_t level, double path) {
-    const double total = static_cast<double>(end - first) + doubt_[match_ + level];
-    int64_t before = kNoToken;
-    for (int64_t from = first, to; from < end; from = to) {
-      const int64_t token = store_.token(places_[from] + level);
-      for (to = from + 1; to < end && store_.token(places_[to] + level) == token;) ++to;
-      if (token == kNoToken) continue;
-      if (token <= before || token >= store_.ids) return;  // out of order: a damaged file; or the documents end
-      before = token;
-      const double chance = static_cast<double>(to - from) / total;
+  // Lets the children of a node wait.
+  void discover(const Spans& spans, int64_t column, int64_t depth, double path) {
+    std::vector<Cursor<S>> cursors;
+    cursors.reserve(levels_.size());
+    for (size_t k = 0; k < levels_.size(); ++k) cursors.emplace_back(store_, levels_[k], spans[k], depth);
+    for (;;) {
+      int64_t token = Cursor<S>::kDone;
+      for (const auto& cursor : cursors) token = std::min(token, cursor.token());
+      if (token == Cursor<S>::kDone) return;
+      Spans through{};
+      double chance = 0.0;
+      for (size_t k = levels_.size(); k-- > 0;) {  // the doubt about a match goes by the next shorter one
+        if (cursors[k].token() == token) {
+          through[k] = cursors[k].run();
+          cursors[k].advance();
+        }
+        const double doubt = doubt_[levels_[k].length + depth];
+        const double all = static_cast<double>(spans[k].end - spans[k].first);
+        chance = (static_cast<double>(through[k].end - through[k].first) + doubt * chance) / (all + doubt);
+      }
       if (path * chance < least_) continue;
-      waiting_.push_back({path * chance, chance, discovered_++, column, token, from, to, level + 1});
+      waiting_.push_back({path * chance, chance, discovered_++, column, token, depth + 1, through});
       std::push_heap(waiting_.begin(), waiting_.end());
     }
   }
 
   const S& store_;
-  const std::vector<int64_t> places_;
-  const int64_t match_;
+  const std::vector<Level>& levels_;
   const at::ArrayRef<double> doubt_;
   const double least_;
   int64_t discovered_ = 0;
@@ -223,19 +304,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> as_trees(const std::vector<Trie>& tri
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> retrieval_trees(at::TensorList arrays, at::TensorList texts, at::IntArrayRef max_nodes,
                                                     at::IntArrayRef max_depth, int64_t ids, int64_t max_match,
-                                                    int64_t min_match, int64_t max_matches,
+                                                    int64_t min_match, int64_t max_matches, int64_t backoff,
                                                     const at::ArrayRef<double> doubt, double least, int64_t bit) {
   const int64_t rows = texts.size();
+  TORCH_CHECK_VALUE(0 <= backoff && backoff < kMostMatches, "backoff from 0 to ", kMostMatches - 1);
   TORCH_CHECK_VALUE(int64_t(max_nodes.size()) == rows && int64_t(max_depth.size()) == rows, "a limit for each row");
   std::vector<Trie> tries(rows);
   with_store(arrays, ids, [&](const auto& store) {
     for (int64_t row = 0; row < rows; ++row) {
-      const Limits limits{max_nodes[row], max_depth[row], max_match, min_match, max_matches};
+      const Limits limits{max_nodes[row], max_depth[row], max_match, min_match, max_matches, backoff};
       TORCH_CHECK_VALUE(max_match + limits.depth <= int64_t(doubt.size()), "a doubt is missing");
       if (limits.nodes <= 0 || limits.depth <= 0) continue;
-      const Match match = store.longest(index_data<int64_t>(texts[row], "text"), texts[row].numel(), limits);
-      if (match.length == 0) continue;
-      Growth growth(store, places_after(store, match, max_matches), match.length, doubt, least);
+      const std::vector<Level> levels = levels_of(store, index_data<int64_t>(texts[row], "text"), texts[row].numel(), limits);
+      Growth growth(store, levels, doubt, least);
       growth.grow(limits, tries[row]);
     }
   });
@@ -245,7 +326,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> retrieval_trees(at::TensorList arrays
 TORCH_LIBRARY_FRAGMENT(saccade, m) {
   m.def(
       "retrieval_trees(Tensor[] store, Tensor[] texts, int[] max_nodes, int[] max_depth, int ids, int max_match, "
-      "int min_match, int max_matches, float[] doubt, float least, int bit) -> "
+      "int min_match, int max_matches, int backoff, float[] doubt, float least, int bit) -> "
       "(Tensor tokens, Tensor parents, Tensor confidence, Tensor source)");
 }
 

@@ -107,6 +107,7 @@ quotas = st.builds(
     rows=st.lists(st.tuples(st.lists(st.integers(0, IDS + 1), min_size=1, max_size=20), quotas), min_size=1, max_size=3),
     lengths=st.tuples(st.integers(1, 16), st.integers(1, 16)).map(sorted),
     max_matches=st.sampled_from([1, 3, 256]),
+    backoff=st.integers(0, 3),
     depth=st.integers(1, 12),
     kinds=st.tuples(st.sampled_from(["<u2", "<u4"]), st.sampled_from(["<i4", "<i8"])),
     known=st.sampled_from([IDS, IDS - 2]),
@@ -116,11 +117,12 @@ def test_the_kernel_finds_what_the_definition_finds(
     rows: list[tuple[list[int], RowQuota]],
     lengths: list[int],
     max_matches: int,
+    backoff: int,
     depth: int,
     kinds: tuple[str, str],
     known: int,
 ) -> None:
-    options = RetrievalOptions("", lengths[1], lengths[0], max_matches, depth)
+    options = RetrievalOptions("", lengths[1], lengths[0], max_matches, backoff, depth)
     drafter = drafter_of(stored(documents, IDS, *kinds), options, known)
     trees, expected = propose(drafter, [text for text, _ in rows], [limit for _, limit in rows])
     assert (trees is None) == (expected is None)
@@ -161,12 +163,24 @@ def test_many_matches_and_long_ones_are_surer_than_one_short_one() -> None:
     assert short < long < many < 1
 
 
-def test_the_longest_match_decides() -> None:
+def test_the_longest_match_decides_and_shorter_ones_add() -> None:
     store = stored([[1, 2, 3], [5, 2, 4], [6, 2, 4]], IDS)
-    assert list(tree(drafter_of(store), [1, 2])) == [(3,)]
-    assert set(tree(drafter_of(store), [0, 2])) == {(3,), (4,)}
+    alone = drafter_of(store, RetrievalOptions("", backoff=0))
+    assert list(tree(alone, [1, 2])) == [(3,)]
+    assert set(tree(alone, [0, 2])) == {(3,), (4,)}
     assert set(tree(drafter_of(store, RetrievalOptions("", max_match=1)), [1, 2])) == {(3,), (4,)}
+    both = tree(drafter_of(store), [1, 2])
+    assert list(both) == [(3,), (4,)]
+    assert tree(alone, [1, 2])[3,] < both[3,] < 1, "what both say is surer"
+    assert both[3,] + both[4,] < 1
     assert not tree(drafter_of(store, RetrievalOptions("", min_match=2)), [0, 2])
+    assert list(tree(drafter_of(store, RetrievalOptions("", min_match=2)), [1, 2])) == [(3,)]
+
+
+def test_shorter_matches_are_not_asked_where_the_longest_has_enough() -> None:
+    store = stored([[1, 2, 3]] * 4 + [[2, 4]], IDS)
+    assert set(tree(drafter_of(store, RetrievalOptions("", max_matches=5)), [1, 2])) == {(3,), (4,)}
+    assert set(tree(drafter_of(store, RetrievalOptions("", max_matches=4)), [1, 2])) == {(3,)}
 
 
 def test_trees_end_with_documents_and_limits() -> None:
@@ -250,6 +264,7 @@ def test_a_datastore_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
         ("depth=0", "depth must be from 1 to 63, not 0"),
         ("depth=64", "depth must be from 1 to 63, not 64"),
         ("max_matches=0", "max_matches must be from 1"),
+        ("backoff=4", "backoff must be from 0 to 3, not 4"),
     ],
 )
 def test_options_that_cannot_work(options: str, part: str) -> None:
