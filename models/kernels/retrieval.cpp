@@ -21,6 +21,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kNoParent = -1, kNoToken = -1;
+constexpr int64_t kSearchCost = 15'000;  // about the nanoseconds of one
 
 struct Limits {
   int64_t nodes, depth, max_match, min_match, max_matches, backoff;
@@ -48,7 +49,9 @@ struct Store {
     if (place < 0 || place >= count) return kNoToken;
     return static_cast<int64_t>(tokens[place]);
   }
-  int64_t token_after(int64_t number, int64_t ahead) const { return token(static_cast<int64_t>(suffixes[number]) + ahead); }
+  int64_t token_after(int64_t number, int64_t ahead) const {
+    return token(static_cast<int64_t>(suffixes[number]) + ahead);
+  }
 
   Range starting_with(int64_t id) const {
     return {std::clamp<int64_t>(starts[id], 0, count), std::clamp<int64_t>(starts[id + 1], 0, count)};
@@ -80,7 +83,8 @@ struct Store {
 
   Range find(const int64_t* pattern, int64_t length) const {
     Range range = starting_with(pattern[0]);
-    for (int64_t ahead = 1; ahead < length && range.first < range.end; ++ahead) range = narrowed(range, ahead, pattern[ahead]);
+    for (int64_t ahead = 1; ahead < length && range.first < range.end; ++ahead)
+      range = narrowed(range, ahead, pattern[ahead]);
     return range;
   }
 
@@ -302,7 +306,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> as_trees(const std::vector<Trie>& tri
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> retrieval_trees(at::TensorList arrays, at::TensorList texts, at::IntArrayRef max_nodes,
+std::tuple<Tensor, Tensor, Tensor, Tensor> retrieval_trees(at::TensorList arrays, at::TensorList texts,
+                                                    at::IntArrayRef max_nodes,
                                                     at::IntArrayRef max_depth, int64_t ids, int64_t max_match,
                                                     int64_t min_match, int64_t max_matches, int64_t backoff,
                                                     const at::ArrayRef<double> doubt, double least, int64_t bit) {
@@ -310,15 +315,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> retrieval_trees(at::TensorList arrays
   TORCH_CHECK_VALUE(0 <= backoff && backoff < kMostMatches, "backoff from 0 to ", kMostMatches - 1);
   TORCH_CHECK_VALUE(int64_t(max_nodes.size()) == rows && int64_t(max_depth.size()) == rows, "a limit for each row");
   std::vector<Trie> tries(rows);
+  for (const int64_t depth : max_depth)
+    TORCH_CHECK_VALUE(max_match + depth <= int64_t(doubt.size()), "a doubt is missing");
   with_store(arrays, ids, [&](const auto& store) {
-    for (int64_t row = 0; row < rows; ++row) {
+    parallel_tasks(rows, rows * kSearchCost, [&](int64_t row) {
       const Limits limits{max_nodes[row], max_depth[row], max_match, min_match, max_matches, backoff};
-      TORCH_CHECK_VALUE(max_match + limits.depth <= int64_t(doubt.size()), "a doubt is missing");
-      if (limits.nodes <= 0 || limits.depth <= 0) continue;
-      const std::vector<Level> levels = levels_of(store, index_data<int64_t>(texts[row], "text"), texts[row].numel(), limits);
+      if (limits.nodes <= 0 || limits.depth <= 0) return;
+      const int64_t* text = index_data<int64_t>(texts[row], "text");
+      const std::vector<Level> levels = levels_of(store, text, texts[row].numel(), limits);
       Growth growth(store, levels, doubt, least);
       growth.grow(limits, tries[row]);
-    }
+    });
   });
   return as_trees(tries, texts, bit);
 }
