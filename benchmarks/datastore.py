@@ -182,12 +182,16 @@ def report(args: argparse.Namespace) -> None:
         if not path.exists():
             started = time.perf_counter()
             header = build(path, args.size, Tokenizer.load(args.tokenizer))
-            print(f"built in {time.perf_counter() - started:.0f} s: {header.tokens} tokens, {header.documents} documents")
+            print(
+                f"built in {time.perf_counter() - started:.0f} s: {header.tokens} tokens, {header.documents} documents"
+            )
         print(f"{path.stat().st_size / 2**30:.3f} GiB, on {cpu_model()}")
         if args.drop:
             drop(path)
         command = [sys.executable, "-m", "benchmarks.datastore", "--measure", "--path", str(path)]
-        done = subprocess.run([*command, "--searches", str(args.searches)], stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            [*command, "--searches", str(args.searches)], stdout=subprocess.PIPE, text=True, check=True
+        )
         for name, value in json.loads(done.stdout).items():
             print(f"{value:10.1f}  {name}")
 

@@ -17,9 +17,7 @@ from decoding.datastore.layout import Datastore, Vocabulary
 from tests.engines import ROOT, demo_tokenizer
 
 
-def stored(
-    documents: Sequence[Sequence[int]], ids: int, token_kind: str = "<u2", place_kind: str = "<i4"
-) -> Datastore:
+def stored(documents: Sequence[Sequence[int]], ids: int, token_kind: str = "<u2", place_kind: str = "<i4") -> Datastore:
     """What ``saccade datastore build`` would make of these documents, the vocabulary having so many ids."""
     tokens = [token for document in documents for token in (*document, ids)]
     suffixes = sorted(range(len(tokens)), key=lambda place: tokens[place:])

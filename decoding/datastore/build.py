@@ -6,6 +6,7 @@ three, as the corpus has ids) and a place for each byte, 10 bytes a token for mo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -85,7 +86,8 @@ def write(out: Path, chunks: Iterable[Chunk], vocabulary: Vocabulary) -> Header:
     except OSError as error:
         raise ConfigError(f"{out} cannot be written ({error.strerror or error}); give another --out") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there: it is complete, or could not be begun
+            part.unlink()
     return header
 
 

@@ -132,7 +132,9 @@ def _document(line: str, place: str, read: int) -> Piece:
         parts = [entry["text"]] if "text" in entry else [entry.get("prompt"), entry.get("completion", "")]
         if ids is None and all(isinstance(part, str) for part in parts):
             return Piece(_valid("".join(parts), place), read=read, place=place)
-    raise ConfigError(f'{place} has no usable "text", "prompt" or "token_ids"; give one of them as text or a list of ids')
+    raise ConfigError(
+        f'{place} has no usable "text", "prompt" or "token_ids"; give one of them as text or a list of ids'
+    )
 
 
 def _valid(text: str, place: str) -> str:

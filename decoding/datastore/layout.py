@@ -62,7 +62,11 @@ class Header:
     @property
     def kinds(self) -> dict[str, np.dtype[Any]]:
         """The element types of the parts."""
-        return {"tokens": token_kind(self.vocabulary.size), "starts": np.dtype("<i8"), "suffixes": place_kind(self.tokens)}
+        return {
+            "tokens": token_kind(self.vocabulary.size),
+            "starts": np.dtype("<i8"),
+            "suffixes": place_kind(self.tokens),
+        }
 
     @property
     def counts(self) -> dict[str, int]:
@@ -108,7 +112,9 @@ class Header:
             )
             sound = min(header.vocabulary.size, header.tokens) > 0 and set(header.sha256) == set(PARTS)
         except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"the header of {path} is damaged ({error!r}); copy the file again, or build it anew") from error
+            raise ModelError(
+                f"the header of {path} is damaged ({error!r}); copy the file again, or build it anew"
+            ) from error
         if not sound:
             raise ModelError(f"the header of {path} is damaged (its counts are none); build it anew with {COMMAND}")
         return header
@@ -171,11 +177,15 @@ class Datastore:
         except FileNotFoundError as error:
             raise ModelError(f"there is no datastore {path}; make one with {COMMAND}") from error
         except OSError as error:
-            raise ModelError(f"the datastore {path} cannot be read ({error.strerror or error}); give its file") from error
+            raise ModelError(
+                f"the datastore {path} cannot be read ({error.strerror or error}); give its file"
+            ) from error
         if hasattr(mmap, "MADV_RANDOM"):  # else each page that a search touches brings 31 neighbours from the disk
             mapped.madvise(mmap.MADV_RANDOM)
         kinds, counts, offsets = header.kinds, header.counts, header.offsets
-        return cls(header.vocabulary, *(np.frombuffer(mapped, kinds[part], counts[part], offsets[part]) for part in PARTS))
+        return cls(
+            header.vocabulary, *(np.frombuffer(mapped, kinds[part], counts[part], offsets[part]) for part in PARTS)
+        )
 
     def check_vocabulary(self, tokenizer: Tokenizer, path: str | Path) -> None:
         """Make sure that the ids mean the same to a tokenizer.

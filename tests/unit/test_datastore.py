@@ -91,7 +91,7 @@ def test_a_document_in_several_chunks_is_one(tmp_path: Path) -> None:
 
 def test_memory_is_asked_for_before_the_sort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "available_memory", lambda: 10)
-    with pytest.raises(ConfigError, match="sorting 4 tokens takes .* GiB of memory"):
+    with pytest.raises(ConfigError, match=r"sorting 4 tokens takes .* GiB of memory"):
         written(tmp_path / "store", [[1, 2, 3]])
     assert not list(tmp_path.iterdir())
 
@@ -159,7 +159,7 @@ def test_folders_are_gone_through_in_order_without_hidden_files(tmp_path: Path) 
     assert find_files(named, ("*.py",)) == [tmp_path / "c.md", tmp_path / "a.py", tmp_path / "b/z.py"]
     with pytest.raises(ConfigError, match=r"has no files that fit \*\.rs"):
         find_files([tmp_path], ("*.rs",))
-    with pytest.raises(ConfigError, match="there is no corpus .*nowhere"):
+    with pytest.raises(ConfigError, match=r"there is no corpus .*nowhere"):
         find_files([tmp_path / "nowhere"])
 
 
@@ -178,7 +178,9 @@ def test_pieces_are_the_text(text: str, piece: int, bom: bool, tmp_path_factory:
 @pytest.mark.parametrize(
     ("data", "byte"), [(b"ab\xff", 2), ("né\n".encode() + b"\x80", 4), (b"line\n\xc3", 5), (b"a\xc3(b", 1)]
 )
-def test_text_in_another_encoding_is_refused_by_file_and_byte(data: bytes, byte: int, piece: int, tmp_path: Path) -> None:
+def test_text_in_another_encoding_is_refused_by_file_and_byte(
+    data: bytes, byte: int, piece: int, tmp_path: Path
+) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=rf"latin\.txt is not UTF-8 text: byte {byte} is 0x{data[byte]:02x}"):
@@ -219,7 +221,7 @@ def test_lines_that_are_none(line: bytes, part: str, tmp_path: Path) -> None:
 def test_ids_of_another_tokenizer_are_refused() -> None:
     tokenizer = demo_tokenizer()
     piece = Piece("", (1, tokenizer.vocab_size), place="x.jsonl, line 7")
-    with pytest.raises(ConfigError, match="x.jsonl, line 7 has token ids from 1 to .*another tokenizer"):
+    with pytest.raises(ConfigError, match=r"x.jsonl, line 7 has token ids from 1 to .*another tokenizer"):
         list(encoded([piece], tokenizer))
 
 
@@ -263,9 +265,9 @@ def test_files_that_are_no_datastores(spoil: Any, part: str, tmp_path: Path) -> 
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="there is no datastore .*make one with saccade datastore build"):
+    with pytest.raises(ModelError, match=r"there is no datastore .*make one with saccade datastore build"):
         Datastore.open(tmp_path / "nothing")
-    with pytest.raises(ModelError, match="cannot be read .*give its file"):
+    with pytest.raises(ModelError, match=r"cannot be read .*give its file"):
         Datastore.open(tmp_path)
 
 

@@ -30,7 +30,7 @@ from decoding.sequence import Sequence
 from models import kernels
 from models.tree import Trees
 from server.cli import main
-from tests.datastore import demo_datastore, stored
+from tests.datastore import stored
 from tests.engines import ROOT, demo_tokenizer, run
 
 IDS = 7
@@ -104,7 +104,9 @@ quotas = st.builds(
 @settings(max_examples=300, deadline=None)
 @given(
     documents=st.lists(tokens, min_size=1, max_size=4),
-    rows=st.lists(st.tuples(st.lists(st.integers(0, IDS + 1), min_size=1, max_size=20), quotas), min_size=1, max_size=3),
+    rows=st.lists(
+        st.tuples(st.lists(st.integers(0, IDS + 1), min_size=1, max_size=20), quotas), min_size=1, max_size=3
+    ),
     lengths=st.tuples(st.integers(1, 16), st.integers(1, 16)).map(sorted),
     max_matches=st.sampled_from([1, 3, 256]),
     backoff=st.integers(0, 3),
