@@ -33,9 +33,11 @@ MAX_BACKOFF = 3  # as many as the kernel has room for
 def _doubt(match: int) -> float:
     """What is added to the number of occurrences of a match, as if so many had gone on as a shorter match says.
 
-    So one occurrence is no certainty, many are, and the longer the match, the fewer it takes.
+    So one occurrence is no certainty, many are, and the longer the match, the fewer it takes. Fitted, by likelihood,
+    to the demo target's text (temperatures 0 and 0.8) and a datastore of 3.8 million tokens of Python. There, a match
+    of 16 tokens that occurs once goes on as it did in 81% of all cases, one of 8 tokens in 50%, one of 4 in 19%.
     """
-    return 2.0 * 0.75 ** (match - 1)
+    return 16.0 * 0.8 ** (match - 1)
 
 
 @dataclass(frozen=True)

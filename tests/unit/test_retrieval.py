@@ -186,15 +186,15 @@ def test_shorter_matches_are_not_asked_where_the_longest_has_enough() -> None:
 
 
 def test_trees_end_with_documents_and_limits() -> None:
-    text = [1, 2, 3, 4, 5, 6]
-    drafter = drafter_of(stored([text, [0]], IDS))
+    texts = [[1, 2, 3, 4, 5, 6]] * 50
+    drafter = drafter_of(stored([*texts, [0]], IDS))
     assert max(map(len, tree(drafter, [1]))) == 5
-    assert not tree(drafter, [6]), "the document ends here"
+    assert not tree(drafter, [6]), "the documents end here"
     assert len(tree(drafter, [1], replace(WHOLE, depth=2))) == 2
     assert len(tree(drafter, [1], replace(WHOLE, nodes=3))) == 3
     assert not tree(drafter, [1], replace(WHOLE, drafters=frozenset(["ngram"])))
-    assert max(map(len, tree(drafter_of(stored([text], IDS), RetrievalOptions("", depth=3)), [1]))) == 3
-    assert max(map(len, tree(drafter_of(stored([text], IDS), ids=5), [1]))) == 3, "the target has no tokens 5 and 6"
+    assert max(map(len, tree(drafter_of(stored(texts, IDS), RetrievalOptions("", depth=3)), [1]))) == 3
+    assert max(map(len, tree(drafter_of(stored(texts, IDS), ids=5), [1]))) == 3, "the target has no tokens 5 and 6"
 
 
 def test_of_many_matches_some_are_looked_at_evenly() -> None:
@@ -202,7 +202,7 @@ def test_of_many_matches_some_are_looked_at_evenly() -> None:
     drafter = drafter_of(stored(documents, IDS), RetrievalOptions("", max_matches=20))
     found = tree(drafter, [1])
     assert set(found) == {(2,), (3,), (4,), (5,)}
-    assert 0.15 < min(found.values()) == max(found.values()) < 5 / 20
+    assert 0.1 < min(found.values()) == max(found.values()) < 5 / 20
 
 
 def test_the_most_probable_nodes_come_first_and_improbable_ones_not_at_all() -> None:
