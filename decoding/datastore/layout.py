@@ -172,8 +172,8 @@ class Datastore:
                         f"{path} is not whole: it has {there} bytes, and its header speaks of {header.file_bytes}; "
                         f"copy it again, or build it anew with {COMMAND}"
                     )
-                # copied on writing, since torch warns of arrays that nobody may write; nobody does
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                # of pages that nobody may write the system need not set any memory aside, however large the file is
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as error:
             raise ModelError(f"there is no datastore {path}; make one with {COMMAND}") from error
         except OSError as error:

@@ -10,6 +10,7 @@ interpolated, as in language models of n-grams (Dirichlet smoothing, MacKay and 
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -89,7 +90,9 @@ class RetrievalDrafter(TokenDrafter):
         self._options = options
         self._bit = context.bit
         self._store = store
-        self._arrays = [torch.from_numpy(array) for array in (store.tokens, store.suffixes, store.starts)]
+        with warnings.catch_warnings():  # of arrays that must not be written; nobody does
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            self._arrays = [torch.from_numpy(array) for array in (store.tokens, store.suffixes, store.starts)]
         self._ids = min(store.vocabulary.size, context.target.vocab_size)  # others end a match, and what follows it
         self._doubt = [_doubt(match) for match in range(options.max_match + options.depth)]
         fused = kernels.serves(torch.device("cpu"), torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from decoding.datastore import build
 from decoding.datastore.build import Chunk, encoded, write
 from decoding.datastore.corpus import Piece, find_files, read_pieces
-from decoding.datastore.layout import BLOCK, NO_MATCH, Datastore, Header, Vocabulary, check_contents
+from decoding.datastore.layout import BLOCK, NO_MATCH, PARTS, Datastore, Header, Vocabulary, check_contents
 from decoding.errors import ConfigError, ModelError
 from server.cli import main
 from server.datastore import parse
@@ -262,6 +263,18 @@ def test_files_that_are_no_datastores(spoil: Any, part: str, tmp_path: Path) -> 
     with pytest.raises(ModelError, match=part) as raised:
         Datastore.open(path)
     assert str(path) in str(raised.value)
+
+
+def test_opening_reads_the_header_alone(tmp_path: Path) -> None:
+    """A file of holes that is larger than memory."""
+    header = Header(Vocabulary("huge", IDS, ""), 10**10, 1, dict.fromkeys(PARTS, ""))
+    path = tmp_path / "store"
+    path.write_bytes(header.spelled())
+    os.truncate(path, header.file_bytes)
+    store = Datastore.open(path)
+    assert (len(store.tokens), len(store.suffixes)) == (10**10, 10**10)
+    assert store.suffixes.dtype == np.int64
+    assert store.longest(np.array([0]), 1, 16, IDS) == NO_MATCH
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
