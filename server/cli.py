@@ -22,6 +22,7 @@ TOOLS = {
     "train": ("training.cli", "train a drafter for a target, or a small model"),
     "report": ("benchmarks.report_cli", "measure how many drafted tokens are accepted"),
     "calibrate": ("benchmarks.calibrate_cli", "build a tree of fixed shape for Medusa heads"),
+    "datastore": ("server.datastore", "build the corpus that the retrieval drafter copies from"),
 }
 
 _EXAMPLES = """\

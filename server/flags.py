@@ -68,8 +68,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--speculate",
         action="append",
         metavar="DRAFTER",
-        help="ngram, prediction, draft=PATH, medusa=PATH, mtp=PATH, eagle=PATH or eagle3=PATH; with options after a "
-        "colon. Give it several times for several drafters",
+        help="ngram, suffix, recycling, lookahead, prediction, retrieval=PATH, early-exit, draft=PATH, medusa=PATH, "
+        "mtp=PATH, eagle=PATH or eagle3=PATH; with options after a colon. Give it several times for several drafters",
     )
     add("--tokenizer", metavar="PATH", help="folder of another tokenizer than the model's")
     add("--chat-template", metavar="TEMPLATE", help="a jinja file, or a template itself, in place of the model's")

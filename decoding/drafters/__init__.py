@@ -77,6 +77,12 @@ def _suffix() -> DrafterKind:
     return DrafterKind(SuffixOptions, SuffixDrafter)
 
 
+def _retrieval() -> DrafterKind:
+    from decoding.drafters.retrieval import RetrievalOptions, load_retrieval_drafter
+
+    return DrafterKind(RetrievalOptions, load_retrieval_drafter)
+
+
 DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "ngram": _ngram,
     "prediction": _prediction,
@@ -87,6 +93,7 @@ DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "eagle": _eagle,
     "eagle3": _eagle3,
     "suffix": _suffix,
+    "retrieval": _retrieval,
 }
 
 

@@ -25,6 +25,7 @@ from decoding.verify import Verdict
 from models.batch import RaggedBatch
 from models.target import ForwardOutput
 from models.tree import Trees, is_node
+from tests.datastore import demo_datastore
 from tests.doubles import GarbageDrafter
 from tests.eagle import demo_eagle
 from tests.engines import ROOT, run
@@ -43,6 +44,7 @@ EXAMPLES: dict[str, Callable[[], str]] = {
     "eagle": lambda: f"eagle={demo_eagle()}:tau=0.5",
     "eagle3": lambda: f"eagle3={ROOT}/demo/eagle3",
     "suffix": lambda: "suffix",
+    "retrieval": lambda: f"retrieval={demo_datastore()}",
 }
 
 
