@@ -21,6 +21,7 @@ from decoding.sequence import Sequence, SpeculationCounter
 from decoding.verify import Verdict
 from models.target import CausalModel, ForwardOutput
 from models.transfer import fetch, upload
+from models.tree import GUESSED, PINS
 from models.tree_ops import ChosenTrees
 
 
@@ -128,11 +129,15 @@ class Committer:
         """Count a row's step: the sources of its tree's columns, the columns of those that were accepted."""
         taken = [source[column] for column in path]
         # few drafters, so few different sources; the root has none, nor has padding
-        drafted = [(bits, source.count(bits)) for bits in set(source) if bits]
-        accepted = [(bits, taken.count(bits)) for bits in set(taken)]
+        guessed = [(bits & GUESSED, source.count(bits)) for bits in set(source) if bits & GUESSED]
+        accepted = [(bits & GUESSED | bits >> PINS, taken.count(bits)) for bits in set(taken)]
+        # what a drafter only pins it has not drafted, unless it proves right
+        proved = [(bits >> PINS & ~bits, taken.count(bits)) for bits in set(taken) if bits >> PINS]
+        drafted = guessed + proved
+        pinned = sum(1 for bits in taken if not bits & GUESSED)
         for counter in (sequence.counter, self.totals.speculation):
             counter.steps += 1
-            counter.drafted += sum(count for _, count in drafted)
+            counter.drafted += sum(count for _, count in guessed) + pinned
             counter.accepted += len(path)
             for bit, name in enumerate(self._names):
                 counter.drafted_by[name] += sum(count for bits, count in drafted if bits >> bit & 1)

@@ -53,11 +53,13 @@ class Beat:
 
     Args:
         gears: those that there are, the highest last; it begins with that one.
+        patience: steps that a try of a gear that drafts takes at least.
     """
 
-    def __init__(self, gears: tuple[int, ...]) -> None:
+    def __init__(self, gears: tuple[int, ...], patience: int = 0) -> None:
         self.current = gears[-1]
         self.accounts = {gear: Account() for gear in gears}
+        self._steps_of = {gear: max(TRIAL[gear], patience * (gear != PLAIN)) for gear in gears}
         self._wait = dict.fromkeys(gears, FIRST)  # steps to the next try
         self._trial: int | None = None
         self._left = 0  # steps of the try
@@ -75,7 +77,7 @@ class Beat:
                 continue
             self._wait[gear] -= 1
             if self._wait[gear] <= 0 and self._trial is None:
-                self._trial, self._left = gear, TRIAL[gear] - 1
+                self._trial, self._left = gear, self._steps_of[gear] - 1
         return self.current if self._trial is None else self._trial
 
     def saw(self, gear: int, tokens: int, seconds: float) -> None:
@@ -99,15 +101,16 @@ class Beat:
             self._wait = dict.fromkeys(self._wait, REST[0])
             self._mark = theirs.rate
         else:
-            lost = TRIAL[gear] * theirs.step_seconds * (1 - theirs.rate / ours.rate)
+            lost = self._steps_of[gear] * theirs.step_seconds * (1 - theirs.rate / ours.rate)
             self._wait[gear] = min(max(REST[0], int(lost / (SHARE * ours.step_seconds))), REST[1])
 
 
 class Pulse:
     """Beats by the number of rows, in powers of two, and by whether the first of them is greedy."""
 
-    def __init__(self, gears: tuple[int, ...]) -> None:
+    def __init__(self, gears: tuple[int, ...], patience: int = 0) -> None:
         self._gears = gears
+        self._patience = patience
         self._beats: dict[tuple[int, bool], Beat] = {}
 
     def beat(self, rows: int, greedy: bool) -> Beat:
@@ -115,5 +118,5 @@ class Pulse:
         size = (rows.bit_length(), greedy)
         beat = self._beats.get(size)
         if beat is None:
-            beat = self._beats[size] = Beat(self._gears)
+            beat = self._beats[size] = Beat(self._gears, self._patience)
         return beat

@@ -29,6 +29,12 @@ def _ngram() -> DrafterKind:
     return DrafterKind(NgramOptions, NgramDrafter)
 
 
+def _lookahead() -> DrafterKind:
+    from decoding.drafters.lookahead import LookaheadDrafter, LookaheadOptions
+
+    return DrafterKind(LookaheadOptions, LookaheadDrafter)
+
+
 def _draft_model() -> DrafterKind:
     from decoding.drafters.draft_model import DraftModelOptions, load_draft_model
 
@@ -61,6 +67,7 @@ def _eagle3() -> DrafterKind:
 
 DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "ngram": _ngram,
+    "lookahead": _lookahead,
     "draft": _draft_model,
     "medusa": _medusa,
     "mtp": _mtp,

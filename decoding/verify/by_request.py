@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,5 +31,11 @@ class ByRequest:
 
 def _where(rows: Tensor, verdict: Verdict, other: Verdict) -> Verdict:
     """``verdict`` in these rows [S], ``other`` in the rest."""
-    pairs = [(getattr(verdict, field.name), getattr(other, field.name)) for field in fields(Verdict)]
-    return Verdict(*(torch.where(rows if a.dim() == 1 else rows[:, None], a, b) for a, b in pairs))
+    pairs = [
+        (verdict.accepted, other.accepted),
+        (verdict.path, other.path),
+        (verdict.bonus, other.bonus),
+        (verdict.tokens, other.tokens),
+    ]
+    chosen = (torch.where(rows if a.dim() == 1 else rows[:, None], a, b) for a, b in pairs)
+    return Verdict(*chosen, other.drawn if verdict.drawn is None else verdict.drawn)  # a draw knows no rule

@@ -24,7 +24,7 @@ from decoding.sequence import Sequence, SequenceId
 from decoding.verify import Verdict
 from models.batch import RaggedBatch
 from models.target import ForwardOutput
-from models.tree import Trees, is_node
+from models.tree import GUESSED, PINS, Trees, is_node
 from tests.doubles import GarbageDrafter
 from tests.eagle import demo_eagle
 from tests.engines import ROOT, run
@@ -35,6 +35,7 @@ DRAFT = f"draft={ROOT}/demo/draft"
 # how each drafter is asked for on the command line; it must draft for the demo target
 EXAMPLES: dict[str, Callable[[], str]] = {
     "ngram": lambda: "ngram",
+    "lookahead": lambda: "lookahead",
     "draft": lambda: DRAFT,
     "medusa": lambda: f"medusa={ROOT}/demo/medusa:tau=0.3",
     "mtp": lambda: f"mtp={ROOT}/demo/mtp",
@@ -112,7 +113,9 @@ class Watched:
         assert (trees.confidence[:, 0] == 1).all()
         nodes = is_node(trees)
         assert (trees.tokens[nodes] < self._vocab_size).all()
-        assert (trees.source == (1 << self._bit) * nodes).all(), "it speaks for itself only"
+        pinned = trees.source >> PINS
+        assert (((trees.source & GUESSED) | pinned) == (1 << self._bit) * nodes).all(), "it speaks for itself only"
+        assert self.needs.pins or not pinned.any()
         for row, limit in enumerate(quota.rows):
             if not limit.nodes or self.name not in limit.drafters:
                 assert not nodes[row].any(), "it drafts only where it is asked to"
@@ -306,8 +309,11 @@ def test_bad_choices_name_the_fix(text: str, message: str) -> None:
     [
         (("ngram", "ngram:max_match=2"), "--speculate ngram is given twice"),
         (("ngram:max_match=0",), "1 <= min_match <= max_match <= 64"),
-        (("ngram:min_match=6",), "1 <= min_match <= max_match <= 64"),
-        (("ngram:branches=0",), "branches must be at least 1"),
+        (("ngram:min_match=6",), "1 <= min_match <= max_match <= 64"),        (("lookahead:level=2",), "level must be at least 3"),
+        (("lookahead:window_size=0",), "window_size and guess_set_size must be at least 1"),
+        (("lookahead:guess_set_size=0",), "window_size and guess_set_size must be at least 1"),
+        (("lookahead:window_size=16",), "16 columns at level 5 has 64 nodes, .* lower window_size or level"),
+
         (("draft=/no/such/folder",), "draft model: there is no folder '/no/such/folder'"),
         ((DRAFT + ":depth=0",), "must be at least 1"),
         ((DRAFT + ":beam=40",), r"beam \* \(depth - 1\) under 64"),
