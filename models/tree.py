@@ -37,7 +37,7 @@ class Trees:
     tokens: Tensor  # [R, N] int64
     parents: Tensor  # [R, N] int64, column of the parent
     confidence: Tensor  # [R, N] float32, probability that the node's token is drawn, given that its parent is reached
-    source: Tensor  # [R, N] int64, bit d set: drafter number d guesses the node; bit PINS + d: it pins it; 0 for the root
+    source: Tensor  # [R, N] int64, bit d: drafter number d guesses the node; bit PINS + d: it pins it; 0 for the root
 
     @property
     def num_rows(self) -> int:

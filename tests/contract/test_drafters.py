@@ -309,11 +309,12 @@ def test_bad_choices_name_the_fix(text: str, message: str) -> None:
     [
         (("ngram", "ngram:max_match=2"), "--speculate ngram is given twice"),
         (("ngram:max_match=0",), "1 <= min_match <= max_match <= 64"),
-        (("ngram:min_match=6",), "1 <= min_match <= max_match <= 64"),        (("lookahead:level=2",), "level must be at least 3"),
+        (("ngram:min_match=6",), "1 <= min_match <= max_match <= 64"),
+        (("ngram:branches=0",), "branches must be at least 1"),
+        (("lookahead:level=2",), "level must be at least 3"),
         (("lookahead:window_size=0",), "window_size and guess_set_size must be at least 1"),
         (("lookahead:guess_set_size=0",), "window_size and guess_set_size must be at least 1"),
         (("lookahead:window_size=16",), "16 columns at level 5 has 64 nodes, .* lower window_size or level"),
-
         (("draft=/no/such/folder",), "draft model: there is no folder '/no/such/folder'"),
         ((DRAFT + ":depth=0",), "must be at least 1"),
         ((DRAFT + ":beam=40",), r"beam \* \(depth - 1\) under 64"),
