@@ -56,7 +56,7 @@ class TreeOps(Protocol):
 
         Args:
             proposals: at least one, all with the same roots.
-            max_nodes: [R] most nodes of each row, root excluded, at most 63; pinned ones come first, see ``best_nodes``.
+            max_nodes: [R] most nodes of each row, root excluded, at most 63; pinned ones first, see ``best_nodes``.
             max_depth: [R].
             min_probability: nodes whose path is less probable are left out.
             spared: sources (bits) whose nodes are not; of these, impossible ones alone are.
