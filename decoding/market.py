@@ -60,7 +60,7 @@ class Member:
         self.kept = FADING * self.kept + (1 - FADING) * kept
 
 
-@dataclass @ dataclass(frozen=True)
+@dataclass(frozen=True)
 class Terms:
     """At what a drafter would draft in this step. Seconds as in ``DraftPrice``, at today's factor."""
 

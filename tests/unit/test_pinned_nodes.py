@@ -281,7 +281,7 @@ def test_a_gear_that_needs_patience_is_tried_for_longer() -> None:
             beat.saw(gears[-1], 1, 1.0 if gears[-1] == PLAIN else 2.0)
         return [len(list(each)) for key, each in groupby(gears) if key == gear]
 
-    assert runs_of(PLAIN, 40) == [2, 2], "plain steps need none"
+    assert set(runs_of(PLAIN, 40)) == {2}, "plain steps need none"
     runs_of(PLAIN, 1000)
     assert beat.current == PLAIN
     assert set(runs_of(LIGHT, 10_000)) == {20}
