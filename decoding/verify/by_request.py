@@ -31,11 +31,14 @@ class ByRequest:
 
 def _where(rows: Tensor, verdict: Verdict, other: Verdict) -> Verdict:
     """``verdict`` in these rows [S], ``other`` in the rest."""
-    pairs = [
-        (verdict.accepted, other.accepted),
-        (verdict.path, other.path),
-        (verdict.bonus, other.bonus),
-        (verdict.tokens, other.tokens),
-    ]
-    chosen = (torch.where(rows if a.dim() == 1 else rows[:, None], a, b) for a, b in pairs)
-    return Verdict(*chosen, other.drawn if verdict.drawn is None else verdict.drawn)  # a draw knows no rule
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(rows if a.dim() == 1 else rows[:, None], a, b)
+
+    return Verdict(
+        accepted=pick(verdict.accepted, other.accepted),
+        path=pick(verdict.path, other.path),
+        bonus=pick(verdict.bonus, other.bonus),
+        tokens=pick(verdict.tokens, other.tokens),
+        drawn=other.drawn if verdict.drawn is None else verdict.drawn,  # a draw knows no rule
+    )
