@@ -12,7 +12,7 @@ does not pay. What is not used is tried now and then, for a share of the time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ from decoding.drafters.base import Drafter
 from decoding.drafters.team import Proposal
 from decoding.followers import Followers
 from decoding.forecast import Forecast
+from decoding.guessers import TRY, Guessers
 from decoding.history import History
-from decoding.market import UNABLE, Deal, Guesser, Member, Scene, Terms, lateness, load_market, slope_of
+from decoding.market import UNABLE, Deal, Member, Scene, Terms, lateness, load_market, slope_of
 from decoding.plan import Guide, Plan, Quota, RowQuota
 from decoding.planner import Limits, StepTimes, roots_of, share_of
 from decoding.proposal_ops import ProposalOps
@@ -66,10 +67,10 @@ class _Step:
     plan: Plan
     crowd: _Crowd
     extra: float  # seconds beside its query tokens
-    asked: set[str]  # drafters that were asked to guess
     guesses: dict[int, Trees] = field(default_factory=dict)  # calibrated, by bit
     drafting: dict[str, tuple[int, int]] = field(default_factory=dict)  # drafter -> (rows, depth)
     seconds: float = 0.0  # of that drafting
+    pinned: list[int] = field(default_factory=list)  # [R] nodes that must be bought
     deal: Deal | None = None
     member: Member | None = None  # whom the deal is with
 
@@ -101,14 +102,15 @@ class AutoPlanner:
         self._device = device
         self._max_depth = max_depth
         self._max_step_tokens = max_step_tokens
-        self.guessers = [Guesser(bit, drafter.name) for bit, drafter in enumerate(drafters) if drafter.needs.host]
+        self.guessers = Guessers(drafters, costs, proposal_ops, self.forecast.depth)
         self._history = History(self.calibration, self.forecast)
         self._market = load_market()
         self._followers = Followers(self.members)
-        gears = [PLAIN, *([LIGHT] if self.guessers else []), *([FULL] if self.members else [])]
-        self._pulse = Pulse(tuple(gears))
+        gears = [PLAIN, *([LIGHT] if self.guessers.members else []), *([FULL] if self.members else [])]
+        patience = TRY if self.guessers.pinning else 0
+        self._pulse = Pulse(tuple(gears), patience)
         self._gear = PLAIN
-        self._long_pulse = Pulse((PLAIN, gears[-1]))
+        self._long_pulse = Pulse((PLAIN, gears[-1]), patience)
         self._no_quotas: dict[int, Quota] = {}  # by rows: most steps of a plain engine have one of a few
         self._beat: Beat | None = None
         self._crowd = _Crowd((), torch.zeros(0, dtype=torch.int64))
@@ -120,7 +122,7 @@ class AutoPlanner:
         self._last_plain = 0, 0.0  # step, logarithm of all prices
         self._doubts = 0  # plain steps that are still due soon
         self._step: _Step | None = None
-        self._light_step = _Step(Plan((), ()), self._crowd, 0.0, set())  # always the same one
+        self._light_step = _Step(Plan((), ()), self._crowd, 0.0)  # always the same one
 
     # the step ---------------------------------------------------------------------------------------------------------
 
@@ -129,7 +131,7 @@ class AutoPlanner:
         self._number += 1
         self._step = self._beat = None
         rows = len(plan.deciding)
-        self._gear = self._next_gear(plan) if rows and (self.members or self.guessers) else PLAIN
+        self._gear = self._next_gear(plan) if rows and (self.members or self.guessers.members) else PLAIN
         if self._gear == FULL or self._number % self._look == 0 or len(plan.rows) > rows:
             self._followers.settle(plan)  # new rows are never followed by those that sleep
         if self._gear == PLAIN:
@@ -138,14 +140,16 @@ class AutoPlanner:
         share = share_of(plan, self._max_step_tokens)
         if self._gear == LIGHT:  # no more than a fixed plan does; prices are looked at now and then
             light = self._step = self._light_step
-            light.plan, light.crowd = plan, crowd
+            light.plan, light.crowd, light.pinned = plan, crowd, []
             light.guesses.clear()
-            return self._light_limits.reserved(plan, share)
+            return self.guessers.ask_pinning(self._light_limits.reserved(plan, share), plan.chain_tokens)
         if self._number % DRIFT_STEP == 0:
             self.forecast.drift(self._slots(crowd), crowd.modes)
         extra = self.costs.extra(len(plan.rows), sum(row.end for row in plan.rows))
-        step = self._step = _Step(plan, crowd, extra, set())
-        return self._asked_to_guess(step, self._limits.of(plan, share))
+        step = self._step = _Step(plan, crowd, extra)
+        limits = self.guessers.ask(self._limits.of(plan, share), plan.chain_tokens)
+        step.drafting.update({name: (asked, 1) for name, asked in self.guessers.asking.items()})  # to learn their price
+        return limits
 
     def quota(self, plan: Plan, limits: Quota, guesses: list[Proposal]) -> Quota:
         """See ``Planner``."""
@@ -154,13 +158,17 @@ class AutoPlanner:
             return limits
         for guess in guesses:
             self._calibrate(step, guess, learn=self._gear == FULL or self._number % self._look == 0)
+        if self.guessers.pinning:
+            step.pinned = self.guessers.pinned(step.guesses, limits)
         if self._gear == LIGHT:
+            if self.guessers.pinning:
+                self._judge_guesses(step, limits)
             return limits if guesses else self._no_quota(len(limits.rows))
         scene = self._scene(step)
         terms = [self._terms(member, step, limits) for member in self.members]
         deal = step.deal = self._market(scene, terms)
         self._rate = deal.rate
-        self._judge_guesses(step, deal)
+        self._judge_guesses(step, limits)
         drafting: list[set[str]] = [set() for _ in limits.rows]
         guides: dict[str, Guide] = {}
         if deal.member >= 0:
@@ -202,8 +210,7 @@ class AutoPlanner:
             member.unused = self._number - member.used_at
             upkeep = times.drafters[member.name] if step is None or member.name not in step.drafting else 0.0
             member.credit = min(member.credit + saved, CREDIT * times.all) - looks * upkeep * member.sleeps
-        for guesser in self.guessers:
-            guesser.credit += saved
+        self.guessers.save(saved)
         if step is None:
             return
         for name, (rows, depth) in step.drafting.items() if waits else ():
@@ -257,21 +264,6 @@ class AutoPlanner:
             self._doubts = max(0, self._doubts - 1)
         return gear
 
-    def _asked_to_guess(self, step: _Step, limits: Quota) -> Quota:
-        """The limits without the guessers that are not worth their time; each of them is tried now and then."""
-        resting = set()
-        for guesser in self.guessers:
-            rows = sum(1 for row in limits.rows if row.nodes and guesser.name in row.drafters)
-            if rows and guesser.is_due(self.costs.draft(guesser.name, rows, 1)):
-                guesser.credit = 0.0
-                step.asked.add(guesser.name)
-                step.drafting[guesser.name] = (rows, 1)  # its price is learned, too
-            else:
-                resting.add(guesser.name)
-        if not resting:
-            return limits
-        return Quota(tuple(replace(row, drafters=row.drafters - resting) for row in limits.rows))
-
     # before a model drafts --------------------------------------------------------------------------------------------
 
     def _calibrate(self, step: _Step, proposal: Proposal, *, learn: bool) -> None:
@@ -287,7 +279,7 @@ class AutoPlanner:
             slots=self._slots(step.crowd),
             table=self.forecast.table,
             steps=self.costs.steps(),
-            tokens=step.plan.chain_tokens,
+            tokens=step.plan.chain_tokens + sum(step.pinned),
             extra=step.extra,
         )
 
@@ -312,15 +304,13 @@ class AutoPlanner:
             late=late,
         )
 
-    def _judge_guesses(self, step: _Step, deal: Deal) -> None:
-        """Whether the guessers earn their time: what their guesses save, less what verifying them costs."""
-        pace = self.costs.at(step.plan.chain_tokens) / len(step.plan.deciding)
-        node = slope_of(step.plan.chain_tokens, self.costs)
-        parts = dict(zip(step.guesses, zip(deal.parts[::2], deal.parts[1::2], strict=True), strict=True))
-        for guesser in self.guessers:
-            if guesser.name in step.asked:
-                tokens, nodes = parts.get(guesser.bit, (0.0, 0.0))
-                guesser.judge(max(0.0, tokens * pace - nodes * node))
+    def _judge_guesses(self, step: _Step, limits: Quota) -> None:
+        """Whether the guessers earn their time; in a light step, those that pin nodes."""
+        asked = self.guessers.asked(limits)
+        if step.deal is not None:
+            parts = zip(step.deal.parts[::2], step.deal.parts[1::2], strict=True)
+            self.guessers.judge(step.plan, dict(zip(step.guesses, parts, strict=True)), asked)
+        self.guessers.judge_pinning(step.plan, step.guesses, asked, self._floor)
 
     def _ask(
         self,
@@ -365,7 +355,7 @@ class AutoPlanner:
         foreseen = step.deal.guessed[row]
         if step.member is not None and row in step.deal.rows:
             foreseen += float(self.forecast.table.widths[step.member.bit, : step.deal.depth].sum())
-        return int(1.25 * foreseen + 1)
+        return int(1.25 * foreseen + 1) + (step.pinned[row] if step.pinned else 0)
 
     def _granted(
         self, step: _Step, limits: Quota, drafting: list[set[str]], guides: dict[str, Guide], guessed: bool
@@ -377,7 +367,7 @@ class AutoPlanner:
                 rows.append(NOTHING)
                 continue
             nodes = limit.nodes if self._device.type == "cpu" else min(limit.nodes, self._bound(step, number))
-            granted = RowQuota(nodes, limit.depth, frozenset(names | (step.asked & limit.drafters)))
+            granted = RowQuota(nodes, limit.depth, frozenset(names | (self.guessers.names & limit.drafters)))
             wanted = nodes and granted.drafters  # guesses may be of other rows only
             rows.append(granted if wanted and self._limits.reserve(row, granted) else NOTHING)
         return Quota(tuple(rows), guides)

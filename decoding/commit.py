@@ -21,6 +21,7 @@ from decoding.sequence import Sequence, SpeculationCounter
 from decoding.verify import Verdict
 from models.target import CausalModel, ForwardOutput
 from models.transfer import fetch, upload
+from models.tree import GUESSED, PINS
 from models.tree_ops import ChosenTrees
 
 
@@ -136,12 +137,19 @@ class Committer:
         # few drafters, so few different sources; the root has none, nor has padding
         for bits in set(source) - {0}:
             drafted, accepted = source.count(bits), taken.count(bits)
-            names = [name for bit, name in enumerate(self._names) if bits >> bit & 1]
+            guessed, pinned = bits & GUESSED, bits >> PINS
+            if not guessed:
+                drafted = accepted  # what is only pinned was not drafted, unless it proved right
+            names = [
+                (name, drafted if guessed >> bit & 1 else accepted)
+                for bit, name in enumerate(self._names)
+                if (guessed | pinned) >> bit & 1
+            ]
             for counter in counters:
                 counter.drafted += drafted
                 counter.accepted += accepted
-                for name in names:
-                    counter.drafted_by[name] += drafted
+                for name, own in names:
+                    counter.drafted_by[name] += own
                     counter.accepted_by[name] += accepted
 
     def _event(

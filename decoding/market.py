@@ -21,7 +21,6 @@ Floats = NDArray[np.float64]
 DORMANT = 128  # steps after which a drafter that is not used stops following the rows
 HORIZON = 64  # steps over which catching up with a text must pay
 FADING = 0.98  # of what was promised and kept, a step
-WORTH_RATE = 0.05
 AHEAD = 8  # nodes over which the price of one is averaged: steps cost the same up to an edge
 TRUST = (0.3, 1.5)  # how far promises are corrected
 UNABLE = -1.0  # in place of a row's lateness: the drafter cannot draft for it
@@ -59,24 +58,6 @@ class Member:
         self.unused, self.used_at = 0, step
         self.promised = FADING * self.promised + (1 - FADING) * promised
         self.kept = FADING * self.kept + (1 - FADING) * kept
-
-
-@dataclass
-class Guesser:
-    """A drafter that runs no model, as the planner sees it. Cheap is not free: with many rows it must earn its time."""
-
-    bit: int
-    name: str
-    worth: float = 1.0  # seconds that its guesses save in a step, fading
-    credit: float = 0.0  # seconds saved up for trying it
-
-    def judge(self, saved: float) -> None:
-        """A step's guesses were to save so many seconds."""
-        self.worth += WORTH_RATE * (saved - self.worth)
-
-    def is_due(self, price: float) -> bool:
-        """Whether it is to be asked, at this price."""
-        return self.worth >= price or self.credit >= price
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,12 @@ class Beat:
     Args:
         gears: those that there are, the highest last; it begins with that one.
         rows: how many, about.
+        least: steps that a try of a gear that drafts takes at least.
     """
 
-    def __init__(self, gears: tuple[int, ...], rows: int = 1) -> None:
-        self._trial_steps = {gear: max(LEAST[0], TRIAL[gear] // rows) for gear in gears}
+    def __init__(self, gears: tuple[int, ...], rows: int = 1, least: int = 0) -> None:
+        shortest = {gear: LEAST[0] if gear == PLAIN else max(LEAST[0], least) for gear in gears}
+        self._trial_steps = {gear: max(shortest[gear], TRIAL[gear] // rows) for gear in gears}
         self._enough = {gear: max(LEAST[1], ENOUGH[gear] // rows) for gear in gears}
         self.current = gears[-1]
         self.accounts = {gear: Account() for gear in gears}
@@ -120,8 +122,9 @@ class Beat:
 class Pulse:
     """Beats by the number of rows, in powers of two, and by the kind of the first of them: see ``Sequence.kind``."""
 
-    def __init__(self, gears: tuple[int, ...]) -> None:
+    def __init__(self, gears: tuple[int, ...], least: int = 0) -> None:
         self._gears = gears
+        self._least = least
         self._beats: dict[tuple[int, tuple[bool, bool]], Beat] = {}
 
     def beat(self, rows: int, kind: tuple[bool, bool]) -> Beat:
@@ -129,5 +132,5 @@ class Pulse:
         size = (rows.bit_length(), kind)
         beat = self._beats.get(size)
         if beat is None:
-            beat = self._beats[size] = Beat(self._gears, rows)
+            beat = self._beats[size] = Beat(self._gears, rows, self._least)
         return beat

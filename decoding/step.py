@@ -70,7 +70,8 @@ class Stepper:
         logits = self.target.logits(batch.at_wanted(out.hidden))  # at the tree's nodes
         self.forward_seconds += time.perf_counter() - forward
 
-        verdict = verify(self.rule, chosen.trees, nodes, logits, sampling, chosen.deepest)  # accepted path + bonus
+        draws = self.drafters.want_draws
+        verdict = verify(self.rule, chosen.trees, nodes, logits, sampling, chosen.deepest, draws=draws)  # path + bonus
         self.cache.commit(batch, nodes, verdict)  # keep the accepted path's K/V
         results = self.committer.send(plan, chosen, nodes, verdict, logits)  # to the host, before others keep it busy
         out = self.drafters.with_top(out, logits, limits, sampling)  # likeliest tokens, for who learns from them

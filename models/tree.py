@@ -17,6 +17,8 @@ from models.batch import MAX_TREE
 from models.transfer import upload
 
 NO_PARENT = -1  # parent of the root and of padding
+PINS = 32  # bit PINS + d of a node's source: drafter number d pins it, see Trees
+GUESSED = (1 << PINS) - 1  # the bits below
 # The most that a node's confidence counts for: below 1 by more than the rounding of a product of 64 float32 factors,
 # so that a node's path is always less probable than its parent's.
 CERTAIN = 1 - 2.0**-16
@@ -25,12 +27,17 @@ IMPOSSIBLE = 1e-30  # path probability; float32 products above it have lost no p
 
 @dataclass(frozen=True)
 class Trees:
-    """R trees of up to N nodes, root included. Padding: token -1, parent NO_PARENT, confidence 0, source 0."""
+    """R trees of up to N nodes, root included. Padding: token -1, parent NO_PARENT, confidence 0, source 0.
+
+    A drafter *pins* a node whose logits it needs whether or not the node is right. The nodes that it pins in a row are
+    bought whole or not at all, whatever they promise. It guesses a node by one bit and pins it by another, or both; of
+    a node that it guesses, or pins, it guesses, or pins, the ancestors.
+    """
 
     tokens: Tensor  # [R, N] int64
     parents: Tensor  # [R, N] int64, column of the parent
     confidence: Tensor  # [R, N] float32, probability that the node's token is drawn, given that its parent is reached
-    source: Tensor  # [R, N] int64, bit d set: drafter number d proposed the node; 0 for the root
+    source: Tensor  # [R, N] int64, bit d: drafter number d guesses the node; bit PINS + d: it pins it; 0 for the root
 
     @property
     def num_rows(self) -> int:
@@ -187,6 +194,14 @@ def merge(trees: list[Trees]) -> Trees:
     )
 
 
+def pinned_nodes(trees: Trees, max_nodes: Tensor, max_depth: Tensor) -> Tensor:
+    """[R, N] bool: the pinned nodes of the rows whose ``max_nodes`` and ``max_depth`` [R] have room for all of them."""
+    pinned = is_node(trees) & (trees.source >> PINS != 0)
+    shallow = (depths(trees.parents) <= max_depth[:, None]) | ~pinned
+    fits = (pinned.sum(dim=1) <= max_nodes) & shallow.all(dim=1)
+    return pinned & fits[:, None]
+
+
 def best_nodes(
     trees: Trees,
     max_nodes: Tensor,
@@ -198,7 +213,9 @@ def best_nodes(
 ) -> Trees:
     """The most probable ``max_nodes`` [R] nodes of each row no deeper than ``max_depth`` [R], in tree order.
 
-    Nodes whose path is less probable than ``min_probability``, or impossible, are left out.
+    A row's pinned nodes come before all others, or not at all: see ``pinned_nodes``. Without them, those of them that
+    a drafter guesses are nodes like any others. Of these, nodes whose path is less probable than ``min_probability``,
+    or impossible, are left out.
 
     A parent is more probable than its child, so what is kept is a tree. Padding ends up on the right.
 
@@ -209,15 +226,17 @@ def best_nodes(
         price: what nodes cost; of those that are left, the ``worthwhile`` ones are kept.
     """
     score = path_confidence(trees)
+    pinned = pinned_nodes(trees, max_nodes, max_depth)
     lowest = torch.where(trees.source & spared != 0, IMPOSSIBLE, max(min_probability, IMPOSSIBLE))
-    allowed = is_node(trees) & (depths(trees.parents) <= max_depth[:, None]) & (score >= lowest)
-    score = torch.where(allowed, score, -1.0)
-    score[:, 0] = 2.0
-    order = score.argsort(dim=1, descending=True, stable=True)
+    guessed = is_node(trees) & ((trees.source & GUESSED != 0) | (trees.source >> PINS == 0))
+    allowed = pinned | (guessed & (depths(trees.parents) <= max_depth[:, None]) & (score >= lowest))
+    merit = torch.where(pinned, 2.0, torch.where(allowed, score, -1.0))
+    merit[:, 0] = 3.0
+    order = merit.argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(trees.width, device=order.device).expand_as(order))
     kept = (allowed & (rank <= max_nodes[:, None])) | (rank == 0)
     if price is not None:
-        kept &= rank <= worthwhile(torch.where(kept & (rank > 0), score, -1.0), price)[:, None]
+        kept &= rank <= worthwhile(torch.where(kept & (rank > 0), score, -1.0), price, pinned)[:, None]
     # move the kept columns to the left, in their old order
     column = kept.long().cumsum(1) - 1
     target = torch.where(kept, column, width)  # everything else lands in a column that is cut off
@@ -230,23 +249,27 @@ def best_nodes(
     return Trees(pack(trees.tokens, -1), pack(hung, NO_PARENT), pack(trees.confidence, 0.0), pack(trees.source, 0))
 
 
-def worthwhile(probability: Tensor, price: Tensor) -> Tensor:
-    """[R] how many nodes of each row are worth their price: those of the k most probable of all rows together.
+def worthwhile(probability: Tensor, price: Tensor, pinned: Tensor) -> Tensor:
+    """[R] how many nodes of each row are worth their price: the pinned ones, and of the others the k most probable.
 
-    k is such that the expected tokens a second, (R + sum of the k path probabilities) / price[k], are the most.
+    k is such that the expected tokens a second, (R + sum of the path probabilities) / price, are the most.
 
     Args:
         probability: [R, N] of each node's path; negative for what is not offered.
         price: [K + 1] float64, seconds of the whole step with k nodes, K at least the nodes on offer.
+        pinned: [R, N] bool, nodes that are bought whatever they promise.
     """
     rows, width = probability.shape
-    offers = probability.flatten().sort(descending=True, stable=True)
-    there = offers.values >= 0
-    tokens = rows + torch.where(there, offers.values, 0.0).double().cumsum(0)
+    order = torch.where(pinned, 2.0, probability).flatten().sort(descending=True, stable=True)
+    there = order.values >= 0
+    worth = torch.where(there, probability.flatten()[order.indices], 0.0)
+    tokens = rows + worth.double().cumsum(0)
     number = torch.arange(1, len(tokens) + 1, device=tokens.device)
     rate = torch.where(there, tokens / price[number.clamp(max=len(price) - 1)], -1.0)
-    best = torch.cat([(rows / price[:1]), rate]).argmax()
-    row = torch.div(offers.indices, width, rounding_mode="floor")
+    rates = torch.cat([(rows / price[:1]), rate])
+    must = pinned.sum()
+    best = torch.where(torch.arange(len(rates), device=tokens.device) >= must, rates, -1.0).argmax()
+    row = torch.div(order.indices, width, rounding_mode="floor")
     bought = (number <= best).long()
     return torch.zeros(rows, dtype=torch.int64, device=tokens.device).scatter_add(0, row, bought)
 

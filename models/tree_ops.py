@@ -56,13 +56,13 @@ class TreeOps(Protocol):
 
         Args:
             proposals: at least one, all with the same roots.
-            max_nodes: [R] most nodes of each row, root excluded, at most 63.
+            max_nodes: [R] most nodes of each row, root excluded, at most 63; pinned ones first, see ``best_nodes``.
             max_depth: [R].
             min_probability: nodes whose path is less probable are left out.
             spared: sources (bits) whose nodes are not; of these, impossible ones alone are.
             price: [K + 1] float64, seconds of the whole step with k nodes in all rows together, k = 0 .. K, K at least
-                the sum of ``max_nodes``; of the nodes that are left, those are kept that make the most expected
-                tokens a second, see ``worthwhile``.
+                the sum of ``max_nodes``; beside the pinned nodes, those are kept of the others that make the most
+                expected tokens a second, see ``worthwhile``.
 
         Raises:
             ValueError: more than 63 nodes are asked for.

@@ -41,6 +41,12 @@ def _recycling() -> DrafterKind:
     return DrafterKind(RecyclingOptions, RecyclingDrafter)
 
 
+def _lookahead() -> DrafterKind:
+    from decoding.drafters.lookahead import LookaheadDrafter, LookaheadOptions
+
+    return DrafterKind(LookaheadOptions, LookaheadDrafter)
+
+
 def _draft_model() -> DrafterKind:
     from decoding.drafters.draft_model import DraftModelOptions, load_draft_model
 
@@ -87,6 +93,7 @@ DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "ngram": _ngram,
     "prediction": _prediction,
     "recycling": _recycling,
+    "lookahead": _lookahead,
     "draft": _draft_model,
     "medusa": _medusa,
     "mtp": _mtp,

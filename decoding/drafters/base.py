@@ -33,6 +33,8 @@ class Needs:
     page_bytes: int = 0  # kept with each page beside K/V
     host: bool = False  # runs no model: proposes on the host, trees of the host, at next to no cost
     fixed_tree: bool = False  # all its nodes are wanted, however improbable; --max-nodes and --max-depth still hold
+    draws: bool = False  # the token drawn at every verified node, in ``Verdict.drawn``
+    pins: bool = False  # it pins nodes, see ``Trees``: these cost whatever they promise, and its gain comes later
 
 
 @dataclass(frozen=True)

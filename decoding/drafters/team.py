@@ -32,6 +32,7 @@ class DrafterTeam:
     def __init__(self, drafters: list[Drafter]) -> None:
         self.members = drafters
         self.names = tuple(d.name for d in drafters)
+        self.want_draws = any(d.needs.draws for d in drafters)
         self._tapping = [(d.name, d.needs.taps) for d in drafters if d.needs.taps]
         self.taken = {drafter.name: 0.0 for drafter in drafters}  # seconds
         self._ranking = [d for d in drafters if d.needs.top]

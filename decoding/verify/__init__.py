@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Verdict:
     path: Tensor  # [S, D] int64, columns of those nodes in the tree, top down, padded with -1
     bonus: Tensor  # [S] int64, token drawn at the last accepted node
     tokens: Tensor  # [S, D + 1] int64, the accepted tokens and the bonus, padded with -1
+    drawn: Tensor | None = None  # [W] int64, token drawn at each node, at least where ``verify`` is asked for it
 
     @staticmethod
     def plain(bonus: Tensor) -> Verdict:
@@ -71,15 +72,22 @@ def rule_by_request(ops: TreeOps) -> Rule:
     return ByRequest({name: make(ops) for name, make in RULES.items()})
 
 
-def verify(rule: Rule, trees: Trees, nodes: Nodes, logits: Tensor, sampling: Sampling, deepest: int) -> Verdict:
+def verify(
+    rule: Rule, trees: Trees, nodes: Nodes, logits: Tensor, sampling: Sampling, deepest: int, *, draws: bool = False
+) -> Verdict:
     """Process the logits at every node, each under its own path's penalties, and apply the rule.
 
     Args:
         logits: [W, V'] raw logits of the nodes; not changed.
         deepest: depth of the deepest tree (host).
+        draws: ``Verdict.drawn`` is wanted whatever the rule, but not in a plain step.
     """
     paths = node_paths(trees, nodes, deepest) if sampling.needs_paths() else None
-    return rule(trees, nodes, sampling.process(logits, nodes.row, nodes.depth, paths), sampling, deepest)
+    x = sampling.process(logits, nodes.row, nodes.depth, paths)
+    verdict = rule(trees, nodes, x, sampling, deepest)
+    if not draws or trees.width == 1 or verdict.drawn is not None:
+        return verdict
+    return replace(verdict, drawn=sampling.draw(x, nodes.row, nodes.depth))
 
 
 def node_paths(trees: Trees, nodes: Nodes, deepest: int) -> Tensor:

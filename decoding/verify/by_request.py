@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,5 +31,14 @@ class ByRequest:
 
 def _where(rows: Tensor, verdict: Verdict, other: Verdict) -> Verdict:
     """``verdict`` in these rows [S], ``other`` in the rest."""
-    pairs = [(getattr(verdict, field.name), getattr(other, field.name)) for field in fields(Verdict)]
-    return Verdict(*(torch.where(rows if a.dim() == 1 else rows[:, None], a, b) for a, b in pairs))
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(rows if a.dim() == 1 else rows[:, None], a, b)
+
+    return Verdict(
+        accepted=pick(verdict.accepted, other.accepted),
+        path=pick(verdict.path, other.path),
+        bonus=pick(verdict.bonus, other.bonus),
+        tokens=pick(verdict.tokens, other.tokens),
+        drawn=other.drawn if verdict.drawn is None else verdict.drawn,  # a draw knows no rule
+    )

@@ -37,4 +37,4 @@ def follow(ops: TreeOps, trees: Trees, nodes: Nodes, drawn: Tensor, deepest: int
     """
     if trees.width == 1:  # plain decoding: every token is a bonus
         return Verdict.plain(drawn)
-    return Verdict(*ops.walk(trees, nodes.masks, drawn, nodes.first, deepest))
+    return Verdict(*ops.walk(trees, nodes.masks, drawn, nodes.first, deepest), drawn)

@@ -17,6 +17,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kNoParent = -1;
+constexpr int64_t kPins = 32, kGuessed = (int64_t(1) << kPins) - 1;  // bits of a source: see Trees in models/tree.py
 constexpr int64_t kMaxTree = 64;
 constexpr float kCertain = 1.0f - 1.0f / 65536;  // models/tree.py says why
 constexpr double kImpossible = 1e-30;
@@ -113,12 +114,17 @@ struct Candidates {
   std::vector<Node> nodes;
   std::vector<float> probability;
   std::vector<int64_t> depth, kept;
+  int64_t pins = 0;  // nodes that are bought whatever they promise: all pinned ones, or none where they do not fit
 
-  // Keeps the `count` most probable; of equals those that stand first.
+  bool pinned(int64_t i) const { return pins > 0 && nodes[i].source >> kPins; }
+
+  // Keeps the `count` best: pinned ones, then the most probable; of equals those that stand first.
   void keep_best(int64_t count) {
     if (static_cast<int64_t>(kept.size()) <= count) return;
+    const auto merit = [&](int64_t i) { return pinned(i) ? 2.0f : probability[i]; };
     std::nth_element(kept.begin(), kept.begin() + count, kept.end(), [&](int64_t a, int64_t b) {
-      return probability[a] != probability[b] ? probability[a] > probability[b] : a < b;
+      const float first = merit(a), second = merit(b);
+      return first != second ? first > second : a < b;
     });
     kept.resize(count);
     std::sort(kept.begin(), kept.end());
@@ -129,10 +135,24 @@ Candidates candidates_of(const std::vector<Proposal>& proposals, int64_t row, in
                          float lowest, int64_t spared) {
   Candidates row_of{merged(proposals, row), {}, {}, {}};
   const std::vector<Node>& nodes = row_of.nodes;
+  const int64_t count = nodes.size();
   row_of.probability = path_probabilities(nodes);
-  row_of.depth.assign(nodes.size(), 0);
-  for (size_t i = 1; i < nodes.size(); ++i) {
+  row_of.depth.assign(count, 0);
+  int64_t pins = 0;
+  bool shallow = true;
+  for (int64_t i = 1; i < count; ++i) {
     row_of.depth[i] = row_of.depth[nodes[i].parent] + 1;
+    if (!(nodes[i].source >> kPins)) continue;
+    ++pins;
+    shallow &= row_of.depth[i] <= max_depth;
+  }
+  if (shallow && pins <= max_nodes) row_of.pins = pins;
+  for (int64_t i = 1; i < count; ++i) {
+    if (row_of.pinned(i)) {
+      row_of.kept.push_back(i);
+      continue;
+    }
+    if (nodes[i].source >> kPins && !(nodes[i].source & kGuessed)) continue;  // nobody takes it for right
     const float floor = nodes[i].source & spared ? kImpossible : lowest;
     if (row_of.depth[i] <= max_depth && row_of.probability[i] >= floor) row_of.kept.push_back(i);
   }
@@ -140,27 +160,37 @@ Candidates candidates_of(const std::vector<Proposal>& proposals, int64_t row, in
   return row_of;
 }
 
-// How many nodes of each row are worth their price: the k most probable of all rows together, for the k with the most
-// expected tokens a second, (rows + their probabilities) / price[k].
+// How many nodes of each row are worth their price: the pinned ones, and of the others the k most probable of all rows
+// together, for the k with the most expected tokens a second, (rows + probabilities of all that is bought) / price.
 void buy(std::vector<Candidates>& rows, const Tensor& price) {
   const double* seconds = price.const_data_ptr<double>();
   std::vector<std::pair<float, int64_t>> offers;  // probability, row
+  std::vector<int64_t> count(rows.size(), 0);
+  size_t pins = 0;
+  double gained = 0;
   for (size_t row = 0; row < rows.size(); ++row)
-    for (const int64_t i : rows[row].kept) offers.emplace_back(rows[row].probability[i], row);
-  TORCH_CHECK_VALUE(price.numel() > static_cast<int64_t>(offers.size()), "a price is missing: ", offers.size(),
-                    " nodes are offered");
+    for (const int64_t i : rows[row].kept) {
+      if (!rows[row].pinned(i)) {
+        offers.emplace_back(rows[row].probability[i], row);
+        continue;
+      }
+      gained += rows[row].probability[i];
+      ++count[row];
+      ++pins;
+    }
+  TORCH_CHECK_VALUE(price.numel() > static_cast<int64_t>(pins + offers.size()), "a price is missing: ",
+                    pins + offers.size(), " nodes are offered");
   std::stable_sort(offers.begin(), offers.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
   const double roots = rows.size();
-  double gained = 0, best = roots / seconds[0];
+  double best = (roots + gained) / seconds[pins];
   size_t bought = 0;
   for (size_t k = 0; k < offers.size(); ++k) {
     gained += offers[k].first;
-    if ((roots + gained) / seconds[k + 1] > best) {
-      best = (roots + gained) / seconds[k + 1];
-      bought = k + 1;
-    }
+    const double rate = (roots + gained) / seconds[pins + k + 1];
+    if (rate <= best) continue;
+    best = rate;
+    bought = k + 1;
   }
-  std::vector<int64_t> count(rows.size(), 0);
   for (size_t k = 0; k < bought; ++k) ++count[offers[k].second];
   for (size_t row = 0; row < rows.size(); ++row) rows[row].keep_best(count[row]);
 }
@@ -174,7 +204,7 @@ Chosen built(const Candidates& row) {
   chosen.confidence[0] = nodes[0].confidence;
   chosen.source[0] = nodes[0].source;
   chosen.masks[0] = 1;
-  for (const int64_t i : row.kept) {  // a parent is more probable than its child, so it is kept and stands before it
+  for (const int64_t i : row.kept) {  // a parent is pinned or more probable than its child: kept, and stands before it
     const int64_t at = chosen.count++, parent = column[nodes[i].parent];
     column[i] = at;
     chosen.tokens[at] = nodes[i].token;

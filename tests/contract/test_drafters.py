@@ -24,7 +24,7 @@ from decoding.sequence import Sequence, SequenceId
 from decoding.verify import Verdict
 from models.batch import RaggedBatch
 from models.target import ForwardOutput
-from models.tree import Trees, is_node
+from models.tree import GUESSED, PINS, Trees, is_node
 from tests.datastore import demo_datastore
 from tests.doubles import GarbageDrafter
 from tests.eagle import demo_eagle
@@ -38,6 +38,7 @@ EXAMPLES: dict[str, Callable[[], str]] = {
     "ngram": lambda: "ngram",
     "prediction": lambda: "prediction",  # follows what every request of these tests predicts
     "recycling": lambda: "recycling",
+    "lookahead": lambda: "lookahead",
     "draft": lambda: DRAFT,
     "medusa": lambda: f"medusa={ROOT}/demo/medusa:tau=0.3",
     "mtp": lambda: f"mtp={ROOT}/demo/mtp",
@@ -117,7 +118,9 @@ class Watched:
         assert (trees.confidence[:, 0] == 1).all()
         nodes = is_node(trees)
         assert (trees.tokens[nodes] < self._vocab_size).all()
-        assert (trees.source == (1 << self._bit) * nodes).all(), "it speaks for itself only"
+        pinned = trees.source >> PINS
+        assert (((trees.source & GUESSED) | pinned) == (1 << self._bit) * nodes).all(), "it speaks for itself only"
+        assert self.needs.pins or not pinned.any()
         for row, limit in enumerate(quota.rows):
             if not limit.nodes or self.name not in limit.drafters:
                 assert not nodes[row].any(), "it drafts only where it is asked to"
@@ -330,6 +333,10 @@ def test_bad_choices_name_the_fix(text: str, message: str) -> None:
         (("recycling:top_k=0",), "top_k must be from 1 to 64"),
         (("recycling:nodes=64",), "nodes must be from 1 to 63"),
         (("recycling:salts=0",), "salts must be at least 1"),
+        (("lookahead:level=2",), "level must be at least 3"),
+        (("lookahead:window_size=0",), "window_size and guess_set_size must be at least 1"),
+        (("lookahead:guess_set_size=0",), "window_size and guess_set_size must be at least 1"),
+        (("lookahead:window_size=16",), "16 columns at level 5 has 64 nodes, .* lower window_size or level"),
         (("draft=/no/such/folder",), "draft model: there is no folder '/no/such/folder'"),
         ((DRAFT + ":depth=0",), "must be at least 1"),
         ((DRAFT + ":beam=40",), r"beam \* \(depth - 1\) under 64"),

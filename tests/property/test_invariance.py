@@ -18,6 +18,7 @@ from decoding.cache import pages_for
 from decoding.drafters.draft_model import DraftModelDrafter, DraftModelOptions
 from decoding.drafters.expansion import TreeOptions
 from decoding.drafters.feature_drafter import FeatureDrafter
+from decoding.drafters.lookahead import LookaheadDrafter, LookaheadOptions
 from decoding.drafters.medusa import CALIBRATED, PROBABILITY, MedusaDrafter, MedusaOptions
 from decoding.drafters.mtp import MTPOptions, parallel_drafter
 from decoding.drafters.ngram import NgramDrafter, NgramOptions
@@ -184,6 +185,7 @@ def parallel_heads(setup: Setup) -> BuildDrafter:
 DRAFTERS: dict[str, Callable[[Setup, Texts], BuildDrafter]] = {
     "ngram": lambda setup, texts: lambda context: NgramDrafter(NgramOptions(), context),
     "prediction": lambda setup, texts: lambda context: PredictionDrafter(PredictionOptions(), context),
+    "lookahead": lambda setup, texts: lambda context: LookaheadDrafter(LookaheadOptions(4, 1 + setup.beam, 3), context),
     "draft": lambda setup, texts: draft_drafter(setup),
     "eagle": lambda setup, texts: feature_drafter(setup, eagles()[0]),
     "eagle3": lambda setup, texts: feature_drafter(setup, eagles()[1]),
@@ -200,6 +202,9 @@ DRAFTERS: dict[str, Callable[[Setup, Texts], BuildDrafter]] = {
 PAIRS = (
     "draft+ngram",
     "draft+prediction",
+    "lookahead+alternating",
+    "lookahead+ngram",
+    "medusa fixed+lookahead",
     "eagle3+ngram",
     "eagle+draft",
     "eagle+eagle3",
