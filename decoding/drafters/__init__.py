@@ -59,6 +59,12 @@ def _eagle3() -> DrafterKind:
     return DrafterKind(Eagle3Options, load_eagle3_drafter)
 
 
+def _early_exit() -> DrafterKind:
+    from decoding.drafters.early_exit import EarlyExitOptions, load_early_exit
+
+    return DrafterKind(EarlyExitOptions, load_early_exit)
+
+
 DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "ngram": _ngram,
     "draft": _draft_model,
@@ -66,6 +72,7 @@ DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "mtp": _mtp,
     "eagle": _eagle,
     "eagle3": _eagle3,
+    "early-exit": _early_exit,
 }
 
 

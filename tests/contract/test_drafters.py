@@ -23,6 +23,7 @@ from decoding.sampling import Sampling
 from decoding.sequence import Sequence, SequenceId
 from decoding.verify import Verdict
 from models.batch import RaggedBatch
+from models.kv_cache import KVCache
 from models.target import ForwardOutput
 from models.tree import Trees, is_node
 from tests.doubles import GarbageDrafter
@@ -79,8 +80,8 @@ class Watched:
         self._bit = bit
         self._vocab_size = vocab_size
 
-    def attach(self, num_pages: int) -> None:
-        self.inner.attach(num_pages)
+    def attach(self, num_pages: int, target_kv: KVCache) -> None:
+        self.inner.attach(num_pages, target_kv)
 
     def admit(self, sequence: Sequence, cached_tokens: int) -> None:
         assert 0 <= cached_tokens <= sequence.cached
