@@ -157,14 +157,9 @@ class LayerSkipRecipe:
             skipping.step += 1
         streams = skipping.streams(windows.tokens, self._rates if training else None)
         norm, head = skipping.model.base_model.norm, skipping.model.get_output_embeddings().weight
-        # an exit may have no weight: that after the first layer, by the formula
         depths = [Depth(norm(streams[layer]), head, 1, self._weights[layer]) for layer in exits]
         losses = depth_losses(windows, depths)
-        if training:
-            return Losses(losses.total, {})
-        layer_of = {str(number): layer + 1 for number, layer in enumerate(exits, start=1)}
-        parts = {name: name.split("@") for name in losses.metrics}
-        return Losses(losses.total, {f"{parts[n][0]}@{layer_of[parts[n][1]]}": v for n, v in losses.metrics.items()})
+        return Losses(losses.total, {}) if training else losses
 
     def save(self, folder: Path) -> None:
         """See ``Recipe.save``: a model folder, tokenizer included."""
