@@ -41,6 +41,7 @@ EXAMPLES: dict[str, Callable[[], str]] = {
     "mtp": lambda: f"mtp={ROOT}/demo/mtp",
     "eagle": lambda: f"eagle={demo_eagle()}:tau=0.5",
     "eagle3": lambda: f"eagle3={ROOT}/demo/eagle3",
+    "early-exit": lambda: f"early-exit={ROOT}/demo/early-exit",
 }
 
 
