@@ -31,7 +31,7 @@ from models.graphed_model import GraphedModel
 from models.heads.early_exit import ExitAdapter, load_adapter
 from models.kv_cache import KVCache
 from models.loader import CheckpointError, resolve
-from models.target import ExitingModel
+from models.target import CausalModel, ExitingModel
 from models.transfer import upload
 from models.tree import Trees, root_masks, roots_only
 
@@ -119,7 +119,7 @@ class EarlyExitDrafter(TokenDrafter):
         self.max_depth = options.depth
         self.choice = choice
         self._options = options
-        self._model = model if context.capture is None else GraphedModel(model, context.capture)
+        self._model: CausalModel = model if context.capture is None else GraphedModel(model, context.capture)
         self._expansion = Expansion(
             options, 1 << context.bit, model.max_model_len - 1, self._forward, model.logits
         )
