@@ -167,9 +167,7 @@ class LayerStack:
 
     def cut(self, layers: int) -> LayerStack:
         """The first ``layers`` layers and the final norm as a stack of their own, over the same weights and K/V."""
-        stack = LayerStack(
-            self.layers[:layers], self._final_norm, self._rope, self._ops, self._attention, self._first
-        )
+        stack = LayerStack(self.layers[:layers], self._final_norm, self._rope, self._ops, self._attention, self._first)
         if self._fused is not None:
             stack.pack()  # the weights are packed: it becomes one call, too
         return stack

@@ -28,9 +28,7 @@ class ExitModel:
         ValueError: the model has no such exit.
     """
 
-    def __init__(
-        self, model: ExitingModel, exit_layer: int, adapter: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, model: ExitingModel, exit_layer: int, adapter: Callable[[Tensor], Tensor] | None = None) -> None:
         self.vocab_size = model.vocab_size
         self.hidden_size = model.hidden_size
         self.num_layers = exit_layer

@@ -148,7 +148,7 @@ class TransformersModel:
         return sum(weight.numel() for weight in self.layers[0].parameters())
 
     def exit_after(self, layers: int) -> Trunk:
-        """See ``ExitingModel.exit_after``; it is run on a few tokens, since nothing tells what a family does between."""
+        """See ``ExitingModel.exit_after``; it is tried on a few tokens, as families may do anything between layers."""
         check_exit(layers, self.num_layers)
         decoder = cut_decoder(self.decoder, self.layers, layers)
 

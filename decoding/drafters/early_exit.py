@@ -90,7 +90,10 @@ def _exit_of(
 ) -> tuple[int, str]:
     """The exit, and what is to be said about it."""
     if adapter is not None:
-        return adapter.config.exit_layer, f"exit after layer {adapter.config.exit_layer} of {target.num_layers}, adapted"
+        return (
+            adapter.config.exit_layer,
+            f"exit after layer {adapter.config.exit_layer} of {target.num_layers}, adapted",
+        )
     if options.exit_layer:
         return options.exit_layer, f"exit after layer {options.exit_layer} of {target.num_layers}, as asked for"
     vocab_size = min(context.tokenizer.vocab_size, target.vocab_size)
@@ -120,9 +123,7 @@ class EarlyExitDrafter(TokenDrafter):
         self.choice = choice
         self._options = options
         self._model: CausalModel = model if context.capture is None else GraphedModel(model, context.capture)
-        self._expansion = Expansion(
-            options, 1 << context.bit, model.max_model_len - 1, self._forward, model.logits
-        )
+        self._expansion = Expansion(options, 1 << context.bit, model.max_model_len - 1, self._forward, model.logits)
         self._kv: KVCache
 
     def attach(self, num_pages: int, target_kv: KVCache) -> None:

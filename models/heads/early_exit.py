@@ -1,6 +1,7 @@
 """An adapter for early exits: a small MLP between a model's layer E and its LM head, trained on the frozen model.
 
-    x = final norm(stream that leaves layer E),  hidden = x + W_down (SiLU(W_gate x + b_gate) * (W_up x + b_up)) + b_down
+    x = final norm(stream that leaves layer E)
+    hidden = x + W_down (SiLU(W_gate x + b_gate) * (W_up x + b_up)) + b_down
 
 A model that was not trained for early exits (2404.16710) says little about the next token after its first layers, but
 much that a map can turn into it; the linear map of that kind is known as the tuned lens (2303.08112). Nothing between
@@ -109,7 +110,7 @@ def load_adapter(folder: Path, target: CausalModel, packing: Packing | None = No
         packing: see ``Linear.pack``.
 
     Raises:
-        CheckpointError: as ``read_adapter``; weights that are missing or of another shape; an adapter of another target.
+        CheckpointError: as ``read_adapter``; weights missing or of another shape; an adapter of another target.
     """
     config, checkpoint = read_adapter(folder)
     for what, trained, served in (

@@ -23,9 +23,7 @@ PROMPTS = [[7, 3, 9, 12, 200, 31, 8], list(range(5, 58))]  # the second is longe
 
 def load(name: str, folder: Path, dtype: str = "float32") -> TransformersModel:
     path = zoo.save(zoo.make(name), folder)
-    return load_transformers_model(
-        path, dtype=dtype, device=torch.device("cpu"), attention="auto", max_model_len=None
-    )
+    return load_transformers_model(path, dtype=dtype, device=torch.device("cpu"), attention="auto", max_model_len=None)
 
 
 @pytest.mark.parametrize("name", zoo.FAMILIES)

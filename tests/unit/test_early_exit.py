@@ -42,7 +42,9 @@ def engine_with(exit_layer: int, depth: int = 4, **settings: object) -> Engine:
     return make_engine(model(), drafters, **{"max_nodes": depth, "max_depth": depth, "plan": ALL_NODES, **settings})
 
 
-def request(name: str, prompt_len: int, temperature: float = 0.0, max_tokens: int = 40, **fields: object) -> GenerateRequest:
+def request(
+    name: str, prompt_len: int, temperature: float = 0.0, max_tokens: int = 40, **fields: object
+) -> GenerateRequest:
     params = SamplingParams(max_tokens, temperature, seed=prompt_len, ignore_eos=True)
     prompt = tuple((5 * i * i + prompt_len) % 48 for i in range(prompt_len))
     return GenerateRequest(name, prompt, params, **fields)  # type: ignore[arg-type]
@@ -92,10 +94,14 @@ def test_there_is_no_exit_elsewhere(layers: int) -> None:
 @pytest.mark.parametrize("depth", [1, 4, 7])
 def test_the_last_exit_guesses_everything(temperature: float, depth: int) -> None:
     engine = engine_with(LAYERS, depth)
-    for prompt_len in (1, 16, 37):
+    for prompt_len in (1, 16, 33, 37):
         for _ in range(2):  # the second time, the prompt's pages are found
             outcome = run(engine, [request("r", prompt_len, temperature)])["r", 0]
-            assert [len(event.token_ids) for event in outcome.events[:-1]] == [depth + 1] * (39 // (depth + 1))
+            sizes = [len(event.token_ids) for event in outcome.events]
+            # in the step of a prompt's end its K/V is not there to draft from
+            begins = prompt_len - outcome.events[0].cached_tokens > 1
+            assert sizes[0] == (1 if begins else depth + 1)
+            assert set(sizes[1:-1]) <= {depth + 1}
             assert_all_accepted(outcome)
         assert outcome.events[0].cached_tokens == (prompt_len - 1) // PAGE_SIZE * PAGE_SIZE
 
@@ -163,7 +169,9 @@ def test_pages_that_others_share_are_not_written() -> None:
     before = cache.kv.keys[:, slots].clone(), cache.kv.values[:, slots].clone()
     params = SamplingParams(40, 0.9, ignore_eos=True)
     others = [
-        GenerateRequest(f"r{n}", (*first.prompt_ids[: 48 - 8 * (n % 2)], 3 + n), SamplingParams(**{**vars(params), "seed": n}))
+        GenerateRequest(
+            f"r{n}", (*first.prompt_ids[: 48 - 8 * (n % 2)], 3 + n), SamplingParams(**{**vars(params), "seed": n})
+        )
         for n in range(4)
     ]
     outcomes = run(engine, others)
@@ -190,7 +198,7 @@ def test_a_poor_exit_changes_no_text(exit_layer: int, temperature: float) -> Non
     assert engine.stats().by_drafter["early-exit"].drafted > 0
 
 
-# loading ---------------------------------------------------------------------------------------------------------------
+# loading -----------------------------------------------------------------------------------------------------------
 
 
 def loaded(target: CausalModel, options: EarlyExitOptions) -> Engine:

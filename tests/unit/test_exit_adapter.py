@@ -169,15 +169,15 @@ def test_spoilt_adapters_are_refused(folder: Path, spoil: Callable[[Path], None]
 
 
 def test_other_drafters_are_named() -> None:
-    with pytest.raises(ModelError, match="holds Medusa, not an early-exit adapter.*--speculate medusa="):
+    with pytest.raises(ModelError, match=r"holds Medusa, not an early-exit adapter.*--speculate medusa="):
         engine(ROOT / "demo" / "medusa")
-    with pytest.raises(ModelError, match="exit_layer.* must be whole numbers"):
+    with pytest.raises(ModelError, match=r"exit_layer.* must be whole numbers"):
         engine(ROOT / "demo" / "target")
 
 
 def test_an_adapter_is_no_model(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    with pytest.raises(CheckpointError, match="an early-exit adapter.*--speculate early-exit="):
+    with pytest.raises(CheckpointError, match=r"an early-exit adapter.*--speculate early-exit="):
         check_model(config, folder)
     with pytest.raises(CheckpointError, match="--speculate early-exit="):
         load_model(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def of_labels(values: Tensor, batch: Windows) -> Tensor:
     return values[:, :-1][batch.counts[:, 1:]]
 
 
-# an adapter ------------------------------------------------------------------------------------------------------------
+# an adapter --------------------------------------------------------------------------------------------------------
 
 
 def build(folder: Path, **options: object) -> EarlyExitRecipe:
@@ -137,7 +138,7 @@ def test_adapters_are_trained_on(folder: Path, tmp_path: Path) -> None:
     for options in ({"exit_layer": 1}, {"exit_layer": 2, "mlp": 9}):
         with pytest.raises(TrainError, match="give the --exit-layer and --mlp that made it"):
             build(folder, init=str(tmp_path), **options)
-    with pytest.raises(TrainError, match="--init .* cannot be trained on"):
+    with pytest.raises(TrainError, match=r"--init .* cannot be trained on"):
         build(folder, init=str(folder))
 
 
@@ -192,7 +193,7 @@ def test_one_command_makes_an_adapter_that_is_served(tmp_path: Path) -> None:
     assert drafted.speculation.drafted > 0
 
 
-# LayerSkip -------------------------------------------------------------------------------------------------------------
+# LayerSkip ---------------------------------------------------------------------------------------------------------
 
 
 def layerskip(folder: Path, **options: object) -> LayerSkipRecipe:
@@ -216,7 +217,7 @@ def test_dropout_rises_exponentially_with_depth() -> None:
     assert rates[-1] == pytest.approx(0.2)
     assert rates == sorted(rates)
     grown = [1 + rate / 0.2 for rate in rates]
-    assert all(b / a == pytest.approx(2 ** (1 / 7)) for a, b in zip(grown, grown[1:]))
+    assert all(b / a == pytest.approx(2 ** (1 / 7)) for a, b in itertools.pairwise(grown))
     assert dropout_rates(1, 0.2) == [0.0]
 
 

@@ -97,8 +97,8 @@ class LayerSkipModule(nn.Module):
         layers, norm = getattr(trunk, "layers", None), getattr(trunk, "norm", None)
         if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module):
             raise TrainError(
-                f"a {model.config.model_type} model has no 'layers' followed by a 'norm', which this recipe needs; train "
-                "an adapter with 'saccade train early-exit' instead"
+                f"a {model.config.model_type} model has no 'layers' followed by a 'norm', which this recipe needs; "
+                "train an adapter with 'saccade train early-exit' instead"
             )
         self.num_layers = len(layers)
 
