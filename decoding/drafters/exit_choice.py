@@ -143,7 +143,7 @@ class _Texts:
     def first_choices(self, model: CausalModel) -> Tensor:
         """[T] the most probable token after each of all texts' tokens, one text after the other."""
         hidden = model.forward(self._batch(0, self._tokens.shape[1]), self._cache).hidden
-        portions = [model.logits(part)[:, : self._vocab_size] for part in hidden.split(PORTION)]
+        portions = [model.logits(part)[:, : self._vocab_size] for part in torch.split(hidden, PORTION)]
         return torch.cat([portion.argmax(1) for portion in portions])
 
     def _batch(self, start: int, end: int) -> RaggedBatch:
