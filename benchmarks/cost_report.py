@@ -14,6 +14,7 @@ from decoding.auto_planner import AutoPlanner
 from decoding.config import Dtype, EngineConfig
 from decoding.cost_file import learn_costs
 from decoding.costs import CostTable
+from decoding.drafters.base import ChoosingDrafter
 from decoding.errors import ConfigError
 
 SHOWN_ROWS = (1, 4, 16)
@@ -56,6 +57,8 @@ def report(options: Options) -> str:
     assert isinstance(stepper.planner, AutoPlanner)  # config.plan is auto
     table = stepper.planner.costs.table
     text = render(table, f"{options.model}, {config.dtype}, {loaded.target.device}, {torch.get_num_threads()} threads")
+    choosing = [drafter for drafter in stepper.drafters.members if isinstance(drafter, ChoosingDrafter)]
+    text += "".join(f"\n\n{drafter.name}: {drafter.choice}" for drafter in choosing)
     if options.plot is None:
         return text
     try:

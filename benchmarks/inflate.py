@@ -1,6 +1,6 @@
 """A real and large model family, made of the demo's: the same function at the cost of another shape.
 
-    python -m benchmarks.inflate demo/target OUT --shape 0.3b [--drafters draft,eagle3,mtp,medusa] [--dtype bfloat16]
+    python -m benchmarks.inflate demo/target OUT --shape 0.3b [--drafters draft,eagle3] [--dtype bfloat16]
 
 The trained target is padded to any width, depth and vocabulary, and its drafters, which lie beside it, to the
 proportions of published ones (inflate_shapes.py). The family computes what the small one computes: drafts are accepted
@@ -8,7 +8,7 @@ as in real text, while a step costs what such a model costs. How that is done: i
 
     OUT/target      Llama, in shards, with tokenizer; loads in Saccade, transformers and what converts from it
     OUT/draft       the same at half the width, a tenth of the target's parameters or more
-    OUT/eagle3, OUT/mtp, OUT/medusa     --speculate eagle3=OUT/eagle3 and so on
+    OUT/eagle3, OUT/mtp, OUT/medusa, OUT/early-exit     --speculate eagle3=OUT/eagle3 and so on
     OUT/inflate.json                    shapes, parameters, seconds
 
 Exact up to rounding: in float64 log-probabilities agree to nine digits. Doubling head_dim scales the queries by a root

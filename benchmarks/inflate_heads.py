@@ -1,4 +1,4 @@
-"""Trained drafters padded for an inflated target: EAGLE-3, MTP and Medusa heads, with their own kinds of files.
+"""Trained drafters padded for an inflated target: EAGLE-3, MTP, Medusa heads, adapters for early exits.
 
 Their layers read and write the target's padded stream, so they are padded as it is. The target's anchor reaches them
 through taps, embeddings and the final norm's output; they ignore it. Where a norm of theirs sees it, it counts as a
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.inflate_axes import repeated
+from benchmarks.inflate_axes import FREE, ZERO, padded, repeated
 from benchmarks.inflate_files import refuse_full
 from benchmarks.inflate_model import Inflation, check_layer, layer_name
 from benchmarks.inflate_shapes import drafted_vocabulary
@@ -22,6 +22,7 @@ from decoding.errors import ModelError
 from models.checkpoint import Checkpoint, read_json
 from models.heads.eagle import EMBEDDING
 from models.heads.eagle3_files import canonical, read_eagle3_config, write_eagle3
+from models.heads.early_exit import read_adapter, write_adapter
 from models.heads.medusa import open_medusa, write_medusa
 from models.heads.mtp_files import SPECULATORS, open_mtp, write_mtp
 
@@ -122,10 +123,43 @@ def inflate_medusa(source: Path, folder: Path, target: Inflation) -> None:
     write_medusa(folder, config, made)
 
 
+def inflate_early_exit(source: Path, folder: Path, target: Inflation) -> None:
+    """An adapter for early exits, as much wider as the target is; the exit is where the real layers before it end.
+
+    Raises:
+        ModelError: no such adapter.
+        ConfigError: ``folder`` is not empty.
+    """
+    config, checkpoint = read_adapter(source)
+    units = config.mlp_size * target.shape.hidden // config.hidden_size
+    gate, up = (padded(config.mlp_size, units, value) for value in (FREE, ZERO))
+    rows = {"gate_proj": gate, "up_proj": up, "down_proj": target.axes.written}
+    columns = {"gate_proj": target.axes.stream, "up_proj": target.axes.stream, "down_proj": up}
+    made: dict[str, Tensor] = {}
+    for name, weight in checkpoint.read(config.shapes()):
+        part, _, kind = name.partition(".")
+        if kind == "bias":
+            made[name] = target.pad.vector(weight, rows[part])
+        else:
+            made[name] = target.pad.matrix(weight, rows[part], columns[part])
+    wide = replace(
+        config,
+        exit_layer=target.tap(config.exit_layer),
+        hidden_size=target.shape.hidden,
+        mlp_size=units,
+        num_layers=target.shape.layers,
+        vocab_size=target.shape.vocab,
+        base_model="target",
+    )
+    refuse_full(folder)
+    write_adapter(folder, wide, made)
+
+
 HEADS: Mapping[str, Callable[[Path, Path, Inflation], None]] = {
     "eagle3": inflate_eagle3,
     "mtp": inflate_mtp,
     "medusa": inflate_medusa,
+    "early-exit": inflate_early_exit,
 }
 
 

@@ -184,9 +184,9 @@ def build_stepper(
     team = DrafterTeam(drafters)
     specs = [target.kv_spec, *(d.needs.kv for d in drafters if d.needs.kv is not None)]
     num_pages = pool_size(config, target, specs, sum(d.needs.page_bytes for d in drafters))
-    for drafter in drafters:
-        drafter.attach(num_pages)
     kv = KVCache(target.kv_spec, num_pages, target.dtype, device)
+    for drafter in drafters:
+        drafter.attach(num_pages, kv)
     prefixes = PrefixCache(num_pages, enabled=config.prefix_caching)
     cache = SequenceCache(kv, prefixes, team.valid_length, team.kv_bits, ops.moves)
 

@@ -18,7 +18,7 @@ from models.kv_cache import KVCache, KVSpec
 from models.layers.linear import Linear, Packing
 from models.layers.ops import LayerOps
 from models.layers.rope import rope_table
-from models.target import ForwardOutput
+from models.target import ForwardOutput, Trunk, check_exit
 
 
 class DecoderLayer:
@@ -165,6 +165,13 @@ class LayerStack:
         if fuses(self.layers, self._ops, self._attention):
             self._fused = FusedStack(self.layers, self._final_norm, self._rope, self._first)
 
+    def cut(self, layers: int) -> LayerStack:
+        """The first ``layers`` layers and the final norm as a stack of their own, over the same weights and K/V."""
+        stack = LayerStack(self.layers[:layers], self._final_norm, self._rope, self._ops, self._attention, self._first)
+        if self._fused is not None:
+            stack.pack()  # the weights are packed: it becomes one call, too
+        return stack
+
     def run(
         self,
         stream: Tensor,
@@ -247,6 +254,23 @@ class Decoder:
         entering = {0: stream.clone()} if 0 in taps else {}
         hidden, _, kept = self._stack.run(stream, batch, cache, tuple(tap for tap in taps if tap))
         return ForwardOutput(hidden, entering | kept)
+
+    @property
+    def layer_size(self) -> int:
+        """See ``ExitingModel``."""
+        config = self.config
+        heads = 2 * config.num_heads + 2 * config.num_kv_heads  # of query and output, of key and value
+        return config.hidden_size * (heads * config.head_dim + 3 * config.mlp_size)
+
+    def exit_after(self, layers: int) -> Trunk:
+        """See ``ExitingModel.exit_after``."""
+        check_exit(layers, self.num_layers)
+        stack = self._stack.cut(layers)
+
+        def run(batch: RaggedBatch, cache: KVCache) -> Tensor:
+            return stack.run(torch.embedding(self.embedding, batch.token_ids), batch, cache)[0]
+
+        return run
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See ``CausalModel.logits``."""

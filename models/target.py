@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,3 +52,34 @@ class CausalModel(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """[W, H] -> [W, V], float32 (float64 for float64 weights), final soft cap and scaling included."""
         ...
+
+
+Trunk = Callable[[RaggedBatch, KVCache], Tensor]
+"""A pass through a model's first layers: [T, H] what its final norm makes of the stream that leaves them.
+
+It writes the K/V of these layers, and of no other, into the model's own cache.
+"""
+
+
+@runtime_checkable
+class ExitingModel(CausalModel, Protocol):
+    """A model that can stop after some of its layers."""
+
+    @property
+    def layer_size(self) -> int:
+        """Weights of one layer, about: what a pass through it costs beside the LM head."""
+        ...
+
+    def exit_after(self, layers: int) -> Trunk:
+        """The first ``layers`` layers as a pass of their own, over the same weights.
+
+        Raises:
+            ValueError: fewer than one layer or more than there are; a model that does not work cut short.
+        """
+        ...
+
+
+def check_exit(layers: int, num_layers: int) -> None:
+    """Raise ValueError unless a model of ``num_layers`` layers can stop after ``layers``."""
+    if not 1 <= layers <= num_layers:
+        raise ValueError(f"there is no exit after layer {layers}: the model has layers 1 .. {num_layers}")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from models.batch import PAGE_SIZE, RaggedBatch
 from models.kv_cache import KVCache
-from models.target import CausalModel
+from models.target import CausalModel, Trunk
 from models.transformers_inspection import random_tokens, set_attention
 
 ROW_A = 17  # tokens of the first probe row, committed in two chunks
@@ -75,6 +75,25 @@ def compare_with(model: CausalModel, reference: Reference) -> None:
         error = relative_error(ours, theirs, model.dtype)
         if not error <= TOLERANCE[model.dtype]:
             raise ValueError(f"on our cache its logits for {what} differ from transformers' by {error:.2g}, relatively")
+
+
+@torch.no_grad()
+def compare_exit(model: CausalModel, trunk: Trunk, layers: int) -> None:
+    """Compare the K/V that the first ``layers`` layers write with that of the whole model's pass.
+
+    Raises:
+        ValueError: it differs, there is some of later layers, or the hidden states are of another shape.
+    """
+    tokens = torch.arange(CHUNK_A, device=model.device) % model.vocab_size
+    batch = _probe_batch([tokens], (0,), (None,), ([0],))
+    caches = [KVCache(model.kv_spec, 1, model.dtype, model.device) for _ in range(2)]
+    model.forward(batch, caches[0])
+    hidden = trunk(batch, caches[1])
+    if hidden.shape != (CHUNK_A, model.hidden_size):
+        raise ValueError(f"its hidden states are {list(hidden.shape)} there")
+    for whole, part in ((caches[0].keys, caches[1].keys), (caches[0].values, caches[1].values)):
+        if not torch.allclose(part[:layers], whole[:layers], rtol=0.02, atol=1e-3) or bool(part[layers:].any()):
+            raise ValueError("its first layers do not compute the same when no others follow")
 
 
 # Random models of seven families, 2 and 12 layers, err by at most 5e-7 (float64: eager softmax is float32), 5e-6, 0.04

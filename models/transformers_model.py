@@ -25,9 +25,9 @@ from models.attention import AttentionBackend, AttentionSpec, load_backend
 from models.batch import RaggedBatch
 from models.checkpoint import CheckpointError
 from models.kv_cache import KVCache, KVSpec
-from models.target import ForwardOutput
+from models.target import ForwardOutput, Trunk, check_exit
 from models.transformers_checkpoint import context_length, freeze_rope, load_checkpoint
-from models.transformers_comparison import compare_with, reference_logits
+from models.transformers_comparison import compare_exit, compare_with, reference_logits
 from models.transformers_inspection import Inspection, decoder_of, inspect_attention_layers, set_attention
 
 PAGED_ATTENTION = "saccade_paged"  # our name in transformers' table of attention functions
@@ -89,14 +89,24 @@ def head_of(model: PreTrainedModel, output_type: type[ModelOutput]) -> nn.Module
     It is the family's own forward (scaling, soft caps, projections), sharing the weights of ``model``, which stays as
     it is: only the modules on the way to the decoder are copied, shallowly.
     """
-    decoder = decoder_of(model)
-    path = next(name for name, module in model.named_modules() if module is decoder).split(".")
-    head = part = _shallow(model)
+    return _with_part(model, decoder_of(model), _Replay(output_type))
+
+
+def cut_decoder(decoder: nn.Module, layers: tuple[nn.Module, ...], count: int) -> nn.Module:
+    """``decoder`` with the first ``count`` of its ``layers``, in the same way: a copy of modules, not of weights."""
+    stack = next(m for m in decoder.modules() if isinstance(m, nn.ModuleList) and tuple(m) == layers)
+    return _with_part(decoder, stack, nn.ModuleList(layers[:count]))
+
+
+def _with_part(whole: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """A copy of ``whole`` with another part in place of ``old``; only the modules on the way there are copied."""
+    path = next(name for name, module in whole.named_modules() if module is old).split(".")
+    clone = part = _shallow(whole)
     for name in path[:-1]:
         part._modules[name] = _shallow(part.get_submodule(name))
         part = part.get_submodule(name)
-    part._modules[path[-1]] = _Replay(output_type)
-    return head
+    part._modules[path[-1]] = new
+    return clone
 
 
 def _shallow(module: nn.Module) -> nn.Module:
@@ -129,13 +139,37 @@ class TransformersModel:
     @torch.no_grad()
     def forward(self, batch: RaggedBatch, cache: KVCache, taps: tuple[int, ...] = ()) -> ForwardOutput:
         with _tapped(self.layers, taps) as taken:
-            out = self.decoder(
-                input_ids=batch.token_ids[None],
-                position_ids=batch.positions[None],
-                use_cache=False,
-                saccade_step=PagedStep(batch, cache, self.attend, self.specs),
-            )
+            out = self._run(self.decoder, batch, cache)
         return ForwardOutput(out.last_hidden_state[0], taken)
+
+    @property
+    def layer_size(self) -> int:
+        """See ``ExitingModel``; of a mixture of experts all of them count."""
+        return sum(weight.numel() for weight in self.layers[0].parameters())
+
+    def exit_after(self, layers: int) -> Trunk:
+        """See ``ExitingModel.exit_after``; it is tried on a few tokens, as families may do anything between layers."""
+        check_exit(layers, self.num_layers)
+        decoder = cut_decoder(self.decoder, self.layers, layers)
+
+        @torch.no_grad()
+        def run(batch: RaggedBatch, cache: KVCache) -> Tensor:
+            hidden: Tensor = self._run(decoder, batch, cache).last_hidden_state[0]
+            return hidden
+
+        try:
+            compare_exit(self, run, layers)
+        except MODEL_FAILURES as error:
+            raise ValueError(f"it does not stop after layer {layers}: {error}") from error
+        return run
+
+    def _run(self, decoder: nn.Module, batch: RaggedBatch, cache: KVCache) -> Any:
+        return decoder(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            saccade_step=PagedStep(batch, cache, self.attend, self.specs),
+        )
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:

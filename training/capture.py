@@ -18,9 +18,10 @@ from decoding.cache import pages_for
 from models.batch import RaggedBatch
 from models.checkpoint import CheckpointError
 from models.decoder import Decoder
+from models.early_exit import ExitModel
 from models.kv_cache import KVCache
 from models.loader import load_model
-from models.target import CausalModel
+from models.target import CausalModel, ExitingModel
 from models.transformers_model import TransformersModel
 from models.tree import roots_only
 from training.errors import TrainError
@@ -91,13 +92,40 @@ class FrozenTarget:
         wrong = [tap for tap in taps if not 0 <= tap < self.model.num_layers]
         if wrong:
             raise TrainError(f"there is no tap {wrong[0]}: the target has layers 0 .. {self.model.num_layers - 1}")
-        layout = self._layout
-        if layout is None or layout.batch.num_rows != rows or layout.batch.max_query != length:
-            layout = self._layout = _lay_out(self.model, rows, length)
+        layout = self._layout_of(rows, length)
         with torch.autocast(tokens.device.type, enabled=False):  # the model has a dtype of its own
             out = self.model.forward(replace(layout.batch, token_ids=tokens.flatten()), layout.cache, taps)
         shape = (rows, length, self.model.hidden_size)
         return Captured(out.hidden.view(shape), {tap: stream.view(shape) for tap, stream in out.taps.items()})
+
+    def exit_after(self, layers: int) -> ExitModel:
+        """The target's first layers, with its LM head.
+
+        Raises:
+            TrainError: it has no such exit.
+        """
+        if not isinstance(self.model, ExitingModel):
+            raise TrainError(f"the target {self.folder} cannot stop after some of its layers; choose another recipe")
+        try:
+            return ExitModel(self.model, layers)
+        except ValueError as error:
+            raise TrainError(f"the target {self.folder} cannot be left early: {error}; give another layer") from error
+
+    @torch.no_grad()
+    def capture_exit(self, model: ExitModel, tokens: Tensor) -> Tensor:
+        """[B, S, H] what an exit of this target feeds the LM head, on windows [B, S] int64."""
+        rows, length = tokens.shape
+        check_window(length, self.model.max_model_len)
+        layout = self._layout_of(rows, length)
+        with torch.autocast(tokens.device.type, enabled=False):
+            out = model.forward(replace(layout.batch, token_ids=tokens.flatten()), layout.cache)
+        return out.hidden.view(rows, length, self.model.hidden_size)
+
+    def _layout_of(self, rows: int, length: int) -> _Layout:
+        layout = self._layout
+        if layout is None or layout.batch.num_rows != rows or layout.batch.max_query != length:
+            layout = self._layout = _lay_out(self.model, rows, length)
+        return layout
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -89,6 +89,12 @@ def _retrieval() -> DrafterKind:
     return DrafterKind(RetrievalOptions, load_retrieval_drafter)
 
 
+def _early_exit() -> DrafterKind:
+    from decoding.drafters.early_exit import EarlyExitOptions, load_early_exit
+
+    return DrafterKind(EarlyExitOptions, load_early_exit)
+
+
 DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "ngram": _ngram,
     "prediction": _prediction,
@@ -101,6 +107,7 @@ DRAFTERS: dict[str, Callable[[], DrafterKind]] = {
     "eagle3": _eagle3,
     "suffix": _suffix,
     "retrieval": _retrieval,
+    "early-exit": _early_exit,
 }
 
 

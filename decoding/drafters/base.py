@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -16,7 +16,7 @@ from decoding.text import Tokenizer
 from decoding.verify import Verdict
 from models.batch import MAX_TREE, RaggedBatch
 from models.graphs import Capture
-from models.kv_cache import KVSpec
+from models.kv_cache import KVCache, KVSpec
 from models.layers.linear import Packing
 from models.layers.quantization import packing_of
 from models.target import CausalModel, ForwardOutput
@@ -67,8 +67,12 @@ class Drafter(Protocol):
     needs: Needs
     max_depth: int  # of its trees
 
-    def attach(self, num_pages: int) -> None:
-        """Allocate own K/V for this many pages; called once, before anything else."""
+    def attach(self, num_pages: int, target_kv: KVCache) -> None:
+        """Allocate own K/V for this many pages; called once, before anything else.
+
+        Args:
+            target_kv: the target's. A drafter that runs the target's own layers reads it, and writes its scratch slots.
+        """
         ...
 
     def admit(self, sequence: Sequence, cached_tokens: int) -> None:
@@ -112,13 +116,20 @@ class Drafter(Protocol):
         ...
 
 
+@runtime_checkable
+class ChoosingDrafter(Drafter, Protocol):
+    """A drafter that settles something about itself when it is loaded."""
+
+    choice: str  # what, and why, for reports
+
+
 class TokenDrafter:
     """Base of drafters that need nothing but the tokens: no K/V, no state per sequence."""
 
     needs = Needs(host=True)
     max_depth = MAX_TREE - 1
 
-    def attach(self, num_pages: int) -> None:
+    def attach(self, num_pages: int, target_kv: KVCache) -> None:
         """Nothing to allocate."""
 
     def admit(self, sequence: Sequence, cached_tokens: int) -> None:

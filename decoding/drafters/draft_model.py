@@ -100,7 +100,7 @@ class DraftModelDrafter:
         self._drafted: dict[SequenceId, int] = {}  # tokens whose K/V is committed in this drafter's cache
         self._cache: KVCache
 
-    def attach(self, num_pages: int) -> None:
+    def attach(self, num_pages: int, target_kv: KVCache) -> None:
         self._cache = KVCache(self._model.kv_spec, num_pages, self._model.dtype, self._model.device)
 
     def admit(self, sequence: Sequence, cached_tokens: int) -> None:

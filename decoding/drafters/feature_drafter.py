@@ -93,7 +93,7 @@ class FeatureDrafter:
         self._cache: KVCache
         self._page_carry: Tensor  # [num_pages, C] of each full page's last entry; no columns if nothing is continued
 
-    def attach(self, num_pages: int) -> None:
+    def attach(self, num_pages: int, target_kv: KVCache) -> None:
         model = self._model
         self._cache = KVCache(model.kv_spec, num_pages, model.dtype, model.device)
         self._features.attach(num_pages, self._target)

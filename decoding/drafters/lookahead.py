@@ -32,8 +32,8 @@ from models.tree import NO_PARENT, PINS, Trees
 
 logger = logging.getLogger("saccade.engine")
 
-# Fitted to the demo target's text, between those at temperature 0 (.58, .21 and .05 for different first tokens, then .80 to
-# .94) and at 0.8 (.37, .10 and .06, then .70 to .85).
+# Fitted to the demo target's text, between those at temperature 0 (.58, .21 and .05 for different first tokens, then
+# .80 to .94) and at 0.8 (.37, .10 and .06, then .70 to .85).
 FIRST = 0.5  # chance of the first token of the latest n-gram
 FURTHER = 0.8  # chance of each further token of an n-gram
 RIVAL = 0.35  # of each different token after the same ones, times this

@@ -28,6 +28,7 @@ from decoding.verify import Verdict
 from models.batch import RaggedBatch
 from models.heads.feature_model import FeatureSource
 from models.heads.medusa import MedusaHeads, load_medusa, open_medusa
+from models.kv_cache import KVCache
 from models.layers.linear import Packing
 from models.loader import CheckpointError, resolve
 from models.target import CausalModel, ForwardOutput
@@ -123,7 +124,7 @@ class MedusaDrafter:
         self.max_depth = shape.depth
         self._features = FeatureStore(FeatureSource(), 1, lambda sequence: may_draft(context.name, sequence), self.name)
 
-    def attach(self, num_pages: int) -> None:
+    def attach(self, num_pages: int, target_kv: KVCache) -> None:
         self._features.attach(num_pages, self._target)
 
     def admit(self, sequence: Sequence, cached_tokens: int) -> None:

@@ -55,6 +55,7 @@ HEAD_KINDS = {
     "medusa": HeadKind("Medusa", "medusa", ("medusa",), ("MedusaModel",), ("medusa_num_heads",)),
     "hydra": HeadKind("Hydra", None, ("hydra",), (), ("hydra_num_heads",)),
     "mtp": HeadKind("MTP", "mtp", ("mtp",), ("MTPSpeculator",), ("num_nextn_predict_layers",)),
+    "early-exit": HeadKind("an early-exit adapter", "early-exit", (), ("EarlyExitAdapter",), ("exit_layer",)),
     "mlp": HeadKind("an MLP speculator", None, ("mlp",), ("MLPSpeculatorPreTrainedModel",)),
 }
 

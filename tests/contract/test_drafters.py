@@ -23,6 +23,7 @@ from decoding.sampling import Sampling
 from decoding.sequence import Sequence, SequenceId
 from decoding.verify import Verdict
 from models.batch import RaggedBatch
+from models.kv_cache import KVCache
 from models.target import ForwardOutput
 from models.tree import GUESSED, PINS, Trees, is_node
 from tests.datastore import demo_datastore
@@ -46,6 +47,7 @@ EXAMPLES: dict[str, Callable[[], str]] = {
     "eagle3": lambda: f"eagle3={ROOT}/demo/eagle3",
     "suffix": lambda: "suffix",
     "retrieval": lambda: f"retrieval={demo_datastore()}",
+    "early-exit": lambda: f"early-exit={ROOT}/demo/early-exit",
 }
 
 
@@ -85,8 +87,8 @@ class Watched:
         self._bit = bit
         self._vocab_size = vocab_size
 
-    def attach(self, num_pages: int) -> None:
-        self.inner.attach(num_pages)
+    def attach(self, num_pages: int, target_kv: KVCache) -> None:
+        self.inner.attach(num_pages, target_kv)
 
     def admit(self, sequence: Sequence, cached_tokens: int) -> None:
         assert 0 <= cached_tokens <= sequence.cached

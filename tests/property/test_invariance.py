@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from decoding.acceptance import Acceptance
 from decoding.cache import pages_for
 from decoding.drafters.draft_model import DraftModelDrafter, DraftModelOptions
+from decoding.drafters.early_exit import EarlyExitDrafter, EarlyExitOptions
 from decoding.drafters.expansion import TreeOptions
 from decoding.drafters.feature_drafter import FeatureDrafter
 from decoding.drafters.lookahead import LookaheadDrafter, LookaheadOptions
@@ -28,6 +29,7 @@ from decoding.engine import Engine
 from decoding.request import GREEDY_TEMPERATURE, GenerateRequest, SamplingParams, SpeculationParams
 from decoding.sequence import SequenceId
 from models.decoder import Decoder
+from models.early_exit import ExitModel
 from models.graphs import EagerCapture
 from models.heads.eagle import EagleModel
 from models.heads.eagle3 import Eagle3Model
@@ -165,6 +167,11 @@ def draft_drafter(setup: Setup) -> BuildDrafter:
     return lambda context: DraftModelDrafter(options, context, draft())
 
 
+def early_exit(setup: Setup) -> BuildDrafter:
+    options = EarlyExitOptions(depth=4, top_k=3, beam=setup.beam, min_confidence=0.1, exit_layer=1)
+    return lambda context: EarlyExitDrafter(options, context, ExitModel(target(), 1))
+
+
 def feature_drafter(setup: Setup, model: FeatureModel) -> BuildDrafter:
     options = TreeOptions("", depth=4, top_k=3, beam=setup.beam)
     return lambda context: FeatureDrafter(options, context, model)
@@ -187,6 +194,7 @@ DRAFTERS: dict[str, Callable[[Setup, Texts], BuildDrafter]] = {
     "prediction": lambda setup, texts: lambda context: PredictionDrafter(PredictionOptions(), context),
     "lookahead": lambda setup, texts: lambda context: LookaheadDrafter(LookaheadOptions(4, 1 + setup.beam, 3), context),
     "draft": lambda setup, texts: draft_drafter(setup),
+    "early exit": lambda setup, texts: early_exit(setup),
     "eagle": lambda setup, texts: feature_drafter(setup, eagles()[0]),
     "eagle3": lambda setup, texts: feature_drafter(setup, eagles()[1]),
     "medusa": lambda setup, texts: medusa(setup, fixed=False),
@@ -215,6 +223,9 @@ PAIRS = (
     "medusa+ngram",
     "medusa fixed+draft",
     "medusa fixed+alternating",
+    "early exit+ngram",
+    "early exit+draft",
+    "early exit+alternating",
 )
 
 setups = st.builds(

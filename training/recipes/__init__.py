@@ -43,6 +43,18 @@ def _eagle3() -> RecipeKind:
     return RecipeKind(Eagle3Options, build_eagle3, "EAGLE-3: drafts on features of three depths (2503.01840)")
 
 
+def _early_exit() -> RecipeKind:
+    from training.recipes.early_exit import EarlyExitOptions, build_early_exit
+
+    return RecipeKind(EarlyExitOptions, build_early_exit, "an adapter after the target's first layers (early exit)")
+
+
+def _layerskip() -> RecipeKind:
+    from training.recipes.layerskip import LayerSkipOptions, build_layerskip
+
+    return RecipeKind(LayerSkipOptions, build_layerskip, "the target itself, so that it can be left early (2404.16710)")
+
+
 RECIPES: dict[str, Callable[[], RecipeKind]] = {
     "lm": _lm,
     "draft": _draft,
@@ -50,4 +62,6 @@ RECIPES: dict[str, Callable[[], RecipeKind]] = {
     "mtp": _mtp,
     "eagle": _eagle,
     "eagle3": _eagle3,
+    "early-exit": _early_exit,
+    "layerskip": _layerskip,
 }

@@ -102,7 +102,7 @@ def build_draft(options: DraftOptions, context: TrainContext) -> DraftRecipe:
         draft = load_draft(Path(options.init), target.vocab_size)
     else:
         draft = cut_down(context.target, options.chosen(target.model.num_layers))
-    if not _plain_head(draft):
+    if not has_plain_head(draft):
         raise TrainError(
             f"a {draft.config.model_type} model scales, caps or shifts its logits after the LM head, which drafts are "
             "not trained for; choose another recipe"
@@ -130,7 +130,7 @@ def load_draft(folder: Path, vocab_size: int) -> Any:
 
 
 @torch.no_grad()
-def _plain_head(draft: Any) -> bool:
+def has_plain_head(draft: Any) -> bool:
     """Whether the logits are the product of hidden states and the head's weight, and nothing else."""
     out = draft(torch.arange(8)[None], use_cache=False, output_hidden_states=True)
     head = draft.get_output_embeddings()
