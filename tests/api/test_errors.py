@@ -11,24 +11,10 @@ from starlette.requests import Request
 from server.engine_client import EngineState
 from server.settings import ServerSettings
 from tests.api.harness import SETTINGS, api, fake, saying
+from tests.api.test_prediction import BAD_PREDICTIONS
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
-
-BAD_PREDICTIONS: list[tuple[Any, str, str]] = [
-    ("x", "prediction", "invalid_value"),
-    ([], "prediction", "invalid_value"),
-    ({}, "prediction.type", "missing_required_parameter"),
-    ({"type": "content"}, "prediction.content", "missing_required_parameter"),
-    ({"type": "static_content", "content": "x"}, "prediction.type", "invalid_value"),
-    ({"type": "content", "content": None}, "prediction.content", "invalid_value"),
-    ({"type": "content", "content": 5}, "prediction.content", "invalid_value"),
-    ({"type": "content", "content": ["x"]}, "prediction.content.0", "invalid_value"),
-    ({"type": "content", "content": [{"type": "text"}]}, "prediction.content.0.text", "missing_required_parameter"),
-    ({"type": "content", "content": [{"type": "text", "text": 1}]}, "prediction.content.0.text", "invalid_value"),
-    ({"type": "content", "content": [{"type": "image_url"}]}, "prediction.content.0.type", "unsupported_value"),
-    ({"type": "content", "content": "x", "text": "x"}, "prediction.text", "unknown_parameter"),
-]
 
 BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({}, "prompt", "missing_required_parameter"),
