@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from decoding.acceptance import Acceptance
 from decoding.cache import pages_for
+from decoding.drafters.base import DrafterContext
 from decoding.drafters.draft_model import DraftModelDrafter, DraftModelOptions
 from decoding.drafters.expansion import TreeOptions
 from decoding.drafters.feature_drafter import FeatureDrafter
@@ -22,6 +23,7 @@ from decoding.drafters.medusa import CALIBRATED, PROBABILITY, MedusaDrafter, Med
 from decoding.drafters.mtp import MTPOptions, parallel_drafter
 from decoding.drafters.ngram import NgramDrafter, NgramOptions
 from decoding.drafters.product_tree import FixedTrees, ProbableTrees
+from decoding.drafters.recycling import RecyclingDrafter, RecyclingOptions
 from decoding.engine import Engine
 from decoding.request import GREEDY_TEMPERATURE, GenerateRequest, SamplingParams, SpeculationParams
 from decoding.sequence import SequenceId
@@ -179,9 +181,18 @@ def parallel_heads(setup: Setup) -> BuildDrafter:
     return lambda context: parallel_drafter(MTPOptions(top_k=3), context, heads())
 
 
+def recycling(setup: Setup) -> BuildDrafter:
+    def build(context: DrafterContext) -> RecyclingDrafter:
+        device = torch.device("cuda") if setup.as_on_cuda else context.device  # learns a step later there
+        return RecyclingDrafter(RecyclingOptions(), replace(context, device=device))
+
+    return build
+
+
 # a drafter is one line here; pairs join two of them by "+"
 DRAFTERS: dict[str, Callable[[Setup, Texts], BuildDrafter]] = {
     "ngram": lambda setup, texts: lambda context: NgramDrafter(NgramOptions(), context),
+    "recycling": lambda setup, texts: recycling(setup),
     "draft": lambda setup, texts: draft_drafter(setup),
     "eagle": lambda setup, texts: feature_drafter(setup, eagles()[0]),
     "eagle3": lambda setup, texts: feature_drafter(setup, eagles()[1]),
@@ -197,6 +208,7 @@ DRAFTERS: dict[str, Callable[[Setup, Texts], BuildDrafter]] = {
 }
 PAIRS = (
     "draft+ngram",
+    "recycling+ngram",
     "eagle3+ngram",
     "eagle+draft",
     "eagle+eagle3",
