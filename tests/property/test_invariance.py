@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from decoding.acceptance import Acceptance
 from decoding.cache import pages_for
+from decoding.drafters.base import DrafterContext
 from decoding.drafters.draft_model import DraftModelDrafter, DraftModelOptions
 from decoding.drafters.early_exit import EarlyExitDrafter, EarlyExitOptions
 from decoding.drafters.expansion import TreeOptions
@@ -25,6 +26,7 @@ from decoding.drafters.mtp import MTPOptions, parallel_drafter
 from decoding.drafters.ngram import NgramDrafter, NgramOptions
 from decoding.drafters.prediction import PredictionDrafter, PredictionOptions
 from decoding.drafters.product_tree import FixedTrees, ProbableTrees
+from decoding.drafters.recycling import RecyclingDrafter, RecyclingOptions
 from decoding.engine import Engine
 from decoding.request import GREEDY_TEMPERATURE, GenerateRequest, SamplingParams, SpeculationParams
 from decoding.sequence import SequenceId
@@ -188,11 +190,20 @@ def parallel_heads(setup: Setup) -> BuildDrafter:
     return lambda context: parallel_drafter(MTPOptions(top_k=3), context, heads())
 
 
+def recycling(setup: Setup) -> BuildDrafter:
+    def build(context: DrafterContext) -> RecyclingDrafter:
+        device = torch.device("cuda") if setup.as_on_cuda else context.device  # learns a step later there
+        return RecyclingDrafter(RecyclingOptions(), replace(context, device=device))
+
+    return build
+
+
 # a drafter is one line here; pairs join two of them by "+"
 DRAFTERS: dict[str, Callable[[Setup, Texts], BuildDrafter]] = {
     "ngram": lambda setup, texts: lambda context: NgramDrafter(NgramOptions(), context),
     "prediction": lambda setup, texts: lambda context: PredictionDrafter(PredictionOptions(), context),
     "lookahead": lambda setup, texts: lambda context: LookaheadDrafter(LookaheadOptions(4, 1 + setup.beam, 3), context),
+    "recycling": lambda setup, texts: recycling(setup),
     "draft": lambda setup, texts: draft_drafter(setup),
     "early exit": lambda setup, texts: early_exit(setup),
     "eagle": lambda setup, texts: feature_drafter(setup, eagles()[0]),
@@ -213,6 +224,7 @@ PAIRS = (
     "lookahead+alternating",
     "lookahead+ngram",
     "medusa fixed+lookahead",
+    "recycling+ngram",
     "eagle3+ngram",
     "eagle+draft",
     "eagle+eagle3",

@@ -19,6 +19,7 @@ from decoding.config import EngineConfig
 from decoding.drafters.base import DrafterContext
 from decoding.drafters.ngram import NgramDrafter, NgramOptions
 from decoding.drafters.recycling import RecyclingDrafter, RecyclingOptions
+from decoding.drafters.successors import grow_anywhere, grow_fused, learn_anywhere, learn_fused
 from decoding.drafters.team import DrafterTeam
 from decoding.engine import Engine
 from decoding.plan import Plan, Quota, RowQuota
@@ -193,6 +194,18 @@ def test_a_warm_matrix_drafts_better_than_a_cold_one() -> None:
         accepted.append(engine.stats().accepted)
     gained = [after - before for before, after in itertools.pairwise(accepted)]
     assert 0 < gained[0] < gained[2]
+
+
+def test_without_a_compiler_it_drafts_the_same() -> None:
+    accepted = []
+    for learn, grow in ((learn_fused, grow_fused), (learn_anywhere, grow_anywhere)):
+        drafters: list[Noting] = []
+        engine = make_engine(target(), {"recycling": recycling(drafters)}, plan="fixed:min_probability=0.05")
+        drafters[0]._learn, drafters[0]._grow = learn, grow
+        run(engine, [GenerateRequest("r", PROMPT, GREEDY)])
+        accepted.append((engine.stats().drafted, engine.stats().accepted))
+    assert accepted[0] == accepted[1]
+    assert accepted[0][1] > 0
 
 
 def test_options_limit_the_tree() -> None:
