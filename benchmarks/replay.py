@@ -93,9 +93,17 @@ class ReplayTeam(Dictation):
     Attributes:
         accepted: request id -> drafted tokens that would be accepted, of each scored position.
         drafted: nodes of the trees at these positions.
+
+    Raises:
+        ValueError: a drafter that learns from what is drawn at its nodes; here nothing is drawn.
     """
 
     def __init__(self, members: list[Drafter], texts: Mapping[str, Tensor], depth: int, planner: StaticPlanner) -> None:
+        for member in members:
+            if member.needs.draws:
+                raise ValueError(
+                    f"{member.name} learns from what is drawn at its nodes, so it cannot be replayed: decode"
+                )
         super().__init__(members, texts, depth)
         self._planner = planner
         self.accepted: dict[str, list[int]] = defaultdict(list)
