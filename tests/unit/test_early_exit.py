@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from decoding.drafters.base import ChoosingDrafter
 from decoding.drafters.early_exit import EarlyExitDrafter, EarlyExitOptions, load_early_exit
 from decoding.engine import Engine
 from decoding.errors import ConfigError
@@ -213,6 +214,7 @@ def test_the_exit_is_measured_once_and_logged(caplog: pytest.LogCaptureFixture) 
     assert "drafts with the first" in lines[0]
     [drafter] = engine._stepper.drafters.members
     assert isinstance(drafter, EarlyExitDrafter)
+    assert isinstance(drafter, ChoosingDrafter), "reports show what it chose"
     assert "<- chosen" in drafter.choice
     assert run(engine, [request("r", 9)])["r", 0].tokens == plain([request("r", 9)])["r"]
 
