@@ -15,21 +15,6 @@ from tests.api.harness import SETTINGS, api, fake, saying
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
 
-BAD_PREDICTIONS: list[tuple[Any, str, str]] = [
-    ("x", "prediction", "invalid_value"),
-    ([], "prediction", "invalid_value"),
-    ({}, "prediction.type", "missing_required_parameter"),
-    ({"type": "content"}, "prediction.content", "missing_required_parameter"),
-    ({"type": "static_content", "content": "x"}, "prediction.type", "invalid_value"),
-    ({"type": "content", "content": None}, "prediction.content", "invalid_value"),
-    ({"type": "content", "content": 5}, "prediction.content", "invalid_value"),
-    ({"type": "content", "content": ["x"]}, "prediction.content.0", "invalid_value"),
-    ({"type": "content", "content": [{"type": "text"}]}, "prediction.content.0.text", "missing_required_parameter"),
-    ({"type": "content", "content": [{"type": "text", "text": 1}]}, "prediction.content.0.text", "invalid_value"),
-    ({"type": "content", "content": [{"type": "image_url"}]}, "prediction.content.0.type", "unsupported_value"),
-    ({"type": "content", "content": "x", "text": "x"}, "prediction.text", "unknown_parameter"),
-]
-
 BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({}, "prompt", "missing_required_parameter"),
     ({"prompt": None}, "prompt", "invalid_value"),
@@ -114,7 +99,6 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
         )
     ),
     ({"prompt": "x", "speculation": {"coupling": 1}}, "speculation.coupling", "invalid_value"),
-    *(({"prompt": "x", "prediction": value}, param, code) for value, param, code in BAD_PREDICTIONS),
     ({"prompt": "x", "suffix": "y"}, "suffix", "unsupported_parameter"),
     ({"prompt": "x", "best_of": 2}, "best_of", "unsupported_parameter"),
     ({"prompt": "x", "best_of": True}, "best_of", "unsupported_parameter"),
@@ -145,7 +129,6 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": HELLO, "modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),
     ({"messages": HELLO, "audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
     ({"messages": HELLO, "web_search_options": {}}, "web_search_options", "unsupported_parameter"),
-    *(({"messages": HELLO, "prediction": value}, param, code) for value, param, code in BAD_PREDICTIONS),
     ({"messages": HELLO, "chat_template": "x"}, "chat_template", "unsupported_parameter"),
     ({"messages": HELLO, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "unsupported_parameter"),
     ({"messages": HELLO, "prompt": "x"}, "prompt", "unknown_parameter"),
@@ -247,13 +230,6 @@ def test_numbers_that_are_not_finite_are_refused_by_name(number: str) -> None:
         ),
         (COMPLETIONS, {"max_tokens": 2**40}, "max_tokens must be in [1, 2147483648], not 1099511627776."),
         (COMPLETIONS, {"max_tokens": 2, "min_tokens": 5}, "min_tokens must be at most max_tokens (2), not 5."),
-        (COMPLETIONS, {"prediction": "x"}, "prediction: it must be an object."),
-        (CHAT, {"prediction": {"type": "text", "content": "x"}}, "prediction.type: it must be 'content'."),
-        (
-            CHAT,
-            {"prediction": {"type": "content", "content": 5}},
-            "prediction.content: it must be a string or an array of text parts.",
-        ),
         (CHAT, {"messages": []}, "messages: it must not be empty."),
         (CHAT, {"messages": [None]}, "messages.0: it must be an object."),
         (
