@@ -26,7 +26,8 @@ TRUSTED = 3  # a prediction is believed from the start as if so many tokens of i
 SURE = 200.0  # odds of a token after a match of any length, at most: edits are not foreseen
 CHANGED = 0.6  # odds that as many tokens were replaced as came since, while nothing matches
 INSERTED = 0.25  # odds that those that came were inserted
-LONG_EDIT = 48  # tokens of an edit after which these two are no longer tried
+SHORT_EDIT = 4.0  # further tokens of an edit with which these odds have halved
+LONG_EDIT = 48  # and after which these two are no longer tried
 REACH = 16.0  # tokens beyond an edit at which a match is believed half as much
 FOUND = 4.0  # odds of a place, and how far it must be ahead of the next one, to be the only one from then on
 BEFORE, AFTER = 8, 24  # places of a token that are compared on either side of the edit; all are too many
@@ -107,8 +108,9 @@ class Alignment:
             return [Place(self.index, min(self.run, MAX_TREE), 1.0)]
         found = {place.index: place for place in self._matches(text[-max_match:], most + 1)}
         if self.lost <= LONG_EDIT:
+            fading = SHORT_EDIT / (SHORT_EDIT - 1 + self.lost)
             for index, odds in ((self.index + self.lost, CHANGED), (self.index, INSERTED)):
-                found.setdefault(index, Place(index, 1, odds))
+                found.setdefault(index, Place(index, 1, odds * fading))
         ranked = sorted(found.values(), key=lambda place: -place.odds)
         best, second = (ranked[0].odds if ranked else 0.0), (ranked[1].odds if len(ranked) > 1 else 0.0)
         if best >= FOUND * max(1.0, second):

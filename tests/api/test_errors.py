@@ -100,7 +100,6 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
         )
     ),
     ({"prompt": "x", "speculation": {"coupling": 1}}, "speculation.coupling", "invalid_value"),
-    *(({"prompt": "x", "prediction": value}, param, code) for value, param, code in BAD_PREDICTIONS),
     ({"prompt": "x", "suffix": "y"}, "suffix", "unsupported_parameter"),
     ({"prompt": "x", "best_of": 2}, "best_of", "unsupported_parameter"),
     ({"prompt": "x", "best_of": True}, "best_of", "unsupported_parameter"),
@@ -131,7 +130,6 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": HELLO, "modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),
     ({"messages": HELLO, "audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
     ({"messages": HELLO, "web_search_options": {}}, "web_search_options", "unsupported_parameter"),
-    *(({"messages": HELLO, "prediction": value}, param, code) for value, param, code in BAD_PREDICTIONS),
     ({"messages": HELLO, "chat_template": "x"}, "chat_template", "unsupported_parameter"),
     ({"messages": HELLO, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "unsupported_parameter"),
     ({"messages": HELLO, "prompt": "x"}, "prompt", "unknown_parameter"),
@@ -233,13 +231,6 @@ def test_numbers_that_are_not_finite_are_refused_by_name(number: str) -> None:
         ),
         (COMPLETIONS, {"max_tokens": 2**40}, "max_tokens must be in [1, 2147483648], not 1099511627776."),
         (COMPLETIONS, {"max_tokens": 2, "min_tokens": 5}, "min_tokens must be at most max_tokens (2), not 5."),
-        (COMPLETIONS, {"prediction": "x"}, "prediction: it must be an object."),
-        (CHAT, {"prediction": {"type": "text", "content": "x"}}, "prediction.type: it must be 'content'."),
-        (
-            CHAT,
-            {"prediction": {"type": "content", "content": 5}},
-            "prediction.content: it must be a string or an array of text parts.",
-        ),
         (CHAT, {"messages": []}, "messages: it must not be empty."),
         (CHAT, {"messages": [None]}, "messages.0: it must be an object."),
         (

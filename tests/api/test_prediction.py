@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -100,3 +101,35 @@ def test_tokens_that_the_model_does_not_have_are_refused_by_name() -> None:
         response = client.post(COMPLETIONS, json={**ASK[COMPLETIONS], **content(CODE)})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "prediction"
+
+
+@pytest.mark.parametrize("url", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize(
+    ("value", "param", "code", "message"),
+    [
+        ("x", "", "invalid_value", "prediction: it must be an object."),
+        ([], "", "invalid_value", "it must be an object"),
+        ({}, ".type", "missing_required_parameter", "prediction.type is missing"),
+        ({"type": "content"}, ".content", "missing_required_parameter", "prediction.content is missing"),
+        ({"type": "static", "content": "x"}, ".type", "invalid_value", "prediction.type: it must be 'content'."),
+        ({"type": "content", "content": None}, ".content", "invalid_value", "a string or an array of text parts"),
+        ({"type": "content", "content": 5}, ".content", "invalid_value", "a string or an array of text parts"),
+        ({"type": "content", "content": ["x"]}, ".content.0", "invalid_value", "it must be an object"),
+        (
+            {"type": "content", "content": [{"type": "text"}]},
+            ".content.0.text",
+            "missing_required_parameter",
+            "missing",
+        ),
+        ({"type": "content", "content": [{"type": "text", "text": 1}]}, ".content.0.text", "invalid_value", "a string"),
+        ({"type": "content", "content": [{"type": "image_url"}]}, ".content.0.type", "unsupported_value", "text only"),
+        ({"type": "content", "content": "x", "text": "x"}, ".text", "unknown_parameter", "did you mean|there are"),
+    ],
+)
+def test_another_form_is_refused_by_name(url: str, value: Any, param: str, code: str, message: str) -> None:
+    with api() as client:
+        response = client.post(url, json={**ASK[url], "prediction": value})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == ("prediction" + param, code)
+    assert re.search(message, error["message"])
