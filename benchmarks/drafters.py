@@ -1,7 +1,7 @@
 """Every drafter on texts that repeat: tokens per step and speed beside plain decoding and other engines' lookups.
 
-    python -m benchmarks.drafters [--workloads code-editing ...] [--drafters ngram suffix retrieval=PATH ngram+draft ...]
-        [--peers transformers llama] [--temperatures 0] [--plan auto] ...
+    python -m benchmarks.drafters [--workloads code-editing ...] [--peers transformers llama] [--temperatures 0]
+        [--drafters ngram suffix retrieval=PATH ngram+draft ...] [--plan auto] ...
 
 The workloads of benchmarks/workloads are served one request after the other. All systems (ours around one loaded
 target; transformers' ``prompt_lookup_num_tokens`` in this process; llama.cpp's server with its n-grams over the

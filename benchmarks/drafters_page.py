@@ -1,6 +1,6 @@
 """What was measured of drafters without training, written into their page.
 
-    python -m benchmarks.drafters_page benchmarks/results/drafters-demo.json ... [--out docs/drafters-without-training.md]
+    python -m benchmarks.drafters_page benchmarks/results/drafters-demo.json ... [--out PAGE]
 
 Takes the results of ``drafters``, ``idle_cost`` and ``store_bounds``, and replaces what stands between two marks of the
 page; people write the rest of it. What is not among the results is named as not measured.

@@ -65,7 +65,7 @@ def _heading(piece: Piece) -> str:
     known, (nodes, depth) = piece["known"], piece["limits"]
     return (
         f"{piece['family']}, {piece['workload']}{PREDICTIONS[piece['prediction']]}, "
-        f"temperature {piece['temperature']:g}, plan {piece['plan']}, trees of at most {nodes} nodes and depth {depth}: "
+        f"temperature {piece['temperature']:g}, plan {piece['plan']}, at most {nodes} nodes and depth {depth}: "
         f"{piece['requests']} requests in order, {piece['tokens']} tokens\n"
         f"of the text, {known['prompt']:.0%} stands in its prompt, {known['answers']:.0%} in an earlier answer, "
         f"{known['either']:.0%} in one of them"
@@ -130,7 +130,8 @@ def idle_text(pieces: Sequence[Piece]) -> str:
     parts = []
     for kind in kinds:
         mine = [piece for piece in pieces if (piece["family"], piece["plan"], piece["temperature"]) == kind]
-        heads = ["drafters", "share of a step", "rounds", "median step", "us a step", "tokens/step", "x plain", "rounds"]
+        heads = ["drafters", "share of a step", "rounds", "median step", "us a step"]
+        heads += ["tokens/step", "x plain", "rounds"]
         title = f"{kind[0]}, random prompts, temperature {kind[2]:g}, plan {kind[1]}"
         parts.append(f"{title}\n{table([heads, *(_idle_row(piece) for piece in mine)])}")
     return "\n\n".join([*parts, checks_table(idle_checks(pieces))])

@@ -37,7 +37,8 @@ EDITS, SESSIONS, QUESTIONS = 16, 5, 16
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files; returns the exit status."""
-    parser = Parser(prog="python -m benchmarks.make_workloads", description="Make the workloads of the drafters' table.")
+    description = "Make the workloads of the drafters' table."
+    parser = Parser(prog="python -m benchmarks.make_workloads", description=description)
     parser.add_argument("--out", type=Path, default=FOLDER, metavar="FOLDER", help="(default: %(default)s)")
     args, extra = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if extra:

@@ -5,9 +5,9 @@
 No model runs: texts spliced from the workloads and from random tokens are dictated to the engine, one request after
 the other, by tenants who take turns (``cache_salt``). Each set of drafters has a process of its own. Memory is how much
 the process has grown since the first hundredth of the requests, without what is mapped from files (which is shown
-beside it); its bound is what the drafters' options ending in ``_mb`` allow together, or ``--bound``. Time is that of all
-the drafters' calls, those at a request's begin and end too, over all tokens, prompts included: a prompt's tokens go
-into a store like others.
+beside it); its bound is what the drafters' options ending in ``_mb`` allow together, or ``--bound``. Time is that of
+all the drafters' calls, those at a request's begin and end too, over all tokens, prompts included: a prompt's tokens
+go into a store like others.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KIND = "store-bounds"
 CONTEXT = 1024
 STATUS = Path("/proc/self/status")
 LOOKS = 100  # at the memory
-REMEMBERING = ("suffix", "recycling")  # by default; those of them that are in the table
+REMEMBERING = ("suffix:max_cache_mb=16", "recycling")  # by default; those of them that are in the table
 PLAN = "fixed:nodes=16,depth=16,min_probability=0"  # drafters are asked in every step, and verified
 
 
@@ -104,7 +104,7 @@ def bench(options: Options, command: Sequence[str]) -> Document:
         raise ConfigError(f"this machine has no {STATUS}, from which memory is read; measure on Linux")
     family = Family.find(options.family)
     document = opened(options.out, KIND, resume=options.resume)
-    sets = labelled(options.drafters or [name for name in REMEMBERING if name in DRAFTERS])
+    sets = labelled(options.drafters or [words for words in REMEMBERING if words.partition(":")[0] in DRAFTERS])
     if not sets:
         raise ConfigError(f"there is none of {', '.join(REMEMBERING)}; name what to measure with --drafters")
     done = {piece["drafters"] for piece in document.pieces}

@@ -114,7 +114,8 @@ def test_the_same_texts_give_the_same_lines() -> None:
 
 
 def test_chunks_are_whole_and_know_what_precedes_their_last_body() -> None:
-    code = "import os\n\n@decorated(\n    1\n)\nclass A:\n    x = 1\n\n    def f(\n        self,\n    ):\n        return 1\n\n"
+    code = "import os\n\n@decorated(\n    1\n)\nclass A:\n    x = 1\n\n"
+    code += "    def f(\n        self,\n    ):\n        return 1\n\n"
     found = list(source_chunks({"m.py": code + "def g():\n    return 2\n"}))
     assert [(chunk.name, chunk.text[:10]) for chunk in found] == [("A", "@decorated"), ("g", "def g():\n ")]
     assert found[0].text.endswith("        return 1\n")
