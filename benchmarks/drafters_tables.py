@@ -216,7 +216,5 @@ def store_checks(pieces: Sequence[Piece]) -> list[Check]:
             most, bound = max(piece["growth"]) / MEGABYTE, piece["bound"] / MEGABYTE
             checks.append(Check(f"{name}: memory, MB", bound, most, at_most=True))
         microseconds = 1e6 * piece["seconds"] / piece["tokens"]
-        checks.append(
-            Check(f"{name}: update and match, us a token", TOKEN_MICROSECONDS, microseconds, at_most=True)
-        )
+        checks.append(Check(f"{name}: update and match, us a token", TOKEN_MICROSECONDS, microseconds, at_most=True))
     return checks

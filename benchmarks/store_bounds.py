@@ -164,9 +164,7 @@ def _tokens(name: str, tokenizer: Any) -> Iterator[int]:
         yield from request.ids
 
 
-def build(
-    words: Sequence[str], target: Any, tokenizer: Any, options: Options
-) -> tuple[Engine, Dictated, list[Timed]]:
+def build(words: Sequence[str], target: Any, tokenizer: Any, options: Options) -> tuple[Engine, Dictated, list[Timed]]:
     """An engine around a silent target, the rule that dictates its texts, and its drafters."""
     from benchmarks.silent_target import Dictated
     from decoding.assemble import LoadedModel, build_drafters, build_stepper

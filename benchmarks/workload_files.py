@@ -47,9 +47,7 @@ class Workload:
     def first(self, count: int | None, tokens: int | None) -> Workload:
         """The first ``count`` requests, and ``tokens`` of each answer at the most; None: all."""
         kept = self.requests[:count]
-        return replace(
-            self, requests=tuple(replace(r, tokens=min(r.tokens, tokens or r.tokens)) for r in kept)
-        )
+        return replace(self, requests=tuple(replace(r, tokens=min(r.tokens, tokens or r.tokens)) for r in kept))
 
 
 def names() -> list[str]:

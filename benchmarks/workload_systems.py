@@ -131,9 +131,7 @@ def peers(names: Sequence[str], family: Family, options: PeerOptions, running: E
 def _transformers(target: str, options: PeerOptions, running: ExitStack) -> list[System]:
     from benchmarks.peers import load_transformers
 
-    found = load_transformers(
-        target, None, options.dtype, options.threads, device=options.device, trial=options.trial
-    )
+    found = load_transformers(target, None, options.dtype, options.threads, device=options.device, trial=options.trial)
     for system in found:
         running.callback(system.close)
     return list(found)
@@ -142,9 +140,7 @@ def _transformers(target: str, options: PeerOptions, running: ExitStack) -> list
 def _llama(target: str, options: PeerOptions, running: ExitStack) -> list[System]:
     from benchmarks.llama_cpp import load_llama
 
-    servers = load_llama(
-        target, None, options.dtype, options.threads, options.llama_build, trial=options.trial
-    )
+    servers = load_llama(target, None, options.dtype, options.threads, options.llama_build, trial=options.trial)
     for server in servers:
         running.callback(server.close)
     return [InOrder(server) for server in servers]

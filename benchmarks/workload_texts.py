@@ -1,8 +1,7 @@
 """Prompts that make a model copy, from source files and prose: the lines of benchmarks/workloads.
 
-Made for small base models with a context of 1,024 tokens: nothing is asked in words alone. A pattern is shown once
-with its end, then begun again, and going on with it is copying. Pure functions: the same texts give the same lines, on
-every machine.
+Made for small base models: nothing is asked in words alone. A pattern is shown with its end, then begun again, and
+going on with it is copying. Pure functions: the same texts give the same lines, on every machine.
 """
 
 from __future__ import annotations
@@ -11,43 +10,24 @@ import ast
 import builtins
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 Line = dict[str, Any]
-T = TypeVar("T")
 
 TOKEN = 4  # characters; most tokenizers make more tokens of code, so answers end a little before their originals
-EDITED = (900, 1250)  # characters of a class or function that is edited
+EDITED = (250, 700)  # characters of a class or function that is edited
 GIVEN = 0.2  # of an edited text stands in the prompt
-WORKED_ON = (700, 1400)  # characters of a class up to the method that an agent is to write
+WORKED_ON = (400, 1200)  # characters of a class up to the method that an agent is to write
 STEPS = 6  # requests of an agent's session
 AGENT_TOKENS = 96  # of each of its answers
-PASSAGE = (300, 520)  # characters
+PASSAGE = (200, 480)  # characters
+SHOWN = 3  # passages in a prompt
 WIDTH = 88  # of a passage's lines
 FRESH = ("own_{}", "given_{}", "current_{}", "inner_{}", "whole_{}")  # what names are changed to
 
-EDIT_EXAMPLE = '''\
-# Each file is printed twice: as it was, and after one of its names was changed.
-
-# count.py, as it was
-def count(words):
-    found = {}
-    for word in words:
-        found[word] = found.get(word, 0) + 1
-    return found
-
-
-# count.py, after `found` became `totals`
-def count(words):
-    totals = {}
-    for word in words:
-        totals[word] = totals.get(word, 0) + 1
-    return totals
-
-
-'''
 QUOTING = '"""Answers quote the passages word for word."""\n\n'
 
 
@@ -68,11 +48,6 @@ class Passage:
     page: str
     heading: str  # under which it stands
     text: str  # in lines of WIDTH
-
-
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """``count`` of the items, evenly apart; all of them if there are no more."""
-    return [items[index * len(items) // count] for index in range(count)] if count < len(items) else list(items)
 
 
 def source_chunks(sources: Mapping[str, str]) -> Iterator[Chunk]:
@@ -119,29 +94,36 @@ def _whole(name: str) -> re.Pattern[str]:
 # code editing --------------------------------------------------------------------------------------------------------
 
 
-def code_editing(chunks: Sequence[Chunk], count: int) -> list[Line]:
-    """A class or function is printed again with one rename; ``prediction`` is how it was."""
-    fit = [(chunk, names[0]) for chunk in chunks if _within(chunk.text, EDITED) and (names := _to_rename(chunk))]
-    return [_edit(chunk, old, FRESH[number % len(FRESH)].format(old)) for number, (chunk, old) in _few(fit, count)]
+def code_editing(chunks: Iterable[Chunk]) -> Iterator[Line]:
+    """A class or function is printed, once more after a rename, and again after another one: that is the answer, and
+    ``prediction`` is how it was before. Chunks that are too long or short, or lack two names to change, are left out.
+    """
+    for chunk in chunks:
+        names = _to_rename(chunk)
+        if _within(chunk.text, EDITED) and len(names) > 1:
+            yield _edit(chunk, names[1], names[0])
 
 
 def _to_rename(chunk: Chunk) -> list[str]:
-    """Names that occur four times, and early enough to be shown changed in what is given."""
+    """Names that occur twice, and early enough to be shown changed in what is given."""
     half = chunk.text[: len(chunk.text) // 2]
-    return [name for name in frequent_names(chunk.text, 4, chunk.text) if _whole(name).search(half)]
+    return [name for name in frequent_names(chunk.text, 2, chunk.text) if _whole(name).search(half)]
 
 
-def _edit(chunk: Chunk, old: str, new: str) -> Line:
-    before = chunk.text.splitlines(keepends=True)
-    after = renamed(chunk.text, old, new).splitlines(keepends=True)
-    given = _given(after, new)
-    head = f"# {chunk.path}, as it was\n{chunk.text}\n\n# {chunk.path}, after `{old}` became `{new}`\n"
+def _edit(chunk: Chunk, first: str, second: str) -> Line:
+    form = FRESH[len(chunk.text) % len(FRESH)]
+    first_new, new = form.format(first), form.format(second)
+    before = renamed(chunk.text, first, first_new)
+    lines = renamed(before, second, new).splitlines(keepends=True)
+    given = _given(lines, new)
+    heads = [f"# {chunk.path}\n"]
+    heads += [f"# {chunk.path}, after `{a}` became `{b}`\n" for a, b in ((first, first_new), (second, new))]
     return {
         "id": f"{chunk.path}:{chunk.name}",
-        "prompt": EDIT_EXAMPLE + head + "".join(after[:given]),
-        "max_tokens": len("".join(after[given:])) // TOKEN,
-        "prediction": "".join(before[given:]),
-        "rename": [old, new],
+        "prompt": f"{heads[0]}{chunk.text}\n\n{heads[1]}{before}\n\n{heads[2]}{''.join(lines[:given])}",
+        "max_tokens": len("".join(lines[given:])) // TOKEN,
+        "prediction": "".join(before.splitlines(keepends=True)[given:]),
+        "rename": [second, new],
     }
 
 
@@ -158,12 +140,12 @@ def _given(lines: Sequence[str], new: str) -> int:
 # agentic repetition --------------------------------------------------------------------------------------------------
 
 
-def agentic_repetition(chunks: Sequence[Chunk], count: int) -> list[Line]:
-    """``count`` sessions of an agent, one after the other: each request has the class as it is then, after one more
-    edit, and asks for the same method.
+def agentic_repetition(chunks: Iterable[Chunk]) -> Iterator[Line]:
+    """Sessions of an agent, one after the other: each request has the class as it is then, after one more edit, and
+    asks for the same method. Classes that are too long or short, or have too few names to change, are left out.
     """
-    fit = [chunk for chunk in chunks if _within(chunk.written, WORKED_ON) and len(_edits(chunk)) == STEPS - 1]
-    return [line for number, chunk in _few(fit, count) for line in _session(number, chunk)]
+    fit = (chunk for chunk in chunks if _within(chunk.written, WORKED_ON) and len(_edits(chunk)) == STEPS - 1)
+    return (line for number, chunk in enumerate(fit) for line in _session(number, chunk))
 
 
 def _edits(chunk: Chunk) -> list[tuple[str, str]]:
@@ -190,17 +172,24 @@ def _session(number: int, chunk: Chunk) -> Iterator[Line]:
 # answers that quote --------------------------------------------------------------------------------------------------
 
 
-def page_passages(pages: Mapping[str, str]) -> Iterator[Passage]:
-    """Paragraphs of prose, page by page; no lists, tables, code."""
-    for page in sorted(pages):
-        heading = ""
-        for block in re.sub(r"^```.*?^```$", "", pages[page], flags=re.MULTILINE | re.DOTALL).split("\n\n"):
-            if block.lstrip("\n").startswith("#"):
-                heading = block.strip("#\n ").splitlines()[0]
-            elif re.match(r"\n*[A-Z*]", block) and not block.lstrip("\n").startswith("* "):
-                text = _prose(block)
-                if _within(text, PASSAGE):
-                    yield Passage(page, heading, text)
+def passages_of(texts: Mapping[str, str]) -> Iterator[Passage]:
+    """Paragraphs of prose, file by file: of pages, and of what modules say of themselves; no lists, tables, code."""
+    for path in sorted(texts):
+        if path.endswith(".py"):
+            said = ast.get_docstring(ast.parse(texts[path])) or ""
+            yield from _paragraphs(path, Path(path).stem, said)
+        else:
+            yield from _paragraphs(path, "", texts[path])
+
+
+def _paragraphs(path: str, heading: str, text: str) -> Iterator[Passage]:
+    for block in re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL).split("\n\n"):
+        if block.lstrip("\n").startswith("#"):
+            heading = block.strip("#\n ").splitlines()[0]
+        elif re.match(r"\n*[A-Z*]", block) and not block.lstrip("\n").startswith("* "):
+            prose = _prose(block)
+            if _within(prose, PASSAGE):
+                yield Passage(path, heading, prose)
 
 
 def _prose(block: str) -> str:
@@ -209,10 +198,14 @@ def _prose(block: str) -> str:
     return "\n".join(textwrap.wrap(plain, WIDTH, break_long_words=False, break_on_hyphens=False))
 
 
-def retrieval_answers(passages: Sequence[Passage], count: int) -> list[Line]:
-    """Three passages, a question that is answered with one of them, and another one, whose answer has begun."""
-    triples = [passages[first : first + 3] for first in range(0, len(passages) - 2, 3)]
-    return [_question(triple, number % 3) for number, triple in _few(triples, count)]
+def retrieval_answers(passages: Sequence[Passage]) -> Iterator[Line]:
+    """Some passages, a question that is answered with one of them, and another one, whose answer has begun: about each
+    passage, among those that follow it.
+    """
+    for number in range(len(passages) - SHOWN + 1):
+        shown = list(passages[number : number + SHOWN])
+        turned = number % SHOWN  # so that it is not always the first
+        yield _question([*shown[-turned:], *shown[:-turned]] if turned else shown, turned)
 
 
 def _question(passages: Sequence[Passage], asked: int) -> Line:
@@ -221,7 +214,7 @@ def _question(passages: Sequence[Passage], asked: int) -> Line:
         f'# {each.page}: {each.heading}\nPASSAGE_{number} = """\n{each.text}\n"""\n\n'
         for number, each in enumerate(passages, start=1)
     ]
-    example, wanted = passages[(asked + 1) % 3], passages[asked]
+    example, wanted = passages[(asked + 1) % SHOWN], passages[asked]
     parts.append(f'{_asks(example)}ANSWER = """\n{example.text}\n"""\n\n')
     first, _, rest = wanted.text.partition("\n")
     return {
@@ -233,10 +226,6 @@ def _question(passages: Sequence[Passage], asked: int) -> Line:
 
 def _asks(passage: Passage) -> str:
     return f"# What does {passage.page} say about: {passage.heading}?\n"
-
-
-def _few(items: Sequence[T], count: int) -> Iterator[tuple[int, T]]:
-    return enumerate(spread(items, count))
 
 
 def _within(text: str, bounds: tuple[int, int]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
 
 import pytest
@@ -13,17 +13,17 @@ from benchmarks.make_workloads import COMMIT, made_of, sources, write
 from benchmarks.workload_files import RUN, Request, Workload, edited, known_shares, load, predicting
 from benchmarks.workload_texts import (
     FRESH,
+    SHOWN,
     STEPS,
     WIDTH,
     Chunk,
     agentic_repetition,
     code_editing,
     frequent_names,
-    page_passages,
+    passages_of,
     renamed,
     retrieval_answers,
     source_chunks,
-    spread,
 )
 from decoding.errors import ConfigError
 from tests.engines import demo_tokenizer
@@ -42,6 +42,7 @@ METHOD = '''\
 
 '''
 CLASS = "class Sums{0}:\n    def __init__(self, values):\n        self.values = values\n\n" + METHOD * 4
+SMALL = "class Small{0}:\n    def __init__(self, values):\n        self.values = values\n\n" + METHOD
 PROSE = "The {0} paragraph of a page speaks of [nodes](trees.md), **tokens** and steps, and of what a step costs. " * 4
 PAGE = "# Title\n\n" + "\n\n".join(
     [
@@ -59,7 +60,7 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def texts() -> dict[str, str]:
     """Made-up sources and pages."""
-    found = {f"a/{number}.py": CLASS.format(number) + "\n\nTHE_END = 1\n" for number in range(7)}
+    found = {f"a/{number}.py": CLASS.format(number) + SMALL.format(number) + "\n\nTHE_END = 1\n" for number in range(7)}
     return {**found, "docs/page.md": PAGE, "docs/other.md": PAGE.replace("page", "leaf")}
 
 
@@ -88,7 +89,7 @@ def test_they_are_made_again_byte_for_byte(tmp_path: Path) -> None:
         found = sources(ROOT, COMMIT)
     except ConfigError as error:
         pytest.skip(str(error))  # no git, or a clone without history
-    write(made_of(found), tmp_path)
+    write(made_of(found, chosen=True), tmp_path)
     for name in NAMES:
         shipped = (workload_files.FOLDER / f"{name}.jsonl").read_bytes()
         assert (tmp_path / f"{name}.jsonl").read_bytes() == shipped
@@ -100,7 +101,7 @@ def test_a_checkout_without_the_commit_is_told_how_to_get_it(tmp_path: Path) -> 
 
 
 def test_files_are_written_and_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(made_of(texts()), tmp_path / "deep")
+    write(made_of(texts(), chosen=False), tmp_path / "deep")
     assert sorted(path.stem for path in (tmp_path / "deep").iterdir()) == list(NAMES)
     assert "code-editing.jsonl: 7 requests" in capsys.readouterr().out
 
@@ -109,8 +110,10 @@ def test_files_are_written_and_told_of(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_the_same_texts_give_the_same_lines() -> None:
-    assert made_of(texts()) == made_of(dict(reversed(texts().items())))
-    assert set(made_of(texts())) == set(NAMES)
+    made = made_of(texts(), chosen=False)
+    assert made == made_of(dict(reversed(texts().items())), chosen=False)
+    assert {name: len(lines) > 0 for name, lines in made.items()} == dict.fromkeys(NAMES, True)
+    assert {name: len(lines) for name, lines in made_of(texts(), chosen=True).items()} == dict.fromkeys(NAMES, 0)
 
 
 def test_chunks_are_whole_and_know_what_precedes_their_last_body() -> None:
@@ -132,22 +135,30 @@ def test_names_are_variables_that_are_seen_often() -> None:
     assert renamed("value values value_2 (value)", "value", "x") == "x values value_2 (x)"
 
 
-def test_an_edit_is_the_original_and_the_beginning_of_its_copy() -> None:
-    (line, *_) = code_editing(list(source_chunks({"a.py": CLASS.format(0)})), 1)
+def test_an_edit_is_shown_twice_and_begun_once_more() -> None:
+    (line,) = code_editing(source_chunks({"a.py": SMALL.format(0)}))
     old, new = line["rename"]
-    original = CLASS.format(0).removesuffix("\n")
+    original = SMALL.format(0).removesuffix("\n")
     assert new in [form.format(old) for form in FRESH]
-    copy = line["prompt"].rpartition(f"after `{old}` became `{new}`\n")[2]
-    assert original in line["prompt"]
+    head, _, copy = line["prompt"].rpartition(f"after `{old}` became `{new}`\n")
+    (first, first_new), _ = re.findall(r"after `(\w+)` became `(\w+)`", line["prompt"])
+    before = renamed(original, first, first_new)
+    assert original in head
+    assert before in head
+    assert before != original
     assert new in copy
-    assert original.endswith(line["prediction"])
-    assert copy + renamed(line["prediction"], old, new) == renamed(original, old, new)
-    assert 0.2 * len(original) <= len(copy) <= 0.6 * len(original)
+    assert before.endswith(line["prediction"])
+    assert copy + renamed(line["prediction"], old, new) == renamed(before, old, new)
     assert 0 < line["max_tokens"] <= len(line["prediction"]) / 3
 
 
+def test_what_is_too_long_or_has_too_few_names_is_not_edited() -> None:
+    assert list(code_editing([Chunk("a", "b", "short", ""), *source_chunks({"a.py": CLASS.format(0)})])) == []
+    assert list(code_editing([Chunk("a", "b", "def f(value):\n" + "    return value\n" * 20, "")])) == []
+
+
 def test_a_session_edits_one_class_again_and_again() -> None:
-    lines = agentic_repetition(list(source_chunks(texts_of_code())), 2)
+    lines = list(agentic_repetition(source_chunks(texts_of_code())))[: 2 * STEPS]
     assert [line["session"] for line in lines] == [0] * STEPS + [1] * STEPS
     for step, line in enumerate(lines[:STEPS]):
         assert line["prompt"].count("# Step ") == step
@@ -161,7 +172,7 @@ def texts_of_code() -> dict[str, str]:
 
 
 def test_passages_are_prose_without_its_marks() -> None:
-    found = list(page_passages({"docs/page.md": PAGE}))
+    found = list(passages_of({"docs/page.md": PAGE}))
     assert [passage.heading for passage in found] == [f"Part {number}" for number in range(7)]
     for passage in found:
         assert not set("[]()*|`") & set(passage.text)
@@ -169,33 +180,36 @@ def test_passages_are_prose_without_its_marks() -> None:
         assert max(map(len, passage.text.splitlines())) <= WIDTH
 
 
+def test_modules_say_something_of_themselves() -> None:
+    said = PROSE.format(1).strip()
+    code = f'"""A line.\n\n{said}\n\n    an example\n"""\n\n# {said}\nx = 1\n'
+    (found,) = passages_of({"decoding/step.py": code})
+    assert (found.page, found.heading, found.text[:9]) == ("decoding/step.py", "step", "The 1 par")
+
+
 def test_answers_quote_a_passage_that_the_prompt_has() -> None:
-    passages = list(page_passages({"docs/page.md": PAGE}))
-    lines = retrieval_answers(passages, 2)
-    assert len(lines) == 2
-    for number, line in enumerate(lines):
-        wanted = passages[3 * number + number % 3]
+    passages = list(passages_of({"docs/page.md": PAGE}))
+    lines = list(retrieval_answers(passages))
+    assert len(lines) == len(passages) - SHOWN + 1
+    places = set()
+    for wanted, line in zip(passages, lines, strict=False):
         begun = line["prompt"].rpartition('ANSWER = """\n')[2]
         assert begun == wanted.text.splitlines()[0] + "\n"
         assert line["prompt"].count(wanted.text) == 1
         assert line["prompt"].count('ANSWER = """\n') == 2
-
-
-def test_a_spread_is_even() -> None:
-    assert spread(range(10), 3) == [0, 3, 6]
-    assert spread(range(2), 3) == [0, 1]
-    assert list(code_editing([Chunk("a", "b", "short", "")], 3)) == []
+        places.add(line["prompt"].partition(wanted.text)[0].count("PASSAGE_"))
+    assert places == set(range(1, SHOWN + 1))
 
 
 # reading them ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[Path]:
+def own(tmp_path: Path) -> Path:
     path = tmp_path / "own.jsonl"
     lines = [{"prompt": "import os\n", "max_tokens": 9, "prediction": "import sys\n"}, {"prompt": "x", "max_tokens": 4}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    yield path
+    return path
 
 
 def test_a_workload_of_ones_own(own: Path) -> None:
