@@ -20,7 +20,8 @@ LLAMA_SOURCES := build/llama-source
 KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kernels/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench-quick bench-matrix bench-offline bench-compare bench-gpu bench-report llama-cpp clean
+.PHONY: help setup serve test lint bench-quick bench-matrix bench-offline bench-compare bench-drafters bench-gpu bench-report \
+    llama-cpp clean
 
 help:
 	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
@@ -32,6 +33,7 @@ help:
 	@echo "make bench-matrix  set up, then compare auto with plain decoding and fixed trees (FAMILY=demo)"
 	@echo "make bench-offline set up, then measure one request at a time, and what its step is made of (FAMILY=demo)"
 	@echo "make bench-compare set up, then compare with transformers and llama.cpp (FAMILY=demo)"
+	@echo "make bench-drafters set up, then measure drafters without training, and write their page (FAMILY=demo)"
 	@echo "make bench-gpu     set up, then measure an 8B-shaped target on a CUDA device, in under 8 minutes"
 	@echo "make bench-report  set up, then write docs/benchmarks.md from benchmarks/results"
 	@echo "make llama-cpp     set up, then build llama.cpp's server, which benchmarks compare with"
@@ -77,6 +79,14 @@ bench-matrix bench-offline: bench-%: setup $(INFLATED)
 
 bench-compare: setup llama-cpp $(INFLATED)
 	$(BIN)/python -m benchmarks.compare --family $(FAMILY) --tune $(ARGS)
+
+# results of an earlier run make way: the page tells of one
+bench-drafters: result = benchmarks/results/$(1)-$(notdir $(FAMILY)).json
+bench-drafters: setup llama-cpp $(INFLATED)
+	$(BIN)/python -m benchmarks.drafters --family $(FAMILY) --peers transformers llama --tune --out $(call result,drafters) $(ARGS)
+	$(BIN)/python -m benchmarks.idle_cost --family $(FAMILY) --out $(call result,idle-cost)
+	$(BIN)/python -m benchmarks.store_bounds --family $(FAMILY) --out $(call result,store-bounds)
+	$(BIN)/python -m benchmarks.drafters_page $(foreach kind,drafters idle-cost store-bounds,$(call result,$(kind)))
 
 build/%/inflate.json: | setup
 	$(BIN)/python -m benchmarks.inflate demo/target build/$* --shape $*

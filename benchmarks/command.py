@@ -17,20 +17,27 @@ from server.engine_launch import engine_environment
 from server.flags import Parser, positive
 
 
-def bench_parser(name: str, description: str, epilog: str | None = None) -> Parser:
+def base_parser(name: str, description: str, epilog: str | None = None) -> Parser:
     """A parser with the flags that all of them have."""
     parser = Parser(prog=f"python -m benchmarks.{name}", description=description, epilog=epilog)
     add = parser.add_argument
     add("--family", type=Path, default=Path("demo"), metavar="FOLDER", help="target and drafters (default: demo)")
     add("--drafters", nargs="+", default=[], metavar="NAME", help="auto's (default: all of the family, and ngram)")
     add("--temperatures", type=float, nargs="+", default=[0.0, 1.0], metavar="T", help="(default: 0 1)")
-    add("--prompts", type=positive, default=40, metavar="N", help="the first N (default: %(default)s)")
-    add("--prompt-tokens", type=positive, default=128, metavar="N", help="the last N of each (default: %(default)s)")
     add("--dtype", default="auto", choices=get_args(Dtype), help="(default: the checkpoint's)")
     add("--device", default="cpu", help="(default: %(default)s)")
     add("--threads", type=positive, default=2, metavar="N", help="CPU threads (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help=f"(default: {RESULTS}/{name}-FAMILY-DATE.json)")
     add("--resume", action="store_true", default=False, help="measure only what --out does not have")
+    return parser
+
+
+def bench_parser(name: str, description: str, epilog: str | None = None) -> Parser:
+    """One with the flags of those that measure on prompts of demo/prompts.jsonl."""
+    parser = base_parser(name, description, epilog)
+    add = parser.add_argument
+    add("--prompts", type=positive, default=40, metavar="N", help="the first N (default: %(default)s)")
+    add("--prompt-tokens", type=positive, default=128, metavar="N", help="the last N of each (default: %(default)s)")
     return parser
 
 

@@ -46,6 +46,8 @@ class Family:
     def speculate(self, drafters: Sequence[str]) -> tuple[str, ...]:
         """``--speculate`` words from names with options: "draft:depth=4" becomes "draft=FOLDER/draft:depth=4".
 
+        Words with a path of their own, and drafters that need none and have none here, stay as they are.
+
         Raises:
             ConfigError: a drafter that needs a checkpoint has none here.
         """
@@ -53,7 +55,7 @@ class Family:
 
     def _word(self, drafter: str) -> str:
         name, colon, options = drafter.partition(":")
-        if name == "ngram":
+        if "=" in name or (name not in self.drafters and name in DRAFTERS and not DRAFTERS[name]().needs_path):
             return drafter
         if name not in self.drafters:
             have = ", ".join(self.drafters) or "none"

@@ -152,9 +152,18 @@ class LlamaServer:
         return self.chosen.speculation
 
     def run(self, task: Task) -> Run:
+        self.forget()
+        return self.timed(task)
+
+    def forget(self) -> None:
+        """Begin anew if texts of earlier requests are remembered."""
         if self._used and self.chosen.speculation is not None and self.chosen.speculation.remembers:
             self._server.close()
             self._server = self._start()
+        self._used = False
+
+    def timed(self, task: Task) -> Run:
+        """``run`` with what is remembered."""
         self._used = True
         before = self._server.metrics()
         bodies = [completion_body(case.ids, case.seed, task) for case in task.cases]

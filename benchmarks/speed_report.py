@@ -20,6 +20,7 @@ from benchmarks.command import carried_out
 from benchmarks.documents import Document
 from benchmarks.gpu_tables import gpu_checks, gpu_tables
 from benchmarks.offline_tables import TABLES, offline_checks
+from benchmarks.pages import indented, sources
 from benchmarks.peer_tables import compare_checks, compare_table
 from benchmarks.roofline import Roofline
 from benchmarks.speed_tables import checks_table, matrix_tables
@@ -151,29 +152,7 @@ def _gpu(document: Document | None) -> list[str]:
 
 
 def _sources(merged: Mapping[str, Document]) -> str:
-    lines = ["## Where the numbers come from"]
-    for document in merged.values():
-        lines += [_source(session) for session in document.sessions]
-    return "\n\n".join(lines)
-
-
-def _source(session: Mapping[str, Any]) -> str:
-    """One session: how to do it again."""
-    packages = ", ".join(f"{name} {version}" for name, version in session["packages"].items())
-    commit = (session["commit"] or "no commit")[:12] + (" with changes" if session["dirty"] else "")
-    models = ", ".join(f"{name} {(model['sha256'] or '-')[:12]}" for name, model in session["models"].items())
-    load = ", ".join(f"{value:.1f}" for value in session["load_average"])
-    return indented(
-        f"{session['command']}\n"
-        f"{session['date']}, commit {commit}, Python {session['python']}, {packages}\n"
-        f"{session['cpu']}, {session['cores_allowed']} cores, {session['threads']} threads, load average {load}\n"
-        f"dtypes {' and '.join(sorted(set(session['dtypes'].values())))}; models (SHA-256): {models}"
-    )
-
-
-def indented(text: str) -> str:
-    """A block that Markdown leaves as it is."""
-    return "\n".join(f"    {line}" if line else "" for line in text.splitlines())
+    return "\n\n".join(["## Where the numbers come from", *sources(merged.values())])
 
 
 def picture(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from benchmarks.measure import Run, Task
+from benchmarks.measure import Case, Run, Task
 from decoding.engine import Engine
 from decoding.messages import EngineStats
 from decoding.request import GenerateRequest, SamplingParams
@@ -45,18 +45,24 @@ class EngineSystem:
     def run(self, task: Task) -> Run:
         before = self.engine.stats()
         started = time.perf_counter()
+        outputs = self.complete(task)
+        seconds = time.perf_counter() - started
+        return _engine_run(self.name, task, outputs, seconds, before, self.engine.stats())
+
+    def complete(self, task: Task) -> list[list[int]]:
+        """The tokens of each text."""
         for place, case in enumerate(task.cases):
-            params = SamplingParams(
-                max_tokens=task.tokens, temperature=task.temperature, seed=case.seed, ignore_eos=True
-            )
-            self.engine.submit(GenerateRequest(str(place), case.ids, params))
+            self.engine.submit(self.request(str(place), case, task))
         made: dict[str, list[int]] = defaultdict(list)
         while self.engine.has_work:
             for event in self.engine.step():
                 made[event.request_id].extend(event.token_ids)
-        seconds = time.perf_counter() - started
-        outputs = [made[str(place)] for place in range(len(task.cases))]
-        return _engine_run(self.name, task, outputs, seconds, before, self.engine.stats())
+        return [made[str(place)] for place in range(len(task.cases))]
+
+    def request(self, name: str, case: Case, task: Task) -> GenerateRequest:
+        """What is asked of the engine for one prompt of a task."""
+        params = SamplingParams(max_tokens=task.tokens, temperature=task.temperature, seed=case.seed, ignore_eos=True)
+        return GenerateRequest(name, case.ids, params)
 
 
 def _engine_run(

@@ -22,6 +22,12 @@ class DrafterKind:
     options: type  # frozen dataclass; a field ``path`` is the checkpoint, without default the drafter needs one
     build: Callable[[Any, DrafterContext], Drafter]
 
+    @property
+    def needs_path(self) -> bool:
+        """Whether it is nothing without a checkpoint."""
+        fields = dataclasses.fields(self.options)
+        return any(field.name == "path" and field.default is dataclasses.MISSING for field in fields)
+
 
 def _ngram() -> DrafterKind:
     from decoding.drafters.ngram import NgramDrafter, NgramOptions
@@ -134,7 +140,7 @@ class DrafterChoice:
         values: dict[str, Any] = {}
         if path and "path" in fields:
             values["path"] = path
-        elif "path" in fields and fields["path"].default is dataclasses.MISSING:
+        elif kind.needs_path:
             raise ConfigError(f"--speculate {name} needs a checkpoint: --speculate {name}=PATH")
         elif path:
             raise ConfigError(f"--speculate {name} takes no path; leave out {'=' + path!r}")
