@@ -11,7 +11,6 @@ from starlette.requests import Request
 from server.engine_client import EngineState
 from server.settings import ServerSettings
 from tests.api.harness import SETTINGS, api, fake, saying
-from tests.api.test_prediction import BAD_PREDICTIONS
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]

@@ -20,21 +20,6 @@ ASK: dict[str, dict[str, Any]] = {
 CODE = "def add(a, b):\n    return a + b\n"
 STATS = SpeculationStats(4, 30, 14, {"prediction": DrafterStats(20, 12), "ngram": DrafterStats(15, 5)})
 
-BAD_PREDICTIONS: list[tuple[Any, str, str]] = [
-    ("x", "prediction", "invalid_value"),
-    ([], "prediction", "invalid_value"),
-    ({}, "prediction.type", "missing_required_parameter"),
-    ({"type": "content"}, "prediction.content", "missing_required_parameter"),
-    ({"type": "static_content", "content": "x"}, "prediction.type", "invalid_value"),
-    ({"type": "content", "content": None}, "prediction.content", "invalid_value"),
-    ({"type": "content", "content": 5}, "prediction.content", "invalid_value"),
-    ({"type": "content", "content": ["x"]}, "prediction.content.0", "invalid_value"),
-    ({"type": "content", "content": [{"type": "text"}]}, "prediction.content.0.text", "missing_required_parameter"),
-    ({"type": "content", "content": [{"type": "text", "text": 1}]}, "prediction.content.0.text", "invalid_value"),
-    ({"type": "content", "content": [{"type": "image_url"}]}, "prediction.content.0.type", "unsupported_value"),
-    ({"type": "content", "content": "x", "text": "x"}, "prediction.text", "unknown_parameter"),
-]
-
 
 def content(value: Any) -> dict[str, Any]:
     return {"prediction": {"type": "content", "content": value}}
