@@ -20,7 +20,8 @@ from tests.engines import ROOT, whole
 
 @cache
 def demo() -> Engine:
-    return Engine.load(f"{ROOT}/demo/target", dtype="float32", speculate=(f"draft={ROOT}/demo/draft", "ngram"))
+    speculate = (f"draft={ROOT}/demo/draft", "ngram")
+    return Engine.load(f"{ROOT}/demo/target", dtype="float32", speculate=speculate, max_depth=8)
 
 
 CODE = "def add(a, b):\n    return a + b\n\n\ndef add(a, b):\n    return"

@@ -45,7 +45,7 @@ def _threads_as_before() -> object:
 def test_a_family_is_a_target_with_what_lies_beside_it(tmp_path: Path) -> None:
     found = Family.find(DEMO)
     assert (found.name, found.target) == ("demo", DEMO / "target")
-    assert set(found.drafters) == {"draft", "medusa", "mtp", "eagle3"}
+    assert set(found.drafters) == {"draft", "medusa", "mtp", "eagle3", "early-exit"}
     assert found.speculate(["draft:depth=2", "ngram"]) == (f"draft={DEMO / 'draft'}:depth=2", "ngram")
     alone = Family.find(DEMO / "target")
     assert (alone.target, alone.drafters) == (DEMO / "target", {})
