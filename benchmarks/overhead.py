@@ -1,6 +1,6 @@
 """What a step's time is made of: the target, drafting, other tensor operations, and the host.
 
-    python -m benchmarks.overhead [--family demo] [--systems plain draft ngram] [--batches 1 8] ...
+    python -m benchmarks.overhead [--family demo] [--systems plain draft] [--batches 1 8] ...
 
 How it counts. The same requests under a fixed plan give the same steps, so that one stretch of steps can be run again
 and again:
@@ -23,6 +23,8 @@ the engine's own, and is sound there, too.
 Between operations the host's work displaces code and data from the first caches. In 3 it does not: operations are
 faster there than in a step, and "host" is an upper bound, but for noise. A lower one, "at least", is a step's time less
 that of its operations as they come, each between two clocks: there the clocks' own work displaces even more.
+
+Drafters whose operations change what they keep (the index of ``ngram``) cannot be called again like that: refused.
 
 With one thread the clock is the thread's CPU time, which other processes do not count in; with more it is the wall's.
 """
@@ -50,6 +52,7 @@ from benchmarks.family import Family, load_prompts
 from benchmarks.measure import Case
 from decoding.config import EngineConfig
 from decoding.engine import Engine
+from decoding.errors import ConfigError
 from decoding.request import GenerateRequest, SamplingParams
 from server.flags import Parser, positive
 
@@ -325,7 +328,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.overhead", description="What a step's time is made of, on a CPU.")
     add = parser.add_argument
     add("--family", type=Path, default=Path("demo"), metavar="FOLDER", help="target and drafters (default: demo)")
-    add("--systems", nargs="+", default=[PLAIN, "ngram", "draft"], metavar="NAME", help="plain, or one drafter")
+    add("--systems", nargs="+", default=[PLAIN, "draft"], metavar="NAME", help="plain, or one drafter")
     add("--batches", type=positive, nargs="+", default=[1, 8], metavar="N", help="requests at once (default: 1 8)")
     add("--temperatures", type=float, nargs="+", default=[0.0, 0.8], metavar="T", help="(default: 0 0.8)")
     add("--plan", default=PLAN, help="a fixed one, of systems that draft (default: %(default)s)")
@@ -366,7 +369,10 @@ def shares(options: argparse.Namespace) -> Iterator[Share]:
             for temperature in options.temperatures:
                 stretch = Stretch(engine, cases[:batch], temperature, options.steps, clock)
                 print(f"{system}, batch {batch}, temperature {temperature:g}", file=sys.stderr)
-                yield measure(system, stretch, batch, temperature, options.rounds)
+                try:
+                    yield measure(system, stretch, batch, temperature, options.rounds)
+                except ValueError as error:
+                    raise ConfigError(f"the steps of {system} cannot be run again as they were: {error}") from error
 
 
 if __name__ == "__main__":

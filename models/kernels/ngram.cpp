@@ -48,6 +48,7 @@ class Index {
   // Takes in the n-grams that end at one of the first `ends` tokens.
   void extend(int64_t ends) {
     TORCH_CHECK_VALUE(ends <= capacity_, "an index has no room for ", ends, " tokens");
+    TORCH_CHECK_VALUE(*done_ <= ends, "an index of ", *done_, " n-grams is not of a text of ", ends + 1, " tokens");
     std::array<uint64_t, kMostLevels> hash;
     for (int64_t end = *done_; end < ends; ++end) {
       const int64_t known = hashes(end, hash);

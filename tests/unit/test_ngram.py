@@ -199,5 +199,9 @@ def test_an_index_that_does_not_fit_is_refused() -> None:
     for store in (torch.zeros(1 + 18 * 50, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)):
         with pytest.raises(ValueError, match="an index has no room"):
             torch.ops.saccade.ngram_trees([text], [store], [8], [8], 32, 1, weights, 2)
+    store = torch.zeros(1 + 18 * 200, dtype=torch.int32)
+    torch.ops.saccade.ngram_trees([text], [store], [8], [8], 32, 1, weights, 2)
+    with pytest.raises(ValueError, match="is not of a text of 60 tokens"):
+        torch.ops.saccade.ngram_trees([text[:60]], [store], [8], [8], 32, 1, weights, 2)
     with pytest.raises(RuntimeError, match="Int"):
         torch.ops.saccade.ngram_trees([text], [torch.zeros(1 + 18 * 100)], [8], [8], 32, 1, weights, 2)
