@@ -107,10 +107,10 @@ class AutoPlanner:
         self._market = load_market()
         self._followers = Followers(self.members)
         gears = [PLAIN, *([LIGHT] if self.guessers.members else []), *([FULL] if self.members else [])]
-        patience = TRY if self.guessers.pinning else 0
-        self._pulse = Pulse(tuple(gears), patience)
+        least = TRY if self.guessers.pinning else 0  # steps of a try
+        self._pulse = Pulse(tuple(gears), least)
         self._gear = PLAIN
-        self._long_pulse = Pulse((PLAIN, gears[-1]), patience)
+        self._long_pulse = Pulse((PLAIN, gears[-1]), least)
         self._no_quotas: dict[int, Quota] = {}  # by rows: most steps of a plain engine have one of a few
         self._beat: Beat | None = None
         self._crowd = _Crowd((), torch.zeros(0, dtype=torch.int64))

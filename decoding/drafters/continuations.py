@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
+from decoding.drafters.tries import as_trees
 from decoding.plan import Plan
-from models.tree import NO_PARENT, Trees
+from models.tree import Trees
 
 Node = tuple[int, int, float]  # parent column, token, confidence
 
@@ -81,15 +79,4 @@ def _branches(guesses: Sequence[Continuation], column: int, level: int, path: fl
 
 def trees_of(plan: Plan, tries: Sequence[Sequence[Node]], bit: int) -> Trees | None:
     """The nodes of each deciding row as trees of drafter number ``bit``; None where no row has any."""
-    if not any(tries):
-        return None
-    size = (len(tries), 1 + max(len(trie) for trie in tries))
-    tokens, parents, confidence = np.full(size, -1), np.full(size, NO_PARENT), np.zeros(size, dtype=np.float32)
-    confidence[:, 0] = 1.0
-    for row, (planned, trie) in enumerate(zip(plan.deciding, tries, strict=True)):
-        tokens[row, 0] = planned.sequence.tokens[-1]
-        if trie:
-            used = slice(1, 1 + len(trie))
-            parents[row, used], tokens[row, used], confidence[row, used] = zip(*trie, strict=True)
-    source = (parents != NO_PARENT).astype(np.int64) << bit
-    return Trees(*(torch.from_numpy(array) for array in (tokens, parents, confidence, source)))
+    return as_trees(tries, [int(row.sequence.tokens[-1]) for row in plan.deciding], bit)

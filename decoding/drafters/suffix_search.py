@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.tree import NO_PARENT
+from decoding.drafters.tries import trees_of
 
 TOKEN_BYTES = 224  # what a token costs in a tree at most: two nodes, their entries in tables, itself, growth of arrays
 REQUEST_BYTES = 1024  # and a text
@@ -107,21 +107,8 @@ class PlainSuffixCache:
         """The fields of Trees [R, N], one row for each text; rows without nodes or depth get a bare root."""
         limits = zip(numbers, texts, max_nodes, max_depth, strict=True)
         drafts = [self._draft(n, text.numpy(), *limit) if min(limit) > 0 else [] for n, text, *limit in limits]
-        size = (len(drafts), 1 + max((len(draft) for draft in drafts), default=0))
-        tokens, parents, confidence = np.full(size, -1), np.full(size, NO_PARENT), np.zeros(size, dtype=np.float32)
-        confidence[:, 0] = 1.0
-        for row, (text, draft) in enumerate(zip(texts, drafts, strict=True)):
-            tokens[row, 0] = int(text[-1])
-            if draft:
-                used = slice(1, 1 + len(draft))
-                parents[row, used], tokens[row, used], confidence[row, used] = zip(*draft, strict=True)
-        source = (parents != NO_PARENT).astype(np.int64) << bit
-        return (
-            torch.from_numpy(tokens),
-            torch.from_numpy(parents),
-            torch.from_numpy(confidence),
-            torch.from_numpy(source),
-        )
+        made = trees_of(drafts, [int(text[-1]) for text in texts], bit)
+        return made.tokens, made.parents, made.confidence, made.source
 
     # outputs ----------------------------------------------------------------------------------------------------------
 

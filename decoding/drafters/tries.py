@@ -13,15 +13,18 @@ Node = tuple[int, int, float]  # column of the parent, token, confidence
 
 
 def as_trees(tries: Sequence[Sequence[Node]], roots: Sequence[int], bit: int) -> Trees | None:
-    """Trees [R, N] of each row's nodes, the first of which gets column 1; parents come first. None without a node.
+    """``trees_of``; None without a node."""
+    return trees_of(tries, roots, bit) if any(tries) else None
+
+
+def trees_of(tries: Sequence[Sequence[Node]], roots: Sequence[int], bit: int) -> Trees:
+    """Trees [R, N] of each row's nodes, the first of which gets column 1; parents come first.
 
     Args:
         roots: [R] the rows' last tokens.
         bit: the drafter's.
     """
-    if not any(tries):
-        return None
-    size = (len(tries), 1 + max(len(trie) for trie in tries))
+    size = (len(tries), 1 + max((len(trie) for trie in tries), default=0))
     tokens, parents, confidence = np.full(size, -1), np.full(size, NO_PARENT), np.zeros(size, dtype=np.float32)
     tokens[:, 0], confidence[:, 0] = roots, 1.0
     for row, trie in enumerate(tries):
