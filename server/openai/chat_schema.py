@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from decoding.errors import RequestError
 from decoding.request import MAX_LOGPROBS
 from server.openai.fields import MAX_TEXT_PARTS, Fields, Integer, Name, SamplingFields, TextPart, as_parts
+from server.openai.structured import StructuredFields
 
 MAX_MESSAGES = 4096
 
@@ -33,7 +34,7 @@ class Message(Fields):
         return message if self.name is None else {**message, "name": self.name}
 
 
-class ChatFields(SamplingFields):
+class ChatFields(StructuredFields, SamplingFields):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None

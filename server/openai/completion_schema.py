@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from decoding.errors import RequestError
 from decoding.request import MAX_LOGPROBS
 from server.openai.fields import Integer, SamplingFields
+from server.openai.structured import StructuredFields
 
 MAX_PROMPTS = 1024
 MAX_CHOICES = 1024  # prompts x n
@@ -44,7 +45,7 @@ def _not_a_prompt() -> PydanticCustomError:
     return PydanticCustomError("prompt_form", f"it must be {forms}, and not be empty")
 
 
-class CompletionFields(SamplingFields):
+class CompletionFields(StructuredFields, SamplingFields):
     prompt: Annotated[list[PromptForm], PlainValidator(_parse_prompt)]
     echo: bool | None = None
     logprobs: Integer | None = None

@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 
 from decoding.errors import RequestError, nearest
 from server.openai.fields import AcceptanceFields, PredictionFields, SpeculationFields, StreamOptions
+from server.openai.structured import JsonSchemaFields, ResponseFormat, StructuredOutputs
 
 # Fields without an effect on the answer: accepted, so that clients which always send them work.
 IGNORED = frozenset(
@@ -31,10 +32,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "modalities": (["text"],),
@@ -44,10 +43,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "truncate_prompt_tokens": (-1,),
@@ -70,6 +67,7 @@ _WORDS = {
     "none_required": "it must be null or left out",
     "string_too_long": "it can have at most {max_length} characters",
     "string_too_short": "it must not be empty",
+    "string_pattern_mismatch": "it must match {pattern}",
     "string_type": "it must be a string",
     "too_long": "it can have at most {max_length} items",
     "too_short": "it must not be empty",
@@ -80,6 +78,9 @@ _NESTED: dict[str, type[BaseModel]] = {
     "speculation": SpeculationFields,
     "speculation.acceptance": AcceptanceFields,
     "prediction": PredictionFields,
+    "response_format": ResponseFormat,
+    "response_format.json_schema": JsonSchemaFields,
+    "structured_outputs": StructuredOutputs,
 }
 _UNION_TAGS = frozenset({"switch", "limits"})
 _MAX_NAME_CHARS = 60
@@ -147,7 +148,8 @@ def _words(details: ErrorDetails) -> str:
 def _unknown_nested(place: list[str]) -> RequestError:
     parent, name = ".".join(place[:-1]), place[-1]
     if parent in _NESTED:
-        return _unknown(name, _NESTED[parent].model_fields, inside=parent)
+        fields = _NESTED[parent].model_fields.items()
+        return _unknown(name, [field.alias or attribute for attribute, field in fields], inside=parent)
     shown = name[:_MAX_NAME_CHARS]
     param = f"{parent}.{shown}"
     return RequestError(f"{param}: this field is not supported here.", param=param, code="unknown_parameter")

@@ -8,7 +8,7 @@ import time
 from fastapi import APIRouter, Request, Response
 
 from decoding.errors import RequestError
-from decoding.request import GenerateRequest
+from decoding.request import GenerateRequest, Grammar
 from server.api import Api, output_options
 from server.engine_client import check_ready
 from server.openai.chat import ChatRenderer
@@ -16,6 +16,7 @@ from server.openai.chat_schema import ChatFields
 from server.openai.generation import PromptRequest
 from server.openai.json_body import read_json
 from server.openai.rendering import Head
+from server.openai.structured import checked_grammar
 from server.openai.validation import parse_fields
 
 
@@ -29,7 +30,8 @@ def chat_router(api: Api) -> APIRouter:
         fields.check_combinations()
         head = Head(api.model_name(fields.model), fields.resolved_seed(api.settings.seed), "chatcmpl")
         check_ready(api.client.state)
-        prompt = await asyncio.to_thread(prepare_conversation, api, fields, head)
+        grammar = await checked_grammar(fields, api.grammars)
+        prompt = await asyncio.to_thread(prepare_conversation, api, fields, head, grammar)
         generation = api.generation([prompt], output_options(fields), arrived)
         renderer = ChatRenderer(head, api.tokenizer, generation, fields.top_logprobs or 0)
         return await api.answer(request, renderer, fields)
@@ -37,7 +39,7 @@ def chat_router(api: Api) -> APIRouter:
     return router
 
 
-def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> PromptRequest:
+def prepare_conversation(api: Api, fields: ChatFields, head: Head, grammar: Grammar | None) -> PromptRequest:
     """Render, tokenize and check the messages; runs in a worker thread.
 
     Raises:
@@ -45,14 +47,14 @@ def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> PromptRequ
             with the messages.
     """
     try:
-        return PromptRequest(_request(api, fields, head))
+        return PromptRequest(_request(api, fields, head, grammar))
     except RequestError as error:
         renamed = {"prompt": "messages", "max_tokens": fields.limit_field}
         message = error.message.replace("max_tokens", fields.limit_field)
         raise RequestError(message, param=renamed.get(error.param or "", error.param), code=error.code) from None
 
 
-def _request(api: Api, fields: ChatFields, head: Head) -> GenerateRequest:
+def _request(api: Api, fields: ChatFields, head: Head, grammar: Grammar | None) -> GenerateRequest:
     info = api.client.info
     messages = [message.for_template() for message in fields.messages]
     text = api.tokenizer.render_chat(messages, add_generation_prompt=fields.add_generation_prompt is not False)
@@ -71,6 +73,7 @@ def _request(api: Api, fields: ChatFields, head: Head) -> GenerateRequest:
         speculation=fields.speculation_params(),
         cache_salt=fields.cache_salt or "",
         prediction_ids=api.prediction_ids(fields.prediction),
+        grammar=grammar,
     )
     request.validate(info.vocab_size, info.max_model_len, info.drafters)
     return request

@@ -7,7 +7,7 @@ import time
 
 from fastapi import APIRouter, Request, Response
 
-from decoding.request import GenerateRequest
+from decoding.request import GenerateRequest, Grammar
 from server.api import Api, output_options
 from server.engine_client import check_ready
 from server.openai.completion_schema import CompletionFields
@@ -15,6 +15,7 @@ from server.openai.completions import CompletionRenderer
 from server.openai.generation import PromptRequest
 from server.openai.json_body import read_json
 from server.openai.rendering import Head
+from server.openai.structured import checked_grammar
 from server.openai.validation import parse_fields
 
 
@@ -28,7 +29,8 @@ def completions_router(api: Api) -> APIRouter:
         fields.check_combinations()
         head = Head(api.model_name(fields.model), fields.resolved_seed(api.settings.seed), "cmpl")
         check_ready(api.client.state)
-        prompts = await asyncio.to_thread(prepare_prompts, api, fields, head)
+        grammar = await checked_grammar(fields, api.grammars)
+        prompts = await asyncio.to_thread(prepare_prompts, api, fields, head, grammar)
         options = output_options(fields, echo=bool(fields.echo), prompt_only=fields.prompt_only)
         generation = api.generation(prompts, options, arrived)
         return await api.answer(request, CompletionRenderer(head, api.tokenizer, generation), fields)
@@ -36,7 +38,9 @@ def completions_router(api: Api) -> APIRouter:
     return router
 
 
-def prepare_prompts(api: Api, fields: CompletionFields, head: Head) -> list[PromptRequest]:
+def prepare_prompts(
+    api: Api, fields: CompletionFields, head: Head, grammar: Grammar | None
+) -> list[PromptRequest]:
     """Tokenize and check every prompt; runs in a worker thread.
 
     Raises:
@@ -65,6 +69,7 @@ def prepare_prompts(api: Api, fields: CompletionFields, head: Head) -> list[Prom
             speculation=fields.speculation_params(),
             cache_salt=fields.cache_salt or "",
             prediction_ids=prediction,
+            grammar=grammar,
         )
         request.validate(info.vocab_size, info.max_model_len, info.drafters)
         prepared.append(PromptRequest(request, _echo_text(api, fields, prompt)))
