@@ -44,7 +44,9 @@ def write(results: Sequence[Path], page: Path) -> None:
     if set(merged) != {structured.KIND}:
         raise ConfigError(f"these are no results for this page ({', '.join(merged)}); give those of {structured.KIND}")
     document = merged[structured.KIND]
-    text = "\n\n".join([indented(structured_text(document.pieces)), "Where the numbers come from:", *sources([document])])
+    text = "\n\n".join(
+        [indented(structured_text(document.pieces)), "Where the numbers come from:", *sources([document])]
+    )
     try:
         before = page.read_text(encoding="utf-8")
     except OSError as error:

@@ -27,7 +27,9 @@ def structured_text(pieces: Pieces) -> str:
 
 def _at(temperature: float, pieces: Pieces) -> str:
     mine = [piece for piece in pieces if piece["temperature"] == temperature]
-    rows = [_row(LEVELS[level], [p for p in mine if p["level"] == level]) for level in sorted({p["level"] for p in mine})]
+    rows = [
+        _row(LEVELS[level], [p for p in mine if p["level"] == level]) for level in sorted({p["level"] for p in mine})
+    ]
     return "\n".join(
         [f"temperature {temperature:g}", "", _HEAD, _NAMES, *rows, _row("all", mine), "", *_verdict(mine), _masks(mine)]
     )

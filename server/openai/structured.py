@@ -1,4 +1,4 @@
-"""The fields that say what the whole output must match: OpenAI's response_format, vLLM's structured_outputs and guided_*.
+"""Fields that say what the whole output must match: OpenAI's response_format, vLLM's structured_outputs and guided_*.
 
 All of them come down to one grammar, and a request can have one at most.
 """
@@ -19,6 +19,7 @@ from decoding.errors import RequestError
 from decoding.request import Grammar
 from server.grammar_worker import GrammarCheck
 from server.openai.fields import Fields
+from server.openai.json_schema.keywords import is_cut_off
 from server.openai.json_schema.reading import schema_source
 
 MAX_LISTED = 1000  # texts of a choice
@@ -159,6 +160,9 @@ def _constraint(asked: _Asked) -> Constraint:
         texts = json.dumps(list(dict.fromkeys(value)), ensure_ascii=False)
         grammar = Grammar("choice", _bounded(texts, MAX_CHOICE_BYTES, param))
     elif asked.rule == "regex":
+        if is_cut_off(value):
+            message = f"{param}: it ends with a backslash, and nothing follows that it could escape."
+            raise RequestError(message, param=param, code="invalid_grammar")
         grammar = Grammar("regex", _bounded(value, MAX_PATTERN_BYTES, param))
     else:
         grammar = Grammar("grammar", _bounded(value, MAX_GRAMMAR_BYTES, param))

@@ -38,9 +38,7 @@ def completions_router(api: Api) -> APIRouter:
     return router
 
 
-def prepare_prompts(
-    api: Api, fields: CompletionFields, head: Head, grammar: Grammar | None
-) -> list[PromptRequest]:
+def prepare_prompts(api: Api, fields: CompletionFields, head: Head, grammar: Grammar | None) -> list[PromptRequest]:
     """Tokenize and check every prompt; runs in a worker thread.
 
     Raises:

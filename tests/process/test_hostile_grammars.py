@@ -1,4 +1,4 @@
-"""Schemas, expressions and grammars that mean harm, against a real server: each gets its answer, and nobody else notices."""
+"""Requests that mean harm, against a real server: each gets its answer, and nobody else notices."""
 
 from __future__ import annotations
 

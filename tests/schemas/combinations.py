@@ -94,5 +94,6 @@ def _mixed() -> Iterator[Case]:
     yield Case("mixed/result or error", 5, closed({"results": array(inner, 2, 1)}))
     deep = {"allOf": [{"anyOf": [whole(0, 40), whole(60, 99)]}, {"anyOf": [whole(30, 70), whole(95, 99)]}]}
     yield Case("mixed/allOf of anyOf", 5, deep)
-    yield Case("mixed/types and their words", 5, {"type": ["array", "string"], "items": BOOL, "maxItems": 2, "maxLength": 3})
-
+    yield Case(
+        "mixed/types and their words", 5, {"type": ["array", "string"], "items": BOOL, "maxItems": 2, "maxLength": 3}
+    )

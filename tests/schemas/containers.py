@@ -76,7 +76,9 @@ OBJECTS: dict[str, Schema] = {
     "required in another order": {**closed({"a": DIGIT, "b": DIGIT, "c": DIGIT}), "required": ["c", "a", "b"]},
     "with null": closed({"value": {"type": ["integer", "null"], "minimum": 0, "maximum": 9}}),
     "of constants": closed({"version": {"const": 2}, "kind": {"const": "event"}, "final": {"const": True}}),
-    "of enums": closed({"size": one_of("S", "M", "L", "XL"), "colour": one_of("red", "blue"), "count": one_of(1, 2, 12)}),
+    "of enums": closed(
+        {"size": one_of("S", "M", "L", "XL"), "colour": one_of("red", "blue"), "count": one_of(1, 2, 12)}
+    ),
     "of arrays": closed({"xs": array(DIGIT, 3), "ys": array(DIGIT, 3, 3)}),
     "of texts": closed({"title": text(20, 3), "body": text(40)}),
     "one that must not be empty": closed({"a": DIGIT, "b": DIGIT}, ("a", "b"), minProperties=1),

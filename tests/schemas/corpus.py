@@ -1,6 +1,6 @@
 """The corpus: 300 schemas in one file, which the families write.
 
-    python -m tests.schemas.corpus      # writes tests/schemas/schemas.jsonl anew
+python -m tests.schemas.corpus      # writes tests/schemas/schemas.jsonl anew
 """
 
 from __future__ import annotations

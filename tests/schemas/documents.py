@@ -18,7 +18,9 @@ CALLS: dict[str, Schema] = {
     "search": closed({"query": text(24, 2), "limit": whole(1, 50), "safe": BOOL}, ("limit", "safe")),
     "mail": closed({"to": array(pattern("^[a-z]{2,8}@example\\.org$"), 2, 1), "subject": text(20), "body": text(40)}),
     "move": closed({"piece": one_of("K", "Q", "R", "B", "N", "P"), "to": pattern("^[a-h][1-8]$"), "check": BOOL}),
-    "shell": closed({"command": one_of("ls", "cat", "grep", "find"), "arguments": array(text(10, 1), 3), "sudo": {"const": False}}),
+    "shell": closed(
+        {"command": one_of("ls", "cat", "grep", "find"), "arguments": array(text(10, 1), 3), "sudo": {"const": False}}
+    ),
     "edit": closed({"file": PATH, "line": whole(1, 999), "old": text(20), "new": text(20)}),
     "timer": closed({"seconds": whole(1, 3600), "label": {"type": ["string", "null"], "maxLength": 12}}),
     "one of several": {
@@ -28,7 +30,9 @@ CALLS: dict[str, Schema] = {
             closed({"name": {"const": "stop"}, "arguments": closed({})}),
         ]
     },
-    "several at once": array(closed({"name": one_of("add", "mul"), "arguments": closed({"a": DIGIT, "b": DIGIT})}), 3, 1),
+    "several at once": array(
+        closed({"name": one_of("add", "mul"), "arguments": closed({"a": DIGIT, "b": DIGIT})}), 3, 1
+    ),
 }
 
 RECORDS: dict[str, Schema] = {
@@ -42,7 +46,9 @@ RECORDS: dict[str, Schema] = {
             "isbn": pattern("^97[89]-[0-9]{10}$"),
         }
     ),
-    "commit": closed({"hash": pattern("^[0-9a-f]{7}$"), "author": NAME, "message": text(30, 5), "files": array(PATH, 3)}),
+    "commit": closed(
+        {"hash": pattern("^[0-9a-f]{7}$"), "author": NAME, "message": text(30, 5), "files": array(PATH, 3)}
+    ),
     "log line": closed(
         {
             "time": pattern("^2[0-9]{3}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z$"),
@@ -81,7 +87,9 @@ RECORDS: dict[str, Schema] = {
             "id": {"type": "string", "format": "uuid"},
             "name": pattern("^[a-z][a-z0-9_]{2,11}$"),
             "roles": array(one_of("admin", "editor", "viewer"), 2, 1),
-            "settings": closed({"theme": one_of("dark", "light"), "mails": BOOL, "page": whole(10, 100, multipleOf=10)}),
+            "settings": closed(
+                {"theme": one_of("dark", "light"), "mails": BOOL, "page": whole(10, 100, multipleOf=10)}
+            ),
         }
     ),
 }
@@ -100,7 +108,9 @@ DOCUMENTS: dict[str, Schema] = {
         {
             "name": text(20, 3),
             "serves": whole(1, 12),
-            "ingredients": array(closed({"what": WORD, "amount": whole(1, 500), "unit": one_of("g", "ml", "pcs")}), 4, 2),
+            "ingredients": array(
+                closed({"what": WORD, "amount": whole(1, 500), "unit": one_of("g", "ml", "pcs")}), 4, 2
+            ),
             "steps": array(text(24, 4), 3, 1),
         }
     ),

@@ -44,7 +44,7 @@ ENUMS: dict[str, list[Any]] = {
     "of 26": [chr(97 + i) for i in range(26)],
     "of 100 numbers": list(range(1000, 1100)),
     "of 300 names": [f"item_{i:03d}_{'abcdefg'[i % 7] * (i % 5)}" for i in range(300)],
-    "of 1000 names": [f"{'north south east west'.split()[i % 4]}-{i * 7919 % 10007}" for i in range(1000)],
+    "of 1000 names": [f"{['north', 'south', 'east', 'west'][i % 4]}-{i * 7919 % 10007}" for i in range(1000)],
 }
 
 # (low, high, more)
@@ -146,7 +146,9 @@ def cases() -> Iterator[Case]:
         words = "".join(f" {word} {value}" for word, value in more.items())
         yield Case(f"integer/{low} to {high}{words}", 1, whole(low, high, **more))
     for each in NUMBERS:
-        yield Case(f"number/{' '.join(f'{word} {value}' for word, value in each.items())}", 1, {"type": "number", **each})
+        yield Case(
+            f"number/{' '.join(f'{word} {value}' for word, value in each.items())}", 1, {"type": "number", **each}
+        )
     for least, longest in LENGTHS:
         yield Case(f"length/{least} to {longest}", 1, text(longest, least))
     for name, expression in PATTERNS.items():

@@ -7,10 +7,10 @@ import json
 import pytest
 from jsonschema.validators import Draft202012Validator, validator_for
 
+from benchmarks.schema_judge import complaint
 from server.openai.json_schema.reading import schema_source
 from tests.schemas.case import Schema
 from tests.schemas.corpus import FILE, SIZE, families, lines, load, spread
-from benchmarks.schema_judge import complaint
 
 CASES = load()
 

@@ -1,4 +1,4 @@
-"""The words of JSON Schema (draft 2020-12): what is enforced, what says nothing of the output, what cannot be promised."""
+"""The words of JSON Schema (draft 2020-12): what is enforced, what says nothing, what cannot be promised."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ class Form:
     words: str
 
 
+def is_cut_off(expression: str) -> bool:
+    """Whether a regular expression ends with a backslash that escapes nothing; compilers overlook it."""
+    return (len(expression) - len(expression.rstrip("\\"))) % 2 == 1
+
+
+def _is_pattern(value: Any) -> bool:
+    return isinstance(value, str) and not is_cut_off(value)
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
@@ -63,7 +72,7 @@ VALUES: Mapping[str, Form] = {
     "const": Form(lambda value: True, ""),
     "$ref": Form(lambda value: isinstance(value, str), "must be a string"),
     "required": Form(_are_names, "must be an array of strings"),
-    "pattern": Form(lambda value: isinstance(value, str), "must be a string with a regular expression"),
+    "pattern": Form(_is_pattern, "must be a string with a whole regular expression"),
     "format": Form(lambda value: isinstance(value, str) and value in FORMATS, f"must be one of {', '.join(FORMATS)}"),
     "multipleOf": Form(lambda value: _is_number(value) and value > 0, "must be a finite number above 0"),
     **dict.fromkeys(("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"), _COUNT),

@@ -1,8 +1,8 @@
 """From a client's JSON schema to the source of a grammar, or the first place in it that cannot be promised.
 
 A schema is read whole before anything is compiled. Whatever in it changes which outputs are right is enforced or
-refused, with its place as a JSON pointer; what says nothing about the output (titles, descriptions) is left out, so that
-the compiler gets only words that it must act on.
+refused, with its place as a JSON pointer; what says nothing about the output (titles, descriptions) is left out, so
+that the compiler gets only words that it must act on.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from decoding.errors import RequestError, nearest
 from server.openai.json_schema import keywords
@@ -23,6 +23,7 @@ MAX_ENUM_VALUES = 5000
 MAX_LEAST = 100_000  # of a least length: no context of a model holds more
 _MAX_TOKEN_CHARS = 40
 _MAX_POINTER_CHARS = 160
+_URI_SIGNS = "!$&'()*+,;=:@~"  # that stand for themselves in a fragment
 _NO_DRAFT_4 = "must be a number: drafts since 6 have no true and false here"
 
 
@@ -54,6 +55,8 @@ class _Reader:
             raise self._too_complex(f"the schema has {size} bytes; {MAX_BYTES} are the most")
         cleaned = self._schema(schema, (), None)
         targets = {place: self._target(place, reference) for place, reference in self._references.items()}
+        for place, target in targets.items():
+            self._schemas[place]["$ref"] = _fragment(target)
         never = endless(self._schemas, self._parents, targets)
         if never:
             place = min(never, key=len)
@@ -130,7 +133,9 @@ class _Reader:
         for option, given in value.items():
             wanted = keywords.LAYOUT_OPTIONS.get(option)
             if wanted is None:
-                raise self._wrong((*here, option), f"is no option here: {nearest(option[:200], keywords.LAYOUT_OPTIONS)}")
+                raise self._wrong(
+                    (*here, option), f"is no option here: {nearest(option[:200], keywords.LAYOUT_OPTIONS)}"
+                )
             if type(given) is not wanted:
                 raise self._wrong((*here, option), "must be a string" if wanted is str else "must be true or false")
 
@@ -197,13 +202,22 @@ class _Reader:
         return RequestError(f"{self._param}: {what}.", param=self._param, code="grammar_too_complex")
 
 
+def _fragment(place: Place) -> str:
+    """A place as a reference, in the one spelling that every reader of URIs takes."""
+    return "#" + "".join(f"/{quote(_escaped(token), safe=_URI_SIGNS)}" for token in place)
+
+
+def _escaped(token: str) -> str:
+    return token.replace("~", "~0").replace("/", "~1")
+
+
 def _like(word: str) -> str:
     return nearest(word[:200], keywords.ENFORCED)
 
 
 def _pointer(place: Place) -> str:
     """A place as people write it, of bounded length."""
-    tokens = [token.replace("~", "~0").replace("/", "~1") for token in place]
+    tokens = map(_escaped, place)
     shown = "".join(f"/{t if len(t) <= _MAX_TOKEN_CHARS else t[:_MAX_TOKEN_CHARS] + '…'}" for t in tokens)
     if len(shown) > _MAX_POINTER_CHARS:
         shown = f"{shown[: _MAX_POINTER_CHARS // 2]}…{shown[-_MAX_POINTER_CHARS // 2 :]}"
