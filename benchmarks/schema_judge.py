@@ -6,19 +6,16 @@ import json
 from decimal import Decimal
 from typing import Any
 
-from jsonschema import FormatChecker
 from jsonschema.validators import Draft202012Validator, validator_for
-
-FORMATS = FormatChecker()
 
 
 def exact(text: str) -> Any:
     """JSON with decimal numbers: in binary ones, 0.07 is no multiple of 0.01.
 
     Raises:
-        ValueError: it is not valid JSON, or has a name twice in an object.
+        ValueError: it is not valid JSON.
     """
-    return json.loads(text, parse_float=Decimal, object_pairs_hook=_once, parse_constant=_refused)
+    return json.loads(text, parse_float=Decimal, parse_constant=_refused)
 
 
 def complaint(text: str, schema: Any) -> str | None:
@@ -30,15 +27,8 @@ def complaint(text: str, schema: Any) -> str | None:
     text.encode()  # no lone surrogates
     schema = exact(json.dumps(schema))
     kind = validator_for(schema, default=Draft202012Validator)
-    errors = [error.message for error in kind(schema, format_checker=FORMATS).iter_errors(value)]
+    errors = [error.message for error in kind(schema, format_checker=kind.FORMAT_CHECKER).iter_errors(value)]
     return f"{errors[0][:300]}: {text!r}" if errors else None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name comes twice in an object")
-    return found
 
 
 def _refused(constant: str) -> Any:

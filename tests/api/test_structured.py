@@ -202,6 +202,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"exclusiveMaximum": True}, "'#/exclusiveMaximum' must be a number: drafts since 6"),
     ({"multipleOf": 0}, "'#/multipleOf' must be a finite number above 0"),
     ({"required": [1]}, "'#/required' must be an array of strings"),
+    ({"pattern": "a\\"}, "'#/pattern' must be a string with a whole regular expression"),
     ({"format": "phone"}, "'#/format' must be one of date, date-time"),
     ({"not": {}}, "'#/not' is a keyword that this server cannot enforce"),
     (
@@ -308,3 +309,35 @@ def test_names_of_clients_are_cut() -> None:
     with pytest.raises(RequestError) as refused:
         schema_source({"properties": {"secret" * 1000: {"items": {"y" * 5000: 1}}}}, "f")
     assert len(refused.value.message) < 900
+
+
+@pytest.mark.parametrize(
+    ("pattern", "read"),
+    [
+        ('^[^"]*$', '^[^\\x00"]*$'),
+        ("[^]a]", "[^]\\x00a]"),
+        ("a\\[^b", "a\\[^b"),
+        ("\\\\[^b]", "\\\\[^\\x00b]"),
+        ("[a-z]^", "[a-z]^"),
+    ],
+)
+def test_negated_classes_are_read_without_nul(pattern: str, read: str) -> None:
+    """A compiler's mistake is kept from: with every control character in it, a class has quotes for it, too."""
+    named = {"pattern": pattern, "patternProperties": {pattern: {}}}
+    assert json.loads(schema_source(named, "f")) == {"pattern": read, "patternProperties": {read: {}}}
+
+
+def test_times_have_sixty_seconds() -> None:
+    read = json.loads(schema_source({"format": "time", "allOf": [{"maxLength": 20}]}, "f"))
+    assert read == {"format": "time", "allOf": [{"maxLength": 20}, {"pattern": ":[0-5][0-9]:[0-5][0-9]"}]}
+
+
+def test_references_have_one_spelling() -> None:
+    schema = {"$defs": {"größe": {}, "a/b": {}}, "anyOf": [{"$ref": "#/$defs/größe"}, {"$ref": "#/$defs/a~1b"}]}
+    read = json.loads(schema_source(schema, "f"))
+    assert read["anyOf"] == [{"$ref": "#/$defs/gr%C3%B6%C3%9Fe"}, {"$ref": "#/$defs/a~1b"}]
+
+
+def test_a_cut_off_expression_is_refused() -> None:
+    response, _, _ = post({"guided_regex": "a\\"})
+    check_error(response, 400, "invalid_grammar", "guided_regex")

@@ -10,7 +10,6 @@ from tests.schemas.case import BOOL, DIGIT, NULL, WORD, Case, Schema, array, clo
 EITHER: dict[str, list[Any]] = {
     "integer or word": [DIGIT, WORD],
     "null or object": [NULL, closed({"a": DIGIT})],
-    "three scalars": [BOOL, whole(10, 99), one_of("none")],
     "array or scalar": [array(DIGIT, 3, 1), DIGIT],
     "two objects": [closed({"a": DIGIT}), closed({"b": BOOL})],
     "objects that share a name": [closed({"a": DIGIT, "b": DIGIT}), closed({"a": DIGIT, "c": BOOL})],
@@ -21,7 +20,6 @@ EITHER: dict[str, list[Any]] = {
     "constants": [{"const": 1}, {"const": "one"}, {"const": [1]}],
     "one branch alone": [closed({"only": BOOL})],
     "a branch that cannot be": [False, DIGIT],
-    "the same twice": [BOOL, BOOL],
     "in each other": [{"anyOf": [DIGIT, {"anyOf": [BOOL, NULL]}]}, one_of("deep")],
     "of arrays": [array(DIGIT, 2, 2), array(BOOL, 3, 3)],
     "of tuples": [

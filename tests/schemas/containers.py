@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.schemas.case import BOOL, DIGIT, NULL, WORD, Case, Schema, array, closed, one_of, pattern, text, whole
+from tests.schemas.case import BOOL, DIGIT, NULL, WORD, Case, Schema, array, closed, one_of, text, whole
 
 ARRAYS: dict[str, Schema] = {
     "of nothing": array(True, 0),
     "of booleans": array(BOOL, 3),
-    "of one boolean": array(BOOL, 1, 1),
     "of nulls": array(NULL, 4, 2),
     "of digits": array(DIGIT, 5),
-    "of exactly 4 digits": array(DIGIT, 4, 4),
     "of exactly 16 digits": array(DIGIT, 16, 16),
     "of 20 to 24 digits": array(DIGIT, 24, 20),
     "of words": array(WORD, 4, 1),
@@ -20,15 +18,12 @@ ARRAYS: dict[str, Schema] = {
     "of an enum": array(one_of("north", "south", "east", "west"), 6, 2),
     "of a constant": array({"const": "again"}, 5, 3),
     "of mixed scalars": array({"type": ["integer", "boolean", "null"], "minimum": 0, "maximum": 9}, 5, 2),
-    "of bytes": array(whole(0, 255), 8, 4),
     "of multiples": array(whole(0, 60, multipleOf=15), 4, 2),
     "of arrays": array(array(DIGIT, 2), 3),
     "matrix 2 by 2": array(array(DIGIT, 2, 2), 2, 2),
     "matrix 3 by 4": array(array(whole(-9, 9), 4, 4), 3, 3),
     "cube": array(array(array(whole(0, 1), 2, 2), 2, 2), 2, 2),
-    "of empty arrays": array(array(True, 0), 3, 1),
     "of dates": array({"type": "string", "format": "date"}, 2, 1),
-    "of identifiers": array(pattern("^[a-z_]{1,6}$"), 5, 3),
     "of objects": array(closed({"x": DIGIT}), 3, 1),
     "of points": array(closed({"x": whole(-99, 99), "y": whole(-99, 99)}), 3, 2),
     "that may come twice": array(DIGIT, 3, 1, uniqueItems=False),
@@ -82,7 +77,6 @@ OBJECTS: dict[str, Schema] = {
     "of arrays": closed({"xs": array(DIGIT, 3), "ys": array(DIGIT, 3, 3)}),
     "of texts": closed({"title": text(20, 3), "body": text(40)}),
     "one that must not be empty": closed({"a": DIGIT, "b": DIGIT}, ("a", "b"), minProperties=1),
-    "of 10 digits": closed({f"field_{i}": DIGIT for i in range(10)}),
     "of 20 booleans": closed({f"flag{i}": BOOL for i in range(20)}),
     "of 40 optional digits": closed({f"k{i}": DIGIT for i in range(40)}, tuple(f"k{i}" for i in range(40))),
     "with long names": closed({"a_name_that_is_rather_long_and_says_much": BOOL, "another_name_of_some_length": DIGIT}),

@@ -32,18 +32,5 @@ def load() -> list[Case]:
     return [Case(**json.loads(line)) for line in FILE.read_text(encoding="utf-8").splitlines()]
 
 
-def spread(count: int) -> list[Case]:
-    """As many of the corpus, from everywhere in it: every family is there."""
-    cases = load()
-    chosen = {next(place for place, case in enumerate(cases) if case.family == name) for name in families(cases)}
-    step = len(cases) / max(count - len(chosen), 1)
-    chosen |= {int(step * number) for number in range(max(count - len(chosen), 0))}
-    return [cases[place] for place in sorted(chosen)]
-
-
-def families(cases: list[Case]) -> list[str]:
-    return list(dict.fromkeys(case.family for case in cases))
-
-
 if __name__ == "__main__":
     FILE.write_text("\n".join(lines()) + "\n", encoding="utf-8")

@@ -25,7 +25,6 @@ CONSTANTS: dict[str, Any] = {
     "null": None,
     "array": [1, "two", None, [True, {}]],
     "object": {"a": {"b": [1, 2]}, "c": "d"},
-    "slashes": "https://example.org/a/b?c=d&e=%20#f",
 }
 
 ENUMS: dict[str, list[Any]] = {
@@ -41,8 +40,6 @@ ENUMS: dict[str, list[Any]] = {
     "of words that need escapes": ['"', "\\", "\\\\", "\n", "\t\r", '"quoted"', "a\u0000b", "\u001f"],
     "of objects": [{"x": 1, "y": 2}, {"x": 2, "y": 1}, {"x": 0, "y": 0}],
     "of arrays": [[], [0], [0, 0], [[0]], ["0"]],
-    "of 26": [chr(97 + i) for i in range(26)],
-    "of 100 numbers": list(range(1000, 1100)),
     "of 300 names": [f"item_{i:03d}_{'abcdefg'[i % 7] * (i % 5)}" for i in range(300)],
     "of 1000 names": [f"{['north', 'south', 'east', 'west'][i % 4]}-{i * 7919 % 10007}" for i in range(1000)],
 }
@@ -52,15 +49,12 @@ INTEGERS: list[tuple[int, int, dict[str, Any]]] = [
     (0, 0, {}),
     (0, 9, {}),
     (-5, 5, {}),
-    (1, 12, {}),
     (0, 255, {}),
     (10, 99, {}),
     (100, 999, {}),
     (-1000, -1, {}),
-    (1900, 2100, {}),
     (0, 65535, {}),
     (-32768, 32767, {}),
-    (123456, 123460, {}),
     (0, 2147483647, {}),
     (-9007199254740991, 9007199254740991, {}),
     (0, 100, {"multipleOf": 5}),
@@ -79,45 +73,36 @@ NUMBERS: list[Schema] = [
     {"exclusiveMinimum": 0, "exclusiveMaximum": 1, "multipleOf": 0.125},
     {"minimum": 1.5, "maximum": 2.5, "multipleOf": 0.001},
     {"minimum": 10, "exclusiveMaximum": 20, "multipleOf": 2.5},
-    {"minimum": 0, "maximum": 1},
-    {"exclusiveMinimum": -1, "maximum": 3.75},
 ]
 
 LENGTHS = [(0, 0), (1, 1), (0, 3), (2, 4), (5, 5), (0, 16), (10, 20), (32, 32), (1, 60)]
 
 PATTERNS: dict[str, str] = {
-    "digits": "^[0-9]{1,6}$",
     "class of digits": r"^\d{3}-\d{4}$",
-    "lower case": "^[a-z]{1,12}$",
     "identifier": "^[A-Za-z_][A-Za-z0-9_]{0,15}$",
     "hexadecimal colour": "^#[0-9a-fA-F]{6}$",
     "semantic version": r"^(0|[1-9][0-9]{0,2})\.(0|[1-9][0-9]{0,2})\.(0|[1-9][0-9]{0,2})$",
     "version with a suffix": r"^v[0-9]\.[0-9]{1,2}(-(alpha|beta|rc)\.[0-9])?$",
     "day": r"^(19|20)[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])$",
-    "clock": "^([01][0-9]|2[0-3]):[0-5][0-9]$",
     "address": r"^((25[0-5]|2[0-4][0-9]|1?[0-9]{1,2})\.){3}(25[0-5]|2[0-4][0-9]|1?[0-9]{1,2})$",
     "hash": "^[0-9a-f]{40}$",
     "alternatives": "^(GET|POST|PUT|PATCH|DELETE)$",
-    "alternatives of other lengths": "^(a|bc|def|ghij){1,4}$",
     "price": r"^\$[0-9]{1,3}(,[0-9]{3}){0,2}\.[0-9]{2}$",
-    "money in words": "^(one|two|three) (euro|dollar|pound)s?$",
     "path": "^(/[a-z0-9]{1,8}){1,4}$",
     "file": r"^[a-z]{1,8}\.(py|txt|json|md)$",
     "quotes": '^"[^"\\\\]{1,5}"$',
     "backslashes": r"^C:(\\[A-Z][a-z]{0,5}){1,3}$",
     "optional parts": "^a?b?c?d?e?f$",
     "lazy repeats": "^x{1,5}?y{2,3}?$",
-    "groups without capture": "^(?:ab|cd){2,3}$",
     "non-ASCII": "^[äöüß]{1,6}$",
     "range of letters from afar": "^[α-ω]{1,4}$",
     "negated class": "^[^a-zA-Z0-9]{1,3}$",
-    "space": r"^[A-Z][a-z]{1,6}\s[A-Z][a-z]{1,6}$",
+    "no quotes": '^[^"]{1,9}$',
+    "no quotes and backslashes": '^[^"\\\\\n]{2,9}$',
     "word characters": r"^\w{1,10}$",
     "phone": r"^\+[1-9][0-9]{1,2} \(?[0-9]{2,3}\)? [0-9]{3,4}-[0-9]{3,4}$",
     "chess move": "^([KQRBN]?[a-h]?[1-8]?x?[a-h][1-8](=[QRBN])?[+#]?|O-O(-O)?)$",
     "roman number": "^M{0,3}(CM|CD|D?C{0,3})(XC|XL|L?X{0,3})(IX|IV|V?I{0,3})$",
-    "DNA": "^(A|C|G|T){3,24}$",
-    "licence plate": "^[A-Z]{1,3}-[A-Z]{1,2} [1-9][0-9]{0,3}$",
 }
 
 # formats whose texts are of bounded length, and those that are not with a bound

@@ -10,7 +10,7 @@ from jsonschema.validators import Draft202012Validator, validator_for
 from benchmarks.schema_judge import complaint
 from server.openai.json_schema.reading import schema_source
 from tests.schemas.case import Schema
-from tests.schemas.corpus import FILE, SIZE, families, lines, load, spread
+from tests.schemas.corpus import FILE, SIZE, lines, load
 
 CASES = load()
 
@@ -26,12 +26,6 @@ def test_there_are_as_many_as_said_and_no_two_alike() -> None:
     assert [case.level for case in CASES] == sorted(case.level for case in CASES)
 
 
-def test_a_part_of_it_has_all_families() -> None:
-    part = spread(60)
-    assert 50 <= len(part) <= 60
-    assert families(part) == families(CASES)
-
-
 @pytest.mark.parametrize("level", range(1, 7))
 def test_each_is_a_schema(level: int) -> None:
     for case in CASES:
@@ -43,7 +37,6 @@ def test_reading_leaves_what_is_enforced() -> None:
     """What is left out are annotations, so that a schema means the same without."""
     for case in CASES:
         source = json.loads(schema_source(case.schema, "guided_json"))
-        assert schema_source(source, "guided_json") == json.dumps(source, ensure_ascii=False, separators=(",", ":"))
         assert set(case.schema) - set(source) <= {"$schema", "$id", "title", "description", "default", "examples"}
 
 
@@ -52,7 +45,6 @@ def test_reading_leaves_what_is_enforced() -> None:
     [
         ("0.07", {"type": "number", "multipleOf": 0.01}, True),
         ("0.075", {"type": "number", "multipleOf": 0.01}, False),
-        ('{"a":1,"a":2}', {"type": "object"}, False),
         ("[1,", {}, False),
         ("NaN", {}, False),
         ('"2024-02-30"', {"format": "date"}, False),

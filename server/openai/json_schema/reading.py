@@ -61,7 +61,14 @@ class _Reader:
         if never:
             place = min(never, key=len)
             raise self._wrong(place, "can never be satisfied: it needs itself, so that no output could end")
+        self._amend()
         return self._text(cleaned)
+
+    def _amend(self) -> None:
+        """Say more exactly what the compiler would take too loosely."""
+        for schema in self._schemas.values():
+            if isinstance(schema, dict) and schema.get("format") in keywords.TIMES:
+                schema["allOf"] = [*schema.get("allOf", ()), keywords.NO_LEAP_SECOND]
 
     def _text(self, value: Any) -> str:
         try:
@@ -155,7 +162,10 @@ class _Reader:
             if not isinstance(value, dict):
                 raise self._wrong(here, "must be an object with a schema for each name")
             self._count_properties(len(value))
-            return {name: self._schema(each, (*here, name), place) for name, each in value.items()}
+            read = {name: self._schema(each, (*here, name), place) for name, each in value.items()}
+            if word == "patternProperties":
+                return {keywords.without_nul(name): schema for name, schema in read.items()}
+            return read
         return self._value(word, value, here)
 
     def _value(self, word: str, value: Any, here: Place) -> Any:
@@ -172,7 +182,7 @@ class _Reader:
             raise self._too_complex(f"{_pointer(here)} asks for more than {MAX_LEAST}")
         if word == "required":
             self._count_properties(len(value))
-        return value
+        return keywords.without_nul(value) if word == "pattern" else value
 
     def _count_properties(self, count: int) -> None:
         self._properties += count
