@@ -8,6 +8,7 @@ from typing import Any
 
 from decoding.text import Tokenizer
 from server.openai.choice_output import Delta, ScoredToken
+from server.openai.extras import prompt_ids, prompt_logprobs, token_ids, trace
 from server.openai.generation import Generation
 from server.openai.rendering import Head, StreamUsage, finite, token_name, usage
 
@@ -24,8 +25,13 @@ class ChatRenderer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer to a request without ``stream``."""
-        choices = [self._whole_choice(delta) for delta in await self._generation.collected()]
-        return {**self._head.payload(KIND, choices), "usage": usage(self._generation)}
+        deltas = await self._generation.collected()
+        choices = [self._whole_choice(delta) for delta in deltas]
+        answer = {**self._head.payload(KIND, choices), "usage": usage(self._generation)}
+        answer |= prompt_ids(deltas[0])
+        if (scored := await prompt_logprobs(self._tokenizer, self._generation)) is not None:
+            answer["prompt_logprobs"] = scored[0]
+        return {**answer, **await trace(self._tokenizer, self._generation)}
 
     async def chunks(self, stream_usage: StreamUsage) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed answer: for each choice its role, its content, its finish reason."""
@@ -54,6 +60,7 @@ class ChatRenderer:
             "message": {"role": "assistant", "content": delta.text, "refusal": None},
             "logprobs": self._logprobs(delta.scored),
             "finish_reason": delta.finish_reason,
+            **token_ids(delta),
         }
 
     def _logprobs(self, scored: Sequence[ScoredToken] | None) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from decoding.text import Tokenizer
 from server.openai.choice_output import Delta, ScoredToken
+from server.openai.extras import prompt_ids, prompt_logprobs, token_ids, trace
 from server.openai.generation import Generation
 from server.openai.rendering import Head, StreamUsage, finite, token_name, usage
 
@@ -23,8 +24,12 @@ class CompletionRenderer:
     async def whole(self) -> dict[str, Any]:
         """The answer to a request without ``stream``."""
         choices = [self._choice(delta) for delta in await self._generation.collected()]
+        if (scored := await prompt_logprobs(self._tokenizer, self._generation)) is not None:
+            for choice in choices:
+                choice["prompt_logprobs"] = scored[choice["index"] * len(scored) // len(choices)]
         payload = self._head.payload(KIND, choices)
-        return {**payload, "usage": usage(self._generation)}
+        told = await trace(self._tokenizer, self._generation)
+        return {**payload, "usage": usage(self._generation), **told}
 
     async def chunks(self, stream_usage: StreamUsage) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed answer."""
@@ -40,6 +45,8 @@ class CompletionRenderer:
             "text": delta.text,
             "logprobs": None if delta.scored is None else completion_logprobs(self._tokenizer, delta.scored),
             "finish_reason": delta.finish_reason,
+            **prompt_ids(delta),
+            **token_ids(delta),
         }
 
 

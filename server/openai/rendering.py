@@ -24,6 +24,7 @@ class Head:
     model: str
     seed: int
     prefix: str  # "cmpl" or "chatcmpl"
+    fingerprint: str | None = None  # OpenAI's system_fingerprint
     created: int = field(default_factory=lambda: int(time.time()))
     token: str = field(default_factory=lambda: secrets.token_hex(16))
 
@@ -34,7 +35,7 @@ class Head:
     def payload(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """The answer's or the chunk's JSON, without usage."""
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "seed": self.seed}
-        return {**head, "choices": choices}
+        return {**head, "system_fingerprint": self.fingerprint, "choices": choices}
 
 
 def usage(generation: Generation) -> dict[str, Any]:
