@@ -36,7 +36,7 @@ class WordBans:
 def make_word_bans(sequences: list[Sequence], device: torch.device) -> WordBans | None:
     """The words of these sequences; None if they have none."""
     words = [sequence.params.bad_words for sequence in sequences]
-    most = max(len(each) for each in words)
+    most = max((len(each) for each in words), default=0)
     if not most:
         return None
     reach = max(len(word) for each in words for word in each) - 1

@@ -73,6 +73,8 @@ class Generation:
             async for delta in deltas:
                 parts.setdefault(delta.index, []).append(delta)
         wholes = {index: concatenated(each) for index, each in parts.items()}
+        if self.options.best is None:
+            return [wholes[index] for index in sorted(wholes)]
         return [replace(wholes[choice.index], index=place) for place, choice in enumerate(self.returned)]
 
     @property
@@ -80,6 +82,12 @@ class Generation:
         """The choices of the answer, by their index there; those of ``best_of`` when all have ended."""
         best = self.options.best
         return self.choices if best is None else [choice for run in self.prompts for choice in run.ranked()[:best]]
+
+    def so_far(self, index: int) -> tuple[int, int]:
+        """Prompt tokens and returned tokens of one of ``choices``."""
+        each = len(self.prompts[0].choices)
+        run = self.prompts[index // each]
+        return run.prompt_tokens, run.choices[index % each].returned
 
     @property
     def choices(self) -> list[ChoiceOutput]:
@@ -163,15 +171,15 @@ class PromptRun:
 
     def _take(self, event: TokenEvent, scores: tuple[ScoredToken, ...] | None) -> Delta:
         choice = self.choices[event.choice]
-        deltas = []
+        echo = None
         if self._options.echo and event.choice not in self._echoed and event.finish_reason != "error":
             self._echoed.add(event.choice)
-            deltas.append(choice.echo(self._prompt.text, scores))
+            echo = choice.echo(self._prompt.text, scores)
         finished_before = choice.finished
-        deltas.append(choice.take(event))
+        delta = choice.take(event)
         if choice.finished and not finished_before and event.finish_reason is None:
             self._client.cancel(event.request_id, event.choice)  # a stop string: the engine need not go on
-        return concatenated(deltas)  # the echoed prompt goes out with the first token
+        return delta if echo is None else concatenated([echo, delta])  # the prompt goes out with the first token
 
 
 async def _merge(sources: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
