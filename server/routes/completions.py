@@ -18,9 +18,7 @@ from server.openai.completion_schema import CompletionFields
 from server.openai.completions import CompletionRenderer
 from server.openai.fim import Infill
 from server.openai.generation import PromptRequest
-from server.openai.json_body import read_json
 from server.openai.rendering import Head
-from server.openai.validation import parse_fields
 
 
 def completions_router(api: Api) -> APIRouter:
@@ -29,13 +27,12 @@ def completions_router(api: Api) -> APIRouter:
     @router.post("/v1/completions")
     async def create_completion(request: Request) -> Response:
         arrived = time.monotonic()
-        fields = parse_fields(await read_json(request, api.settings.max_body_bytes), CompletionFields)
-        fields.check_combinations()
+        fields = await api.read(request, CompletionFields)
         model, seed = api.model_name(fields.model), fields.resolved_seed(api.settings.seed)
         check_ready(api.client.state)
         head = Head(model, seed, "cmpl", api.fingerprint())
         prompts = await asyncio.to_thread(prepare_prompts, api, fields, head)
-        generation = api.generation(prompts, completion_options(fields), arrived)
+        generation = api.generation(request, prompts, completion_options(fields), arrived)
         return await api.answer(request, CompletionRenderer(head, api.tokenizer, generation), fields)
 
     return router
@@ -74,6 +71,7 @@ def prepare_prompts(api: Api, fields: CompletionFields, head: Head) -> list[Prom
     for place, prompt in enumerate(fields.prompt):
         ids = _prompt_ids(api, fields, prompt, infill)
         cut = fields.truncated(ids, info.max_model_len - params.max_tokens)
+        api.check_tokens(cut)
         request = GenerateRequest(
             request_id=f"{head.id}-{place}",
             prompt_ids=cut,

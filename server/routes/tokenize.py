@@ -11,7 +11,6 @@ from starlette.responses import JSONResponse, Response
 from decoding.errors import RequestError
 from decoding.request import check_token_ids
 from server.api import LONGEST_CUT, Api
-from server.openai.json_body import read_json
 from server.openai.tokenize_schema import DetokenizeFields, TokenizeChatFields, TokenizeFields
 from server.openai.validation import parse_fields
 
@@ -21,7 +20,7 @@ def tokenize_router(api: Api) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        body = await read_json(request, api.settings.max_body_bytes)
+        body = await api.body(request)
         with_messages = "messages" in body
         fields = parse_fields(body, TokenizeChatFields) if with_messages else parse_fields(body, TokenizeFields)
         api.model_name(fields.model)
@@ -29,7 +28,7 @@ def tokenize_router(api: Api) -> APIRouter:
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        fields = parse_fields(await read_json(request, api.settings.max_body_bytes), DetokenizeFields)
+        fields = parse_fields(await api.body(request), DetokenizeFields)
         api.model_name(fields.model)
         return JSONResponse(await asyncio.to_thread(detokenized, api, fields))
 
