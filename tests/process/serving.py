@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,10 +62,14 @@ def run(*args: str, seconds: float = START_SECONDS) -> subprocess.CompletedProce
     return subprocess.run([*COMMAND, *args], cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
 
 
+def serving(*args: str, **environment: str) -> contextlib.AbstractContextManager[Served]:
+    """`saccade serve` on a free port, ready for requests; ended at the latest when the context is left."""
+    return started([*COMMAND, "serve", *args, "--port", "0"], **environment)
+
+
 @contextlib.contextmanager
-def serving(*args: str, **environment: str) -> Iterator[Served]:
-    """A server on a free port, ready for requests; ended at the latest when the context is left."""
-    command = [*COMMAND, "serve", *args, "--port", "0"]
+def started(command: Sequence[str], **environment: str) -> Iterator[Served]:
+    """A server that says "ready" and its address on standard error, as ours does."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
