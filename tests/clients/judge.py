@@ -1,7 +1,7 @@
 """What the script of every client shares: its arguments, and checks that are counted.
 
-The standard library only: scripts run inside the environments of their clients. Each check is told on standard output as
-one JSON object a line; ``run.py`` reads them, and passes over whatever else a client prints.
+The standard library only: scripts run inside the environments of their clients. Each check is told on standard output
+as one JSON object a line; ``run.py`` reads them, and passes over whatever else a client prints.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Judge:
         detail = ""
         try:
             yield
-        except (Exception, SystemExit):
+        except (Exception, SystemExit):  # noqa: BLE001 - whatever goes wrong is the verdict
             detail = traceback.format_exc()[-DETAIL_CHARS:]
             self.failed += 1
         line = {"check": name, "passed": not detail, "seconds": round(time.monotonic() - started, 2), "detail": detail}

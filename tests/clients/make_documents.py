@@ -2,9 +2,9 @@
 
     python -m tests.clients.make_documents
 
-The prompts are cut from files that no demo model was trained on. Each document's context ends before one of a prompt's
-lines; that line is the answer, and lines of other documents are the wrong ones. A few documents are what goes wrong most
-easily: no context at all, text beyond ASCII, a context that ends in spaces.
+The prompts are cut from files that no demo model was trained on. Each document's context ends before one of a
+prompt's lines; that line is the answer, and lines of other documents are the wrong ones. A few documents are what goes
+wrong most easily: no context at all, text beyond ASCII, a context that ends in spaces.
 """
 
 from __future__ import annotations
@@ -43,8 +43,12 @@ def cut(text: str) -> dict[str, str] | None:
     return None
 
 
+def _lines() -> list[str]:
+    return (ROOT / "demo/prompts.jsonl").read_text(encoding="utf-8").splitlines()[::2]
+
+
 def documents() -> Iterator[dict[str, Any]]:
-    prompts = [json.loads(line)["prompt"] for line in (ROOT / "demo/prompts.jsonl").read_text().splitlines()]
+    prompts = [json.loads(line)["prompt"] for line in _lines()]
     found = [{**document, "text": prompt} for prompt in prompts if (document := cut(prompt)) is not None]
     found += [{**corner, "text": corner["context"] + corner["target"]} for corner in CORNERS]
     targets = list(dict.fromkeys(document["target"] for document in found))

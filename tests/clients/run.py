@@ -2,9 +2,9 @@
 
     python -m tests.clients.run [NAME ...]
 
-Three servers are started on free ports of the loopback interface: the demo model with the drafters of the README, the same
-in float32, and the HTTP application on a scripted engine, for what a healthy engine does not do. Every client gets an
-environment of its own (versions.toml), and its script prints its checks. The exit status is 1 if any failed.
+Three servers are started on free ports of the loopback interface: the demo model with the drafters of the README, the
+same in float32, and the HTTP application on a scripted engine, for what a healthy engine does not do. Every client gets
+an environment of its own (versions.toml), and its script prints its checks. The exit status is 1 if any failed.
 """
 
 from __future__ import annotations

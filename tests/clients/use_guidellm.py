@@ -1,4 +1,4 @@
-"""GuideLLM, which benchmarks over streams and is exact about their form: ``data: [DONE]``, usage, errors in the middle."""
+"""GuideLLM, which benchmarks over streams and is exact about their form: their end, usage, errors in the middle."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def errors(judge: Judge, args: Namespace) -> None:
         longest = [{"role": "user", "content": "x" * 300_000}]
         raises(litellm.ContextWindowExceededError, lambda: ask(messages=longest))
     with judge("a wrong value: BadRequestError"):
-        raises(litellm.BadRequestError, lambda: ask(temperature=9.0))
+        raises(litellm.BadRequestError, lambda: ask(temperature=-1.0))
     with judge("a wrong key: AuthenticationError"):
         raises(litellm.AuthenticationError, lambda: ask(api_key="sk-wrong"))
     with judge("a timeout: Timeout"):

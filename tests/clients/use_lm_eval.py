@@ -1,13 +1,13 @@
 """lm-evaluation-harness: its numbers over HTTP are those that it gets from transformers on the same model, in float32.
 
-Every kind of request is compared, on local documents (tasks/): multiple choice, loglikelihood, rolling loglikelihood and
-generation; not the metrics alone but each document's answers. What must be set for the two sides to ask for the same:
+Every kind of request is compared, on local documents (tasks/): multiple choice, loglikelihood, rolling loglikelihood
+and generation; not the metrics alone but each document's answers. What must be set for both sides to ask the same:
 
-- ``local-completions`` takes ``max_length`` for the server's context and keeps two tokens of it free (one is generated, one
-  is the window's first); ``hf`` keeps none. So ``hf`` gets two fewer.
+- ``local-completions`` takes ``max_length`` for the server's context and keeps two tokens of it free (one is generated,
+  one is the window's first); ``hf`` keeps none. So ``hf`` gets two fewer.
 - Generation keeps one token free, so that no context here is as long as to be cut.
-- Prompts go out as token ids. As strings, a context and its continuation would be tokenized together, and a token can reach
-  over their border; only generation, which has no such border, is compared with strings as well.
+- Prompts go out as token ids. As strings, a context and its continuation would be tokenized together, and a token can
+  reach over their border; only generation, which has no such border, is compared with strings as well.
 """
 
 from __future__ import annotations

@@ -89,8 +89,9 @@ await check("chat: whole, in a stream, usage", async () => {
 });
 
 await check("chat: the stream() helper", async () => {
-  const whole = await demo.chat.completions.create(chat);
-  const runner = demo.chat.completions.stream(chat);
+  const ended = { ...chat, stop: ["\n"], max_completion_tokens: 200 };
+  const whole = await demo.chat.completions.create(ended);
+  const runner = demo.chat.completions.stream(ended);
   assert.equal(await runner.finalContent(), whole.choices[0].message.content);
 });
 

@@ -1,7 +1,7 @@
 """Logprobs over HTTP are those of the transformers library: what evaluations by likelihood rest on.
 
-Both sides compute in float32, in other orders: each logit, of size 20 at most, is a sum of thousands of roundings of 6e-8
-relative size, and differs by some 1e-6. The tolerance is half of the fourth decimal, as of `make clients`, where
+Both sides compute in float32, in other orders: each logit, of size 20 at most, is a sum of thousands of roundings of
+6e-8 relative size, and differs by some 1e-6. The tolerance is half of the fourth decimal, as of `make clients`, where
 lm-evaluation-harness makes the same comparison.
 """
 
@@ -77,12 +77,10 @@ def test_echoed_prompts_are_scored_as_transformers_scores_them(
             check(scores, ids, values)
 
 
-def test_a_prompt_alone_is_scored_alike(
-    server: Served, prompts: list[list[int]], expected: list[torch.Tensor]
-) -> None:
+def test_a_prompt_alone_is_scored_alike(server: Served, prompts: list[list[int]], expected: list[torch.Tensor]) -> None:
     for scores, ids, values in zip(score(server, prompts, max_tokens=0), prompts, expected, strict=True):
         assert len(scores["tokens"]) == len(ids)
-        wanted = values[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].tolist()
+        wanted = values[torch.arange(len(ids) - 1), torch.tensor(ids[1:], dtype=torch.long)].tolist()
         assert scores["token_logprobs"][1:] == pytest.approx(wanted, abs=TOLERANCE)
 
 

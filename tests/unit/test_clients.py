@@ -54,7 +54,8 @@ def script(folder: Path, source: str) -> Client:
     binary.parent.mkdir(parents=True)
     binary.symlink_to(sys.executable)
     path = folder / "some.py"
-    path.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nfrom judge import *\nargs = arguments('')\n{source}")
+    beginning = f"import sys\nsys.path.insert(0, {str(HERE)!r})\nfrom judge import *\nargs = arguments('')\n"
+    path.write_text(beginning + source)
     return client(str(path))
 
 
@@ -121,7 +122,7 @@ def test_a_client_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str])
 def test_the_documents_are_what_their_program_makes() -> None:
     made = list(make_documents.documents())
     assert list(judge.json_lines(make_documents.OUT)) == made
-    assert len(made) >= 48
+    assert len(made) >= 30
     for document in made:
         assert document["choices"][document["answer"]] == document["target"]
         assert len(set(document["choices"])) == 1 + make_documents.WRONG
