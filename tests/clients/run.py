@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tests.clients.environments import Client, SetupError, load_clients, prepare
 from tests.clients.judge import MODEL, ROOT
-from tests.process.serving import serving, started
+from tests.process.serving import serving
 
 BUILD = ROOT / "build" / "clients"
 DRAFTERS = ("--speculate", "draft=demo/draft", "--speculate", "ngram", "--speculate", "prediction")
@@ -162,10 +162,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     outcomes = []
     with contextlib.ExitStack() as stack:
-        demo = stack.enter_context(serving(*DEMO)).url
-        exact = stack.enter_context(serving(*DEMO, "--dtype", "float32")).url
-        scripted = stack.enter_context(started(SCRIPTED)).url
-        servers = Servers(demo, exact, scripted, f"sk-{secrets.token_hex(16)}")
+        key = f"sk-{secrets.token_hex(16)}"
+        demo = stack.enter_context(serving(*DEMO, SACCADE_API_KEY=key)).url
+        exact = stack.enter_context(serving(*DEMO, "--dtype", "float32", SACCADE_API_KEY=key)).url
+        scripted = stack.enter_context(serving(program=SCRIPTED, SACCADE_API_KEY=key)).url
+        servers = Servers(demo, exact, scripted, key)
         for client in clients:
             outcome = judge(client, servers, BUILD)
             outcomes.append(outcome)

@@ -12,14 +12,18 @@ A prompt that contains one of these words makes it happen; whatever else the pro
 
 from __future__ import annotations
 
+import argparse
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 
 from decoding.messages import SpeculationStats, TokenEvent, TokenLogprobs
 from decoding.request import GenerateRequest
+from server.auth import collect_keys
 from server.errors import UnavailableError
 from server.fake_client import Line, Pause
+from server.security import Security
 from server.settings import ServerSettings
 from tests.api.harness import fake, live, scored, tokenizer
 from tests.clients.judge import BUSY_ONCE, FAIL_MIDWAY, MODEL, THINK_LONG
@@ -81,7 +85,11 @@ def _prompt_scores(request: GenerateRequest) -> tuple[TokenLogprobs | None, ...]
 
 def main() -> int:
     """Serve until a signal."""
-    with live(fake(Playwright()), ServerSettings(model_names=(MODEL,))) as url:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, choices=(0,), default=0, help="0: a free one")
+    parser.parse_args()
+    keys = collect_keys((), None, os.environ.get("SACCADE_API_KEY"))
+    with live(fake(Playwright()), ServerSettings(model_names=(MODEL,), security=Security(api_keys=keys))) as url:
         print(f"ready     {url}/v1", file=sys.stderr, flush=True)
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from argparse import Namespace
 from typing import Any
@@ -169,11 +168,9 @@ def faults(judge: Judge, args: Namespace) -> None:
             openai.InternalServerError, lambda: client(args.scripted, args.key).completions.create(prompt=once, **busy)
         )
         assert refused.status_code == 503
-        after = float(refused.response.headers["retry-after"])
-        began = time.monotonic()
+        assert int(refused.response.headers["retry-after"]) > 0
         again = client(args.scripted, args.key, max_retries=1)
         assert again.completions.create(prompt=f"{BUSY_ONCE} {uuid.uuid4()}", **busy).choices[0].text
-        assert time.monotonic() - began >= after * 0.9
     with judge("an error in mid-stream: APIError"):
         broken = client(args.scripted, args.key)
         for stream in (

@@ -18,6 +18,7 @@ import httpx
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "server.cli")
+COUNTING = (sys.executable, "-m", "tests.process.counting_server", "demo/target")  # a program for ``serving``
 # fixed trees: what an auto plan drafts depends on the clock
 DRAFTERS = ("--speculate", "draft=demo/draft", "--speculate", "ngram", "--plan", "fixed")
 DEMO = ("demo/target", *DRAFTERS, "--kv-cache-memory", "64MiB")
@@ -62,14 +63,10 @@ def run(*args: str, seconds: float = START_SECONDS) -> subprocess.CompletedProce
     return subprocess.run([*COMMAND, *args], cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
 
 
-def serving(*args: str, **environment: str) -> contextlib.AbstractContextManager[Served]:
-    """`saccade serve` on a free port, ready for requests; ended at the latest when the context is left."""
-    return started([*COMMAND, "serve", *args, "--port", "0"], **environment)
-
-
 @contextlib.contextmanager
-def started(command: Sequence[str], **environment: str) -> Iterator[Served]:
-    """A server that says "ready" and its address on standard error, as ours does."""
+def serving(*args: str, program: Sequence[str] = (*COMMAND, "serve"), **environment: str) -> Iterator[Served]:
+    """A server on a free port, ready for requests; ended at the latest when the context is left."""
+    command = [*program, *args, "--port", "0"]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -84,7 +81,7 @@ def started(command: Sequence[str], **environment: str) -> Iterator[Served]:
         assert process.stderr is not None
         for line in process.stderr:
             served.log.append(line)
-            if found := re.search(r"ready +(http://\S+)/v1", line):
+            if found := re.search(r"ready +(https?://\S+)/v1", line):
                 served.url = found[1]
                 ready.set()
         ready.set()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.clients.run import DEMO, SCRIPTED, Servers, read_checks
-from tests.process.serving import ROOT, serving, started
+from tests.process.serving import ROOT, serving
 
 pytestmark = pytest.mark.process
 
@@ -17,7 +17,8 @@ KEY = "sk-of-a-test"
 
 
 def test_the_official_client_passes_all_its_checks(tmp_path: Path) -> None:
-    with serving(*DEMO, "--plan", "fixed") as demo, started(SCRIPTED) as scripted:
+    keyed = {"SACCADE_API_KEY": KEY}
+    with serving(*DEMO, "--plan", "fixed", **keyed) as demo, serving(program=SCRIPTED, **keyed) as scripted:
         servers = Servers(demo.url, demo.url, scripted.url, KEY)
         command = [sys.executable, "tests/clients/use_openai.py", *servers.arguments(), "--out", str(tmp_path)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

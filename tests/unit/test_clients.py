@@ -20,7 +20,7 @@ def client(script: str = "some.py", seconds: float = 20.0) -> Client:
 
 def test_every_client_is_pinned_and_has_its_script() -> None:
     clients = load_clients()
-    assert {each.name for each in clients} >= {"openai-2", "openai-3", "openai-node", "litellm", "guidellm", "lm-eval"}
+    assert {each.name for each in clients} >= {"openai-2", "openai-3", "openai-node", "litellm"}
     for each in clients:
         assert (HERE / each.script).is_file()
         assert each.version[0].isdigit()
