@@ -20,9 +20,14 @@ from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.models import models_router
 from server.routes.operations import operations_router
+from server.routes.tokenize import tokenize_router
+from server.routes.version import version_router
 from server.settings import ServerSettings
 
-ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/ready", "/live", "/metrics")
+ROUTES = (
+    *("/v1/completions", "/v1/chat/completions", "/v1/models"),
+    *("/tokenize", "/detokenize", "/version", "/health", "/ready", "/live", "/metrics"),
+)
 
 
 def build_app(
@@ -42,6 +47,8 @@ def build_app(
     app = FastAPI(title="Saccade", openapi_url=None, redirect_slashes=False)
     for router in (completions_router(api), chat_router(api), models_router(api), operations_router(api, guard)):
         app.include_router(router)
+    app.include_router(tokenize_router(api))
+    app.include_router(version_router())
     app.add_middleware(AdmissionMiddleware, admission=admission or guard, body_seconds=settings.limits.body_timeout)
     if security.cors_origins:
         _allow_origins(app, security.cors_origins)
