@@ -16,11 +16,12 @@ from server.metrics import Metrics
 from server.middleware import REQUEST_ID, AdmissionMiddleware, RequestMiddleware, assign_id
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
+from server.routes.document import document_router
 from server.routes.models import models_router
 from server.routes.operations import operations_router
 from server.settings import ServerSettings
 
-ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
 
 
 def build_app(
@@ -29,9 +30,10 @@ def build_app(
     """The application that serves ``client``; starting and closing the client is the caller's."""
     metrics = Metrics(client.stats, lambda: client.state)
     api = Api(client, tokenizer, settings, metrics)
-    # no OpenAPI pages: bodies are parsed by hand, for errors that OpenAI's clients understand
+    # FastAPI would make another document: bodies are parsed by hand, for errors that OpenAI's clients understand
     app = FastAPI(title="Saccade", openapi_url=None, redirect_slashes=False)
-    for router in (completions_router(api), chat_router(api), models_router(api), operations_router(api)):
+    routers = (completions_router(api), chat_router(api), models_router(api), operations_router(api), document_router())
+    for router in routers:
         app.include_router(router)
     app.add_middleware(AdmissionMiddleware, admission=admission or AdmitAll())
     app.add_middleware(RequestMiddleware, metrics=metrics)
