@@ -19,7 +19,8 @@ import msgspec
 from benchmarks.paced_engine import ENGINE, Pace
 from decoding.text import Tokenizer
 from server.app import build_app
-from server.serve import Address, http_server, listen, new_event_loop
+from server.listening import Address, listen
+from server.serve import http_server, new_event_loop
 from server.settings import ServerSettings
 from server.socket_client import SocketEngineClient
 from server.supervisor import Supervisor
@@ -30,8 +31,9 @@ async def run(pace: Pace, tokenizer: Tokenizer) -> None:
     engine = Supervisor(lambda: SocketEngineClient(pace.config(), engine=ENGINE))
     await engine.start()
     try:
-        with listen(Address("127.0.0.1", 0)) as listener:
-            server = http_server(build_app(engine, tokenizer, ServerSettings(("paced",))))
+        settings = ServerSettings(("paced",))
+        with listen(Address("127.0.0.1", 0), settings.limits.write_timeout) as listener:
+            server = http_server(build_app(engine, tokenizer, settings), settings.limits)
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: setattr(server, "should_exit", True))
             print(listener.getsockname()[1], flush=True)
             await server.serve(sockets=[listener])

@@ -23,15 +23,27 @@ _SCHEMAS = "#/components/schemas/"
 _PARAMETER = re.compile(r"\{(\w+)\}")
 
 _WHY = {
-    400: "A field is wrong, or the request does not fit the context; `param` names the field.",
+    400: "A field or a header is wrong, or the request does not fit the context; `param` names it.",
+    401: "There is no API key, or none that is known here.",
     404: "There is no such model.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not application/json, or it is compressed.",
+    429: "The server is overloaded.",
+    431: "The headers are too large.",
     500: "A mistake of the server; its log has it under the answer's x-request-id.",
     503: "The server is loading, restarting or shutting down, or the engine has ended.",
+    504: "The answer did not begin within the request's deadline.",
 }
-_RETRY_AFTER = frozenset({503})
-_BODY_ERRORS = (400, 404, 413, 415, 500, 503)
+_HEADERS = {
+    401: {"WWW-Authenticate": {"type": "string"}},
+    429: {"Retry-After": {"type": "integer"}, "retry-after-ms": {"type": "integer"}},
+    503: {"Retry-After": {"type": "integer"}, "retry-after-ms": {"type": "integer"}},
+}
+_OPEN_ERRORS = (400, 431, 500, 503)  # of what needs no key
+_ERRORS = (400, 401, 431, 500)
+_BODY_ERRORS = (400, 401, 404, 408, 413, 415, 429, 431, 500, 503, 504)
+_KEY = "key"
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ class Operation:
         chunk: the type of one event's JSON, where it can stream.
         errors: statuses of its errors.
         failure: the type of a 503's JSON.
+        head: whether HEAD is answered as well.
     """
 
     method: str
@@ -52,8 +65,13 @@ class Operation:
     answer: Any = None
     request: type[BaseModel] | None = None
     chunk: Any = None
-    errors: tuple[int, ...] = (500,)
+    errors: tuple[int, ...] = _ERRORS
     failure: Any = answers.Error
+    head: bool = False
+
+
+def _probe(path: str, summary: str) -> Operation:
+    return Operation("get", path, summary, answers.Health, errors=_OPEN_ERRORS, failure=answers.Unhealthy, head=True)
 
 
 OPERATIONS = (
@@ -75,16 +93,11 @@ OPERATIONS = (
         answers.ChatCompletionChunk,
         _BODY_ERRORS,
     ),
-    Operation("get", "/v1/models", "What is served", answers.ModelList, errors=(500, 503)),
-    Operation("get", "/v1/models/{name}", "One of the names", answers.Model, errors=(404, 500, 503)),
-    Operation(
-        "get",
-        "/health",
-        "Whether a request would be served now",
-        answers.Health,
-        errors=(500, 503),
-        failure=answers.Unhealthy,
-    ),
+    Operation("get", "/v1/models", "What is served", answers.ModelList, errors=(*_ERRORS, 503)),
+    Operation("get", "/v1/models/{name}", "One of the names", answers.Model, errors=(*_ERRORS, 404, 503)),
+    _probe("/health", "Whether requests are served"),
+    _probe("/ready", "Whether the next request would be taken"),
+    _probe("/live", "Whether waiting makes sense"),
     Operation("get", "/metrics", "Counters and gauges in Prometheus' text format"),
     Operation("get", "/openapi.json", "This document", answers.Document),
 )
@@ -96,13 +109,16 @@ def document() -> dict[str, Any]:
     schemas, refs = _schemas()
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method] = _operation(operation, refs)
+        methods = paths.setdefault(operation.path, {})
+        methods[operation.method] = _operation(operation, refs)
+        if operation.head:
+            methods["head"] = _without_content(methods[operation.method])
     described = "OpenAI's API; see docs/http.md. A field that is not listed here is refused."
     return {
         "openapi": "3.1.0",
         "info": {"title": "Saccade", "version": version("saccade"), "description": described},
         "paths": paths,
-        "components": {"schemas": schemas},
+        "components": {"schemas": schemas, "securitySchemes": {_KEY: {"type": "http", "scheme": "bearer"}}},
     }
 
 
@@ -159,9 +175,11 @@ def _operation(operation: Operation, refs: dict[Any, dict[str, Any]]) -> dict[st
         "operationId": _name_of(operation),
         "responses": {
             "200": {"description": "The answer.", "headers": _headers(200), "content": content},
-            **{str(status): _error(status, operation, refs) for status in operation.errors},
+            **{str(status): _error(status, operation, refs) for status in sorted(operation.errors)},
         },
     }
+    if 401 in operation.errors:
+        described["security"] = [{_KEY: []}, {}]  # none is needed where the server has none
     if names := _PARAMETER.findall(operation.path):
         described["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
@@ -193,7 +211,14 @@ def _error(status: int, operation: Operation, refs: dict[Any, dict[str, Any]]) -
 
 
 def _headers(status: int) -> dict[str, Any]:
-    headers: dict[str, Any] = {"x-request-id": {"schema": {"type": "string"}, "required": True}}
-    if status in _RETRY_AFTER:
-        headers["Retry-After"] = {"schema": {"type": "integer"}, "description": "seconds", "required": True}
-    return headers
+    always = {"x-request-id": {"type": "string"}, **_HEADERS.get(status, {})}
+    return {name: {"schema": schema, "required": True} for name, schema in always.items()}
+
+
+def _without_content(operation: dict[str, Any]) -> dict[str, Any]:
+    """What HEAD answers where GET answers this."""
+    answers_to_head = {
+        status: {key: value for key, value in answer.items() if key != "content"}
+        for status, answer in operation["responses"].items()
+    }
+    return {**operation, "operationId": f"head_{operation['operationId']}", "responses": answers_to_head}

@@ -210,14 +210,17 @@ class ModelList(TypedDict):
     data: list[Model]
 
 
+State = Literal["loading", "ready", "restarting", "draining", "dead"]
+
+
 @with_config(_CLOSED)
 class Health(TypedDict):
-    status: Literal["ready"]
+    status: State
 
 
 @with_config(_CLOSED)
 class Unhealthy(TypedDict):
-    status: Literal["loading", "restarting", "draining", "dead"]
+    status: State
     error: ErrorDetails
 
 
