@@ -61,6 +61,16 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._chat)
 
+    @property
+    def chat_variables(self) -> frozenset[str]:
+        """The names that the chat template reads."""
+        return self._chat.variables
+
+    @property
+    def chat_source(self) -> str:
+        """The text of the chat template, of all if there are several."""
+        return self._chat.source
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens (a leading bos, say) where the tokenizer's post-processor puts them.
 
@@ -107,6 +117,11 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """``token_bytes`` as text; bytes that are no whole character become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def spelling(self, token_id: int) -> str:
+        """The token as the tokenizer spells it, "Ġdef" for " def" say; "" for an id without a token."""
+        spelled: str | None = self._backend.id_to_token(token_id)
+        return spelled or ""
 
     def vocab(self) -> dict[str, int]:
         """Every token (in the tokenizer's spelling) and its id, added tokens included."""

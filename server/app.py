@@ -21,12 +21,17 @@ from server.routes.completions import completions_router
 from server.routes.document import document_router
 from server.routes.models import models_router
 from server.routes.operations import operations_router
+from server.routes.tokenize import tokenize_router
+from server.routes.version import version_router
 from server.settings import ServerSettings
 
 ROUTES = (
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/models",
+    "/tokenize",
+    "/detokenize",
+    "/version",
     "/health",
     "/ready",
     "/live",
@@ -55,6 +60,8 @@ def build_app(
         chat_router(api),
         models_router(api),
         operations_router(api, guard),
+        tokenize_router(api),
+        version_router(),
         document_router(),
     )
     for router in routers:

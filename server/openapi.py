@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
@@ -15,6 +14,8 @@ from decoding.request import MAX_LOGPROBS, RANGES, Range
 from server.openai import answers
 from server.openai.chat_schema import ChatFields
 from server.openai.completion_schema import CompletionFields
+from server.openai.fingerprint import server_version
+from server.openai.tokenize_schema import DetokenizeFields, TokenizeChatFields, TokenizeFields
 from server.openai.validation import IGNORED, UNSUPPORTED
 
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
@@ -52,7 +53,7 @@ class Operation:
 
     Attributes:
         answer: the type of its answer's JSON; None: the answer is text.
-        request: the fields of its body, if it has one.
+        requests: the fields of its body, if it has one: one type or another.
         chunk: the type of one event's JSON, where it can stream.
         errors: statuses of its errors.
         failure: the type of a 503's JSON.
@@ -63,7 +64,7 @@ class Operation:
     path: str
     summary: str
     answer: Any = None
-    request: type[BaseModel] | None = None
+    requests: tuple[type[BaseModel], ...] = ()
     chunk: Any = None
     errors: tuple[int, ...] = _ERRORS
     failure: Any = answers.Error
@@ -80,7 +81,7 @@ OPERATIONS = (
         "/v1/completions",
         "Continue a text",
         answers.Completion,
-        CompletionFields,
+        (CompletionFields,),
         answers.CompletionChunk,
         _BODY_ERRORS,
     ),
@@ -89,12 +90,22 @@ OPERATIONS = (
         "/v1/chat/completions",
         "Answer messages",
         answers.ChatCompletion,
-        ChatFields,
+        (ChatFields,),
         answers.ChatCompletionChunk,
         _BODY_ERRORS,
     ),
     Operation("get", "/v1/models", "What is served", answers.ModelList, errors=(*_ERRORS, 503)),
     Operation("get", "/v1/models/{name}", "One of the names", answers.Model, errors=(*_ERRORS, 404, 503)),
+    Operation(
+        "post",
+        "/tokenize",
+        "A text's tokens",
+        answers.Tokens,
+        (TokenizeFields, TokenizeChatFields),
+        errors=_BODY_ERRORS,
+    ),
+    Operation("post", "/detokenize", "The text of tokens", answers.Text, (DetokenizeFields,), errors=_BODY_ERRORS),
+    Operation("get", "/version", "The server's version", answers.Version),
     _probe("/health", "Whether requests are served"),
     _probe("/ready", "Whether the next request would be taken"),
     _probe("/live", "Whether waiting makes sense"),
@@ -116,7 +127,7 @@ def document() -> dict[str, Any]:
     described = "OpenAI's API; see docs/http.md. A field that is not listed here is refused."
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Saccade", "version": version("saccade"), "description": described},
+        "info": {"title": "Saccade", "version": server_version(), "description": described},
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": {_KEY: {"type": "http", "scheme": "bearer"}}},
     }
@@ -131,14 +142,14 @@ class _Untitled(GenerateJsonSchema):
 
 def _schemas() -> tuple[dict[str, Any], dict[Any, dict[str, Any]]]:
     """All schemas by name, and of each type its schema or the reference to it."""
-    types = {kind for each in OPERATIONS for kind in (each.answer, each.chunk, each.failure, each.request) if kind}
+    types = {kind for each in OPERATIONS for kind in (each.answer, each.chunk, each.failure, *each.requests) if kind}
     ordered = sorted(types, key=str)
     adapters: list[tuple[Any, JsonSchemaMode, TypeAdapter[Any]]]
     adapters = [(kind, "validation", TypeAdapter(kind)) for kind in ordered]
     made, rest = TypeAdapter.json_schemas(adapters, ref_template=_SCHEMAS + "{model}", schema_generator=_Untitled)
     schemas: dict[str, Any] = rest["$defs"]
     refs = {kind: made[kind, "validation"] for kind in ordered}
-    for request in {each.request for each in OPERATIONS if each.request}:
+    for request in {request for each in OPERATIONS for request in each.requests}:
         properties = schemas[refs[request]["$ref"].removeprefix(_SCHEMAS)]["properties"]
         _add_ranges(properties)
         _add_other_fields(properties)
@@ -184,8 +195,10 @@ def _operation(operation: Operation, refs: dict[Any, dict[str, Any]]) -> dict[st
         described["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
         ]
-    if operation.request is not None:
-        described["requestBody"] = {"required": True, "content": {JSON: {"schema": refs[operation.request]}}}
+    if operation.requests:
+        forms = [refs[request] for request in operation.requests]
+        schema = forms[0] if len(forms) == 1 else {"anyOf": forms}
+        described["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
     return described
 
 

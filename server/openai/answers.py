@@ -70,6 +70,43 @@ class Usage(TypedDict):
     speculation: NotRequired[SpeculationAccount]
 
 
+@with_config(_CLOSED)
+class UsageSoFar(TypedDict):
+    """What one choice of a stream has come to."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+@with_config(_CLOSED)
+class StepAccount(TypedDict):
+    """One step of a choice: the tree that was verified, node 0 its root, and what came of it."""
+
+    position: int
+    tokens: list[int]
+    texts: list[str]
+    parents: list[int]
+    confidence: list[float]
+    drafters: list[list[str]]
+    accepted: list[int]
+    bonus: int | None
+
+
+@with_config(_CLOSED)
+class ChoiceTrace(TypedDict):
+    index: int
+    steps: list[StepAccount]
+
+
+@with_config(_CLOSED)
+class PromptLogprob(TypedDict):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id; the first token has none
 FinishReason = Literal["stop", "length"]
 
 
@@ -89,6 +126,9 @@ class CompletionChoice(TypedDict):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    prompt_token_ids: NotRequired[list[int]]
+    token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 @with_config(_CLOSED)
@@ -97,6 +137,8 @@ class CompletionChunkChoice(TypedDict):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    prompt_token_ids: NotRequired[list[int]]
+    token_ids: NotRequired[list[int]]
 
 
 @with_config(_CLOSED)
@@ -106,8 +148,10 @@ class Completion(TypedDict):
     created: int
     model: str
     seed: int
+    system_fingerprint: str | None
     choices: list[CompletionChoice]
     usage: Usage
+    speculation_trace: NotRequired[list[ChoiceTrace]]
 
 
 @with_config(_CLOSED)
@@ -117,8 +161,10 @@ class CompletionChunk(TypedDict):
     created: int
     model: str
     seed: int
+    system_fingerprint: str | None
     choices: list[CompletionChunkChoice]
-    usage: NotRequired[Usage | None]
+    usage: NotRequired[Usage | UsageSoFar | None]
+    speculation_trace: NotRequired[list[ChoiceTrace]]
 
 
 @with_config(_CLOSED)
@@ -155,6 +201,7 @@ class ChatChoice(TypedDict):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    token_ids: NotRequired[list[int]]
 
 
 @with_config(_CLOSED)
@@ -171,6 +218,7 @@ class ChatChunkChoice(TypedDict):
     delta: ChatChunkDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
+    token_ids: NotRequired[list[int]]
 
 
 @with_config(_CLOSED)
@@ -180,8 +228,12 @@ class ChatCompletion(TypedDict):
     created: int
     model: str
     seed: int
+    system_fingerprint: str | None
     choices: list[ChatChoice]
     usage: Usage
+    speculation_trace: NotRequired[list[ChoiceTrace]]
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 @with_config(_CLOSED)
@@ -191,8 +243,11 @@ class ChatCompletionChunk(TypedDict):
     created: int
     model: str
     seed: int
+    system_fingerprint: str | None
     choices: list[ChatChunkChoice]
-    usage: NotRequired[Usage | None]
+    usage: NotRequired[Usage | UsageSoFar | None]
+    speculation_trace: NotRequired[list[ChoiceTrace]]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 @with_config(_CLOSED)
@@ -208,6 +263,24 @@ class Model(TypedDict):
 class ModelList(TypedDict):
     object: Literal["list"]
     data: list[Model]
+
+
+@with_config(_CLOSED)
+class Tokens(TypedDict):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+@with_config(_CLOSED)
+class Text(TypedDict):
+    prompt: str
+
+
+@with_config(_CLOSED)
+class Version(TypedDict):
+    version: str
 
 
 State = Literal["loading", "ready", "restarting", "draining", "dead"]

@@ -27,11 +27,22 @@ COMPLETION_REQUESTS: list[dict[str, Any]] = [
     {"prompt": ["x", "y"], "n": 2, "logprobs": 2},
     {"prompt": "x y", "echo": True, "logprobs": 1},
     {"prompt": "x", "prediction": {"type": "content", "content": "y"}},
+    {"prompt": ["x", "y"], "n": 2, "return_token_ids": True},
+    {"prompt": "x", "speculation": {"trace": True}},
 ]
 CHAT_REQUESTS: list[dict[str, Any]] = [
     {"messages": HELLO},
     {"messages": HELLO, "n": 2, "logprobs": True, "top_logprobs": 2},
     {"messages": HELLO, "prediction": {"type": "content", "content": "y"}},
+    {"messages": HELLO, "n": 2, "return_token_ids": True},
+    {"messages": HELLO, "speculation": {"trace": True}},
+]
+WHOLE = [
+    (COMPLETIONS, {"prompt": ["x", "y"], "best_of": 2, "prompt_logprobs": 1}),
+    (CHAT, {"messages": HELLO, "prompt_logprobs": 2}),
+    ("/tokenize", {"prompt": "x"}),
+    ("/tokenize", {"messages": HELLO, "return_token_strs": True}),
+    ("/detokenize", {"tokens": [5, 6]}),
 ]
 REQUESTS = [(COMPLETIONS, body) for body in COMPLETION_REQUESTS] + [(CHAT, body) for body in CHAT_REQUESTS]
 
@@ -83,7 +94,7 @@ def test_schemas_are_schemas_and_references_lead_somewhere() -> None:
     assert found == {f"#/components/schemas/{name}" for name in schemas}
 
 
-@pytest.mark.parametrize(("path", "body"), REQUESTS)
+@pytest.mark.parametrize(("path", "body"), [*REQUESTS, *WHOLE])
 def test_answers_have_the_shape_that_it_shows(path: str, body: dict[str, Any]) -> None:
     with api(saying("a", " b", reason="stop", stats=STATS)) as client:
         response = client.post(path, json={"model": "demo", **body})
@@ -92,7 +103,9 @@ def test_answers_have_the_shape_that_it_shows(path: str, body: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(("path", "body"), REQUESTS)
-@pytest.mark.parametrize("options", [None, {"include_usage": True}])
+@pytest.mark.parametrize(
+    "options", [None, {"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True}]
+)
 def test_chunks_have_the_shape_that_it_shows(path: str, body: dict[str, Any], options: Any) -> None:
     with api(saying("a", " b", stats=STATS)) as client:
         response = client.post(path, json={**body, "stream": True, "stream_options": options})
@@ -117,7 +130,7 @@ def test_errors_have_the_shape_that_it_shows() -> None:
         assert faults(content(response, path), response.json()) == []
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/health", "/ready", "/live", "/metrics", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/ready", "/live", "/version", "/metrics", "/openapi.json"])
 def test_what_has_no_body_answers_as_it_shows(path: str) -> None:
     with api() as client:
         response = client.get(path)

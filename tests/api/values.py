@@ -75,7 +75,9 @@ class Schemas:
     def places(self, schema: Schema, base: dict[str, Any]) -> Iterator[Place]:
         """Every place inside a body that ``base``, a right one, is changed to."""
         whole = Place((), schema, lambda body: body, ((), schema, lambda body: body))
-        yield from self._inner(self._resolved(schema), base, whole, None)
+        for variant in self._variants(schema):
+            if self.accepts(variant, base):
+                yield from self._inner(variant, base, whole, None)
 
     def values(self, schema: Schema) -> Iterator[Any]:
         """Odd values of all kinds, and those that lie just outside of the schema's bounds."""
