@@ -61,16 +61,12 @@ VALUES: dict[str, dict[str, Any]] = {
     },
 }
 NEEDED = {"stream_options": {"stream": True}, "top_logprobs": {"logprobs": True}, "tool_choice": {"tools": [TOOL]}}
-REFUSED = {
+REFUSED: dict[str, set[str]] = {
     CHAT: {"audio", "modalities", "moderation", "reasoning_effort", "web_search_options"},
     COMPLETIONS: set(),
 }
-MAY_BE_REFUSED = {
-    "parallel_tool_calls",
-    "response_format",
-    "tool_choice",
-    "tools",
-}  # by what the server was started with
+# by what the server was started with
+MAY_BE_REFUSED = {"function_call", "functions", "parallel_tool_calls", "response_format", "tool_choice", "tools"}
 
 
 def official(module: Any) -> set[str]:
