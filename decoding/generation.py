@@ -24,6 +24,7 @@ class Generation:
     logprobs: list[TokenLogprobs] | None
     prompt_logprobs: list[TokenLogprobs | None] | None
     speculation: SpeculationStats
+    error: str | None = None  # what went wrong, when finish_reason is "error"
 
 
 @dataclass
@@ -94,4 +95,5 @@ class GenerationBuilder:
             logprobs=logprobs,
             prompt_logprobs=list(self._prompt_logprobs) if self._prompt_logprobs is not None else None,
             speculation=choice.last.speculation or SpeculationStats(),
+            error=choice.last.error,
         )

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from decoding.errors import RequestError, nearest
 from decoding.text import Tokenizer
 from server.engine_client import EngineClient
+from server.grammar_worker import GrammarCheck
 from server.metrics import Metrics
 from server.openai.choice_output import OutputOptions
 from server.openai.fields import PredictionFields, SamplingFields
@@ -36,6 +37,7 @@ class Api:
     tokenizer: Tokenizer
     settings: ServerSettings
     metrics: Metrics
+    grammars: GrammarCheck  # asked before a request with a grammar is sent to the engine
     created: int = field(default_factory=lambda: int(time.time()))
     longest_token: int = field(init=False)  # in characters: no prompt is longer than its tokens times this
 

@@ -12,6 +12,7 @@ from server.admission import Admission, AdmitAll
 from server.api import Api
 from server.engine_client import EngineClient
 from server.errors import ErrorReply, reply_to
+from server.grammar_worker import GrammarCheck, SizeCheck
 from server.metrics import Metrics
 from server.middleware import REQUEST_ID, AdmissionMiddleware, RequestMiddleware, assign_id
 from server.routes.chat import chat_router
@@ -24,11 +25,15 @@ ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/
 
 
 def build_app(
-    client: EngineClient, tokenizer: Tokenizer, settings: ServerSettings, admission: Admission | None = None
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    settings: ServerSettings,
+    admission: Admission | None = None,
+    grammars: GrammarCheck | None = None,
 ) -> FastAPI:
-    """The application that serves ``client``; starting and closing the client is the caller's."""
+    """The application that serves ``client``; starting and closing the client, and ``grammars``, is the caller's."""
     metrics = Metrics(client.stats, lambda: client.state)
-    api = Api(client, tokenizer, settings, metrics)
+    api = Api(client, tokenizer, settings, metrics, grammars or SizeCheck())
     # no OpenAPI pages: bodies are parsed by hand, for errors that OpenAI's clients understand
     app = FastAPI(title="Saccade", openapi_url=None, redirect_slashes=False)
     for router in (completions_router(api), chat_router(api), models_router(api), operations_router(api)):

@@ -20,6 +20,7 @@ from decoding.config import EngineConfig
 from decoding.errors import ConfigError
 from decoding.text import Tokenizer
 from server.app import build_app
+from server.grammar_worker import GrammarWorker
 from server.model_folder import tokenizer_folder
 from server.settings import ServerSettings
 from server.socket_client import SocketEngineClient
@@ -88,6 +89,7 @@ class Service:
         self._listener = listener
         self._engine = Supervisor(lambda: SocketEngineClient(config))
         self._stop = asyncio.Event()
+        self._grammars: GrammarWorker | None = None
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM; a second one ends the process at once.
@@ -102,6 +104,8 @@ class Service:
             await self._serve()
         finally:
             await self._engine.close()
+            if self._grammars is not None:
+                await self._grammars.close()
 
     async def _serve(self) -> None:
         folder = tokenizer_folder(self._config)
@@ -123,7 +127,8 @@ class Service:
     async def _start_http(self, folder: Path) -> tuple[asyncio.Task[None], uvicorn.Server]:
         """The HTTP server answers while the model loads, /health with 503."""
         tokenizer = await asyncio.to_thread(Tokenizer.load, folder, chat_template=self._chat_template)
-        app = build_app(self._engine, tokenizer, self._settings)
+        self._grammars = GrammarWorker(folder, lambda: self._engine.info.vocab_size)
+        app = build_app(self._engine, tokenizer, self._settings, grammars=self._grammars)
         server = _UvicornServer(
             uvicorn.Config(
                 app,
