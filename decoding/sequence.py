@@ -63,6 +63,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.matcher: Matcher | None = None  # where its text stands in its grammar; None: it has none, or not yet
         self.counter = SpeculationCounter()
+        self.traced_steps = 0  # steps whose trace went out
         self.unfollowed: set[str] = set()  # drafters that the planner lets sleep through this sequence
         self.made_up = False  # by a probe and not by a client: nobody is to learn from its text
 

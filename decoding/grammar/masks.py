@@ -20,9 +20,13 @@ class GrammarMasks:
 
     Args:
         matchers: [S], None for sequences without a grammar.
+        contested: something else bans tokens too, and a grammar wins where the two leave none.
     """
 
-    def __init__(self, matchers: list[Matcher | None], vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, matchers: list[Matcher | None], vocab_size: int, device: torch.device, *, contested: bool = False
+    ) -> None:
+        self._contested = contested
         self._matchers = matchers
         self._vocab_size = vocab_size
         self._device = device
@@ -52,18 +56,23 @@ class GrammarMasks:
                     filled[number] = words
         return upload(self._device, filled)[0]
 
-    def apply(self, x: Tensor, filled: Tensor, ids: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor, filled: Tensor, ids: Tensor | None = None, raw: Tensor | None = None) -> Tensor:
         """The logits [W, V] with -inf where a mask [W, words] is not set.
 
         Args:
+            raw: [W, >= V] the logits before anything was banned, for nodes at which nothing would be left.
             ids: [V] the id of each column; None: columns are ids.
         """
         allowed = _unpacked(filled, self._vocab_size)
         if ids is None:
-            return x.masked_fill(~allowed, -torch.inf)
-        masked = x.masked_fill(~allowed[:, ids], -torch.inf)
-        # a draft vocabulary may have nothing that is allowed: then any guess will do, it is dropped later
-        return torch.where(masked.amax(dim=1, keepdim=True) == -torch.inf, x, masked)
+            masked = x.masked_fill(~allowed, -torch.inf)
+            if not self._contested or raw is None:
+                return masked
+            otherwise = raw[:, : self._vocab_size].masked_fill(~allowed, -torch.inf)
+        else:
+            masked = x.masked_fill(~allowed[:, ids], -torch.inf)
+            otherwise = x  # a draft vocabulary may have nothing that is allowed: any guess will do, it is dropped later
+        return torch.where(masked.amax(dim=1, keepdim=True) == -torch.inf, otherwise, masked)
 
     def permitted(self, trees: Trees) -> Trees:
         """A drafter's trees [S, N] without the nodes that their grammars refuse: they would be bought for nothing.

@@ -92,6 +92,15 @@ def test_min_tokens_and_ignore_eos_give_way_to_a_complete_text() -> None:
     assert len(longest.tokens) == 10, "as long as anything else can follow, it does"
 
 
+def test_a_grammar_wins_where_other_bans_leave_nothing() -> None:
+    """Where it leaves a choice they hold."""
+    for bans in ({"allowed_token_ids": (41, 43)}, {"bad_words": ((40,), (42,))}):
+        outcome = plain(ask(regex("[AB][AC][CD]A"), **bans))
+        assert spelled(outcome.tokens) in ("BADA", "BCDA")
+        drafted = run(make_engine(target()), [ask(regex("[AB][AC][CD]A"), **bans)])["r", 0]
+        assert drafted.tokens == outcome.tokens
+
+
 def test_max_tokens_ends_a_text_that_is_not_complete() -> None:
     outcome = plain(ask(regex("[A-C]{30}"), max_tokens=7))
     assert (len(outcome.tokens), outcome.last.finish_reason) == (7, "length")
