@@ -14,13 +14,16 @@ from server.openai.template_kwargs import Effort, TemplateKwargs, template_varia
 MAX_MESSAGES = 4096
 
 
+Parts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_TEXT_PARTS)]
+
+
 class Message(Fields):
     """One message. Its text may come as a string or in text parts."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], Field(min_length=1, max_length=MAX_TEXT_PARTS), BeforeValidator(as_parts)]
+    content: Annotated[Parts, BeforeValidator(as_parts, json_schema_input_type=str | Parts)]
     name: Name | None = None
     refusal: None = None
     audio: None = None
