@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -24,6 +24,10 @@ class ChatTemplate:
         sources: jinja templates by name; "default" is the one to use.
         special_tokens: what templates may name, as ``{"bos_token": "<s>", ...}``.
 
+    Attributes:
+        source: all templates, one after the other.
+        variables: names that the templates read, and take from whoever renders them.
+
     Raises:
         ModelError: when a template does not compile.
     """
@@ -32,6 +36,9 @@ class ChatTemplate:
         environment = _environment()
         self._special_tokens = dict(special_tokens)
         self._templates = {name: _compile(environment, name, source) for name, source in sources.items()}
+        read = [meta.find_undeclared_variables(environment.parse(source)) for source in sources.values()]
+        self.variables: frozenset[str] = frozenset().union(*read)
+        self.source = "\n".join(sources.values())
 
     def __bool__(self) -> bool:
         return bool(self._templates)
