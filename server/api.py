@@ -10,13 +10,14 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from decoding.errors import RequestError, nearest
+from decoding.errors import ConfigError, RequestError, nearest
 from decoding.text import Tokenizer
 from server.engine_client import EngineClient
 from server.metrics import Metrics
 from server.openai.choice_output import OutputOptions
 from server.openai.fields import PredictionFields, SamplingFields
 from server.openai.generation import Generation, PromptRequest
+from server.openai.output_parser import OutputFormats
 from server.openai.rendering import StreamUsage
 from server.openai.sse import EventStreamResponse, until_disconnect
 from server.settings import ServerSettings
@@ -38,10 +39,23 @@ class Api:
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
     longest_token: int = field(init=False)  # in characters: no prompt is longer than its tokens times this
+    formats: OutputFormats = field(init=False)  # how the model writes tool calls and reasoning
 
     def __post_init__(self) -> None:
         longest = max((len(token) for token in self.tokenizer.vocab()), default=1)
         object.__setattr__(self, "longest_token", longest)
+        formats = OutputFormats.of(self.tokenizer, self.settings.tool_call_parser, self.settings.reasoning_parser)
+        object.__setattr__(self, "formats", formats)
+        if self.settings.enable_auto_tool_choice and not (formats.tools and self.shows_tools):
+            raise ConfigError(
+                "--enable-auto-tool-choice cannot be kept: the chat template shows no tools, or how the model calls them "
+                "is unknown; name it with --tool-call-parser, or give another --chat-template."
+            )
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the chat template tells the model of tools."""
+        return "tools" in self.tokenizer.chat_variables
 
     def model_name(self, asked: str | None) -> str:
         """The name that the answer carries.

@@ -20,7 +20,7 @@ from server.routes.models import models_router
 from server.routes.operations import operations_router
 from server.settings import ServerSettings
 
-ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models", "/health", "/metrics")
 
 
 def build_app(

@@ -17,3 +17,6 @@ class ServerSettings:
     seed: int | None = None  # of requests that bring none; None: a random one each
     max_body_bytes: int = MAX_BODY_BYTES
     ping_seconds: float = PING_SECONDS
+    tool_call_parser: str = "auto"  # a name of server/openai/tools/table.py, auto or none
+    reasoning_parser: str = "auto"  # a name of server/openai/reasoning.py, auto or none
+    enable_auto_tool_choice: bool = False  # refuse to start where models could not be left the choice of tools

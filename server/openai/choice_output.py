@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +22,7 @@ class OutputOptions:
     skip_special_tokens: bool = True
     echo: bool = False
     prompt_only: bool = False  # the engine's one token is not wanted
+    kept: frozenset[int] = frozenset()  # special tokens that are not skipped
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,19 @@ class ChoiceOutput:
         finished: the last delta was returned.
         speculation: the engine's account; with its terminal event.
         cached_tokens: prompt tokens that came from the prefix cache; with its first event.
+        reasoning_tokens: returned tokens before the answer, closing tag included; None: nobody tells the two apart.
     """
 
     def __init__(self, index: int, tokenizer: Tokenizer, request: GenerateRequest, options: OutputOptions) -> None:
         self._index = index
         self._options = options
         self._text = TextStream(
-            tokenizer, request.prompt_ids, options.stop, options.skip_special_tokens, options.include_stop
+            tokenizer,
+            request.prompt_ids,
+            options.stop,
+            options.skip_special_tokens,
+            options.include_stop,
+            options.kept,
         )
         self._scored = request.params.logprobs is not None
         self._chars = 0
@@ -86,6 +94,11 @@ class ChoiceOutput:
         self.finished = False
         self.speculation: SpeculationStats | None = None
         self.cached_tokens = 0
+        self.reasoning_tokens: int | None = None
+
+    def tokens_before(self, place: int | None) -> int:
+        """Returned tokens whose text begins before that place of the output, in characters; None: all."""
+        return self.returned if place is None else min(bisect_left(self._text.offsets, place), self.returned)
 
     def echo(self, text: str, scored: tuple[ScoredToken, ...] | None) -> Delta:
         """The prompt as the beginning of the answer; must come before the first ``take``."""

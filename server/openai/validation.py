@@ -14,7 +14,7 @@ from server.openai.fields import AcceptanceFields, PredictionFields, Speculation
 # Fields without an effect on the answer: accepted, so that clients which always send them work.
 IGNORED = frozenset(
     {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"}
-    | {"prompt_cache_retention", "parallel_tool_calls"}
+    | {"prompt_cache_retention"}
 )
 
 # Fields that would change the answer and that this server does not have, with the values that ask for nothing.
@@ -48,12 +48,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncate_prompt_tokens": (-1,),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
+
+_INSTEAD = {"functions": "send tools", "function_call": "send tool_choice"}
 
 # pydantic's error types in the words of people who write JSON; the other types keep pydantic's own
 _WORDS = {
@@ -81,7 +81,7 @@ _NESTED: dict[str, type[BaseModel]] = {
     "speculation.acceptance": AcceptanceFields,
     "prediction": PredictionFields,
 }
-_UNION_TAGS = frozenset({"switch", "limits"})
+_UNION_TAGS = frozenset({"switch", "limits"}) | CHOICE_TAGS | ITEM_TAGS
 _MAX_NAME_CHARS = 60
 
 F = TypeVar("F", bound=BaseModel)
@@ -112,9 +112,9 @@ def _check_unsupported(name: str, value: Any, valid: Iterable[str]) -> None:
     if value is not None and not any(
         type(value) is type(neutral) and value == neutral for neutral in UNSUPPORTED[name]
     ):
-        raise RequestError(
-            f"This server does not support {name}; leave it out.", param=name, code="unsupported_parameter"
-        )
+        instead = _INSTEAD.get(name, "leave it out")
+        message = f"This server does not support {name}; {instead}."
+        raise RequestError(message, param=name, code="unsupported_parameter")
 
 
 def _unknown(name: str, valid: Iterable[str], inside: str = "") -> RequestError:
@@ -134,7 +134,7 @@ def _request_error(details: ErrorDetails) -> RequestError:
     if kind == "extra_forbidden":
         return _unknown_nested(place)
     if kind == "literal_error" and place[-1] == "type" and "content" in place:
-        message = f"{param}: this model reads text only, so the content's type must be 'text'."
+        message = f"{param}: this model reads text only, so it must be {details['ctx']['expected']}."
         return RequestError(message, param=param, code="unsupported_value")
     return RequestError(f"{param}: {_words(details)}.", param=param)
 
