@@ -194,6 +194,7 @@ class TextStream:
         self._skip_special_tokens = skip_special_tokens
         self._kept = kept
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._partial = False  # the decoder holds the first bytes of a character
         self._stops = StopStrings(stop, include_stop)
         self._previous: int | None = None
         self._length = 0  # characters decoded so far, held back ones included
@@ -208,7 +209,7 @@ class TextStream:
             if self._stop is not None:
                 break
             self.offsets.append(self._length)
-            texts.append(self._emit(self._utf8.decode(self._bytes(token_id))))
+            texts.append(self._emit(self._characters(self._bytes(token_id))))
         return self._delta("".join(texts))
 
     def finish(self) -> TextDelta:
@@ -217,6 +218,20 @@ class TextStream:
             return self._delta("")
         text = self._emit(self._utf8.decode(b"", final=True))
         return self._delta(text + self._stops.flush())
+
+    def _characters(self, spelled: bytes) -> str:
+        """What can be said for certain. Nearly every token is whole characters, for which no decoder is needed."""
+        if self._partial:
+            return self._decoded(spelled)
+        try:
+            return spelled.decode("utf-8")
+        except UnicodeDecodeError:
+            return self._decoded(spelled)
+
+    def _decoded(self, spelled: bytes) -> str:
+        text = self._utf8.decode(spelled)
+        self._partial = bool(self._utf8.getstate()[0])
+        return text
 
     def _emit(self, text: str) -> str:
         self._length += len(text)
@@ -244,7 +259,7 @@ class TextStream:
                 tail.append(spelled)
                 if sum(map(len, tail)) >= 4:  # no character has more bytes
                     break
-        self._utf8.decode(b"".join(reversed(tail)))
+        self._decoded(b"".join(reversed(tail)))
 
 
 def _from_file(path: Path, config: Mapping[str, Any], named: Mapping[str, str]) -> Any:

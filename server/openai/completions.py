@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from decoding.text import Tokenizer
 from server.openai.choice_output import Delta, ScoredToken
+from server.openai.chunks import Chunks
 from server.openai.generation import Generation
 from server.openai.rendering import Head, StreamUsage, finite, token_name, usage
+from server.openai.sse import to_json
 
 KIND = "text_completion"
 
@@ -26,13 +29,14 @@ class CompletionRenderer:
         payload = self._head.payload(KIND, choices)
         return {**payload, "usage": usage(self._generation)}
 
-    async def chunks(self, stream_usage: StreamUsage) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of a streamed answer."""
+    async def chunks(self, stream_usage: StreamUsage) -> AsyncGenerator[bytes, None]:
+        """The events of a streamed answer."""
+        chunks = Chunks(self._head, KIND, stream_usage, self._generation)
         async with aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:
-                yield stream_usage.attach(self._head.payload(KIND, [self._choice(delta)]), self._generation)
+                yield chunks.chunk(self._choice_json(delta))
         if stream_usage.final:
-            yield {**self._head.payload(KIND, []), "usage": usage(self._generation)}
+            yield chunks.last()
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         return {
@@ -41,6 +45,14 @@ class CompletionRenderer:
             "logprobs": None if delta.scored is None else completion_logprobs(self._tokenizer, delta.scored),
             "finish_reason": delta.finish_reason,
         }
+
+    def _choice_json(self, delta: Delta) -> str:
+        """``_choice`` in JSON; text alone, which most chunks are, without making the dict."""
+        if delta.scored is not None:
+            return to_json(self._choice(delta))
+        reason = "null" if delta.finish_reason is None else f'"{delta.finish_reason}"'
+        text = json.dumps(delta.text)
+        return f'{{"index":{delta.index},"text":{text},"logprobs":null,"finish_reason":{reason}}}'
 
 
 def completion_logprobs(tokenizer: Tokenizer, scored: Sequence[ScoredToken]) -> dict[str, Any]:

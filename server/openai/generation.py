@@ -137,15 +137,15 @@ class _PromptRun:
 
     def _take(self, event: TokenEvent, scores: tuple[ScoredToken, ...] | None) -> Delta:
         choice = self.choices[event.choice]
-        deltas = []
+        echo = None
         if self._options.echo and event.choice not in self._echoed and event.finish_reason != "error":
             self._echoed.add(event.choice)
-            deltas.append(choice.echo(self._prompt.text, scores))
+            echo = choice.echo(self._prompt.text, scores)
         finished_before = choice.finished
-        deltas.append(choice.take(event))
+        delta = choice.take(event)
         if choice.finished and not finished_before and event.finish_reason is None:
             self._client.cancel(event.request_id, event.choice)  # a stop string: the engine need not go on
-        return concatenated(deltas)  # the echoed prompt goes out with the first token
+        return delta if echo is None else concatenated([echo, delta])  # the prompt goes out with the first token
 
 
 async def _merge(sources: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

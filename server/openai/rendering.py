@@ -88,14 +88,6 @@ class StreamUsage:
             return cls()
         return cls(bool(options.include_usage), bool(options.include_usage and options.continuous_usage_stats))
 
-    def attach(self, chunk: dict[str, Any], generation: Generation) -> dict[str, Any]:
-        """The chunk as it goes out: with its usage, with null, or without the key."""
-        if self.continuous:
-            chunk["usage"] = usage(generation)
-        elif self.final:
-            chunk["usage"] = None
-        return chunk
-
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:
     """A token's text; one that is no whole character is written ``bytes:\\xe2\\x80``, so that no two look the same."""

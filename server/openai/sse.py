@@ -21,26 +21,36 @@ DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON in ASCII: U+2028 and U+0085 end a line for many clients of event streams."""
+    return _ENCODER.encode(value)
 
 
 def event_bytes(payload: dict[str, Any]) -> bytes:
-    """One event. ASCII only: U+2028 and U+0085 end a line for many clients."""
-    return b"data: " + json.dumps(payload, separators=(",", ":")).encode("ascii") + b"\n\n"
+    """One event."""
+    return f"data: {to_json(payload)}\n\n".encode("ascii")
 
 
 class EventStreamResponse(Response):
-    """Sends payloads as events, ``[DONE]`` at the end, and comments while there is nothing to send.
+    """Sends events, ``[DONE]`` at the end, and comments while there is nothing to send.
 
-    The status goes out with the first payload, so that an error before it is an ordinary error response (unless a
-    comment had to go out first). A later error becomes an event. When the client leaves, the payloads are closed.
+    The status goes out with the first event, so that an error before it is an ordinary error response (unless a
+    comment had to go out first). A later error becomes an event. When the client leaves, ``events`` is closed.
+
+    Args:
+        events: bytes of whole events, one or several at a time.
+        ping_seconds: of silence before a comment.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, payloads: AsyncGenerator[dict[str, Any], None], ping_seconds: float = PING_SECONDS) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], ping_seconds: float = PING_SECONDS) -> None:
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
-        self._payloads = payloads
+        self._events = events
         self._ping_seconds = ping_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,9 +69,9 @@ class EventStreamResponse(Response):
 
     async def _pump(self, sender: _Sender, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with aclosing(self._payloads) as payloads:
-                async for payload in payloads:
-                    await sender.send(event_bytes(payload))
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    await sender.send(event)
             await sender.end()
         except Exception as error:
             if sender.started:
@@ -89,18 +99,17 @@ class _Sender:
         self.busy = False  # a send waits for a slow client
         self.last_sent = time.monotonic()
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes, more: bool = True) -> None:
         self.busy = True
         if not self.started:
             self.started = True
             await self._send(self._start)
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
         self.last_sent = time.monotonic()
         self.busy = False
 
     async def end(self) -> None:
-        await self.send(DONE)
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self.send(DONE, more=False)
 
 
 async def until_disconnect(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
