@@ -48,8 +48,8 @@ class Api:
         object.__setattr__(self, "formats", formats)
         if self.settings.enable_auto_tool_choice and not (formats.tools and self.shows_tools):
             raise ConfigError(
-                "--enable-auto-tool-choice cannot be kept: the chat template shows no tools, or how the model calls them "
-                "is unknown; name it with --tool-call-parser, or give another --chat-template."
+                "--enable-auto-tool-choice cannot be kept: the chat template shows no tools, or how the model calls "
+                "them is unknown; name it with --tool-call-parser, or give another --chat-template."
             )
 
     @property

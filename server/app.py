@@ -18,6 +18,7 @@ from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.models import models_router
 from server.routes.operations import operations_router
+from server.routes.responses import responses_router
 from server.settings import ServerSettings
 
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models", "/health", "/metrics")
@@ -31,7 +32,13 @@ def build_app(
     api = Api(client, tokenizer, settings, metrics)
     # no OpenAPI pages: bodies are parsed by hand, for errors that OpenAI's clients understand
     app = FastAPI(title="Saccade", openapi_url=None, redirect_slashes=False)
-    for router in (completions_router(api), chat_router(api), models_router(api), operations_router(api)):
+    for router in (
+        completions_router(api),
+        chat_router(api),
+        responses_router(api),
+        models_router(api),
+        operations_router(api),
+    ):
         app.include_router(router)
     app.add_middleware(AdmissionMiddleware, admission=admission or AdmitAll())
     app.add_middleware(RequestMiddleware, metrics=metrics)

@@ -1,15 +1,49 @@
-"""A choice's pieces as chat tells them: in the deltas of a stream, or in one message."""
+"""What one choice gains, as the deltas of chat tell it: text alone, or text, reasoning and tool calls."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
-from server.openai.chat import ChatDelta
 from server.openai.choice_output import ChoiceOutput, Delta, ScoredToken
 from server.openai.output_parser import OutputParser
 from server.openai.pieces import CallArguments, CallFailed, CallStart, Piece, Reasoning, Text, settled
+
+
+@dataclass(frozen=True)
+class ChatDelta:
+    """What one chunk tells of a choice.
+
+    Attributes:
+        content: text of the answer; None: the chunk has none.
+        fields: the delta's other fields, in JSON's types.
+    """
+
+    content: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    scored: tuple[ScoredToken, ...] | None = None
+    finish_reason: str | None = None
+
+
+class ChoiceDeltas(Protocol):
+    """Makes one choice's output into the deltas of chat."""
+
+    def push(self, delta: Delta) -> list[ChatDelta]:
+        """The deltas that what was gained makes certain, in order; the last one of all has the finish reason."""
+        ...
+
+
+class ContentDeltas:
+    """An output that is text and nothing else."""
+
+    def push(self, delta: Delta) -> list[ChatDelta]:
+        deltas = []
+        if delta.text or delta.scored:
+            deltas.append(ChatDelta(delta.text, scored=delta.scored))
+        if delta.finish_reason is not None:
+            deltas.append(ChatDelta(finish_reason=delta.finish_reason))
+        return deltas
 
 
 class ParsedDeltas:

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
 from decoding.errors import RequestError
 from decoding.request import MAX_LOGPROBS
-from server.openai.fields import MAX_TEXT_PARTS, Fields, Integer, Name, SamplingFields, TextPart, as_parts
+from server.openai.fields import Integer, SamplingFields
+from server.openai.messages import Message
+from server.openai.tools.fields import ToolChoice, Tools, check_tools
+from server.openai.tools.plan import ToolPlan, plan_tools
+from server.openai.tools.table import ToolFormat
 
 MAX_MESSAGES = 4096
-
-
-class Message(Fields):
-    """One message. Its text may come as a string or in text parts."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], Field(min_length=1, max_length=MAX_TEXT_PARTS), BeforeValidator(as_parts)]
-    name: Name | None = None
-    refusal: None = None
-    audio: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    function_call: None = None
-
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates know it; "developer" is OpenAI's newer word for "system"."""
-        role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": "\n".join(part.text for part in self.content)}
-        return message if self.name is None else {**message, "name": self.name}
 
 
 class ChatFields(SamplingFields):
@@ -39,9 +23,15 @@ class ChatFields(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
     add_generation_prompt: bool | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     def check_combinations(self) -> None:
         super().check_combinations()
+        for place, message in enumerate(self.messages):
+            message.check(f"messages.{place}")
+        check_tools(self.tools, self.tool_choice)
         if self.top_logprobs is None:
             return
         if not self.logprobs:
@@ -65,3 +55,13 @@ class ChatFields(SamplingFields):
         """max_tokens, by its new or its old name; by default what the context still holds."""
         given = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return max(room, 1) if given is None else given
+
+    def tool_plan(self, tool_format: ToolFormat | None, *, shows_tools: bool) -> ToolPlan:
+        """How the tools are used; see ``plan_tools``."""
+        return plan_tools(
+            self.tools,
+            self.tool_choice,
+            tool_format,
+            parallel=self.parallel_tool_calls is not False,
+            template_shows_tools=shows_tools,
+        )

@@ -96,6 +96,10 @@ class OutputFormats:
         special = {marker: token for marker in markers if (token := tokenizer.special_id(marker)) is not None}
         return cls(tools, reasoning, special)
 
+    def template_id(self, call_id: str) -> str:
+        """A client's call id as the model's template takes it."""
+        return call_id if self.tools is None else self.tools.template_id(call_id)
+
     def reading(
         self, plan: ToolPlan, prompt: str, *, shows_special: bool = False, constrained: bool = False
     ) -> Reading | None:

@@ -43,15 +43,19 @@ class EventStreamResponse(Response):
     Args:
         events: bytes of whole events, one or several at a time.
         ping_seconds: of silence before a comment.
+        last: what stands behind the last event.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], ping_seconds: float = PING_SECONDS) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], ping_seconds: float = PING_SECONDS, last: bytes = DONE
+    ) -> None:
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
         self._events = events
         self._ping_seconds = ping_seconds
+        self._last = last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = _Sender(send, self.status_code, self.raw_headers)
@@ -72,11 +76,11 @@ class EventStreamResponse(Response):
             async with aclosing(self._events) as events:
                 async for event in events:
                     await sender.send(event)
-            await sender.end()
+            await sender.send(self._last, more=False)
         except Exception as error:
             if sender.started:
                 await sender.send(event_bytes(reply_to(error).body()))
-                await sender.end()
+                await sender.send(self._last, more=False)
             elif isinstance(error, SaccadeError):
                 await reply_to(error).response()(scope, receive, send)
             if not isinstance(error, SaccadeError):
@@ -107,9 +111,6 @@ class _Sender:
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
         self.last_sent = time.monotonic()
         self.busy = False
-
-    async def end(self) -> None:
-        await self.send(DONE, more=False)
 
 
 async def until_disconnect(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:

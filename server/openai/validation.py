@@ -10,6 +10,8 @@ from pydantic_core import ErrorDetails
 
 from decoding.errors import RequestError, nearest
 from server.openai.fields import AcceptanceFields, PredictionFields, SpeculationFields, StreamOptions
+from server.openai.responses.items import ITEM_TAGS
+from server.openai.tools.fields import CHOICE_TAGS
 
 # Fields without an effect on the answer: accepted, so that clients which always send them work.
 IGNORED = frozenset(

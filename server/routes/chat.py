@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass, replace
 
 from fastapi import APIRouter, Request, Response
 
@@ -13,8 +14,10 @@ from server.api import Api, output_options
 from server.engine_client import check_ready
 from server.openai.chat import ChatRenderer
 from server.openai.chat_schema import ChatFields
+from server.openai.choice_output import OutputOptions
 from server.openai.generation import PromptRequest
 from server.openai.json_body import read_json
+from server.openai.output_parser import Reading
 from server.openai.rendering import Head
 from server.openai.validation import parse_fields
 
@@ -29,15 +32,27 @@ def chat_router(api: Api) -> APIRouter:
         fields.check_combinations()
         head = Head(api.model_name(fields.model), fields.resolved_seed(api.settings.seed), "chatcmpl")
         check_ready(api.client.state)
-        prompt = await asyncio.to_thread(prepare_conversation, api, fields, head)
-        generation = api.generation([prompt], output_options(fields), arrived)
-        renderer = ChatRenderer(head, api.tokenizer, generation, fields.top_logprobs or 0)
+        conversation = await asyncio.to_thread(prepare_conversation, api, fields, head)
+        generation = api.generation([conversation.prompt], conversation.options(output_options(fields)), arrived)
+        renderer = ChatRenderer(head, api.tokenizer, generation, fields.top_logprobs or 0, conversation.reading)
         return await api.answer(request, renderer, fields)
 
     return router
 
 
-def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> PromptRequest:
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, ready for the engine, and how its answer is to be read."""
+
+    prompt: PromptRequest
+    reading: Reading | None
+
+    def options(self, asked: OutputOptions) -> OutputOptions:
+        """How the tokens are returned; the special ones that mark calls and reasoning are kept for the reading."""
+        return asked if self.reading is None else replace(asked, kept=self.reading.kept)
+
+
+def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> Conversation:
     """Render, tokenize and check the messages; runs in a worker thread.
 
     Raises:
@@ -45,17 +60,19 @@ def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> PromptRequ
             with the messages.
     """
     try:
-        return PromptRequest(_request(api, fields, head))
+        return _prepared(api, fields, head)
     except RequestError as error:
         renamed = {"prompt": "messages", "max_tokens": fields.limit_field}
         message = error.message.replace("max_tokens", fields.limit_field)
         raise RequestError(message, param=renamed.get(error.param or "", error.param), code=error.code) from None
 
 
-def _request(api: Api, fields: ChatFields, head: Head) -> GenerateRequest:
+def _prepared(api: Api, fields: ChatFields, head: Head) -> Conversation:
     info = api.client.info
-    messages = [message.for_template() for message in fields.messages]
-    text = api.tokenizer.render_chat(messages, add_generation_prompt=fields.add_generation_prompt is not False)
+    plan = fields.tool_plan(api.formats.tools, shows_tools=api.shows_tools)
+    messages = [message.for_template(api.formats.template_id) for message in fields.messages]
+    generates = fields.add_generation_prompt is not False
+    text = api.tokenizer.render_chat(messages, add_generation_prompt=generates, tools=plan.shown)
     api.check_length(text)
     ids = tuple(api.tokenizer.encode(text, add_special_tokens=False))  # the template wrote those there are
     params = fields.sampling_params(
@@ -71,6 +88,10 @@ def _request(api: Api, fields: ChatFields, head: Head) -> GenerateRequest:
         speculation=fields.speculation_params(),
         cache_salt=fields.cache_salt or "",
         prediction_ids=api.prediction_ids(fields.prediction),
+        grammar=plan.grammar,
     )
     request.validate(info.vocab_size, info.max_model_len, info.drafters)
-    return request
+    shows_special = fields.skip_special_tokens is False
+    constrained = request.grammar is not None
+    reading = api.formats.reading(plan, text, shows_special=shows_special, constrained=constrained)
+    return Conversation(PromptRequest(request), reading)

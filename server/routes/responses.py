@@ -62,7 +62,7 @@ async def _renderer(api: Api, body: dict[str, object], fields: ResponsesFields, 
 
 async def _answer(api: Api, request: Request, renderer: ResponseRenderer, *, stream: bool) -> Response:
     if stream:
-        return EventStreamResponse(renderer.events(), api.settings.ping_seconds, end=b"")
+        return EventStreamResponse(renderer.events(), api.settings.ping_seconds, last=b"")
 
     async def whole() -> Response:
         return JSONResponse(await renderer.whole())

@@ -28,7 +28,8 @@ HERMES = (
 )
 LLAMA = (
     "{% if tools %}<|python_tag|> or a function call as JSON: "
-    "{% for t in tools %}{{ t | tojson(indent=4) }}{% endfor %}{% endif %}{% for m in messages %}<|{{ 'ipython' if m.role == 'tool' else m.role }}|>"
+    "{% for t in tools %}{{ t | tojson(indent=4) }}{% endfor %}{% endif %}{% for m in messages %}"
+    "<|{{ 'ipython' if m.role == 'tool' else m.role }}|>"
     "{% if 'tool_calls' in m %}{% for c in m.tool_calls %}"
     '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}'
     "{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"

@@ -235,7 +235,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(number: str) -> None:
         (
             CHAT,
             {"messages": [{"role": "robot", "content": "x"}]},
-            "messages.0.role: it must be 'system', 'developer', 'user' or 'assistant'.",
+            "messages.0.role: it must be 'system', 'developer', 'user', 'assistant' or 'tool'.",
         ),
         (
             CHAT,

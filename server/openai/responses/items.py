@@ -20,6 +20,7 @@ class TextItemPart(Fields):
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    parsed: Any = None  # added by the official client
 
 
 def as_parts(value: Any) -> Any:
@@ -52,6 +53,7 @@ class CallItem(Fields):
     namespace: None = None
     caller: None = None
     async_: None = None
+    parsed_arguments: Any = None  # added by the official client
 
 
 class CallOutputItem(Fields):

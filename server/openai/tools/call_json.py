@@ -153,8 +153,8 @@ class CallReader:
         except ValueError:
             return False
         if self._place == "key":
-            self._key, self._place = content, "colon"
-            return self._other_keys or content in _KNOWN_KEYS
+            self._key, self._place = str(content), "colon"
+            return self._other_keys or self._key in _KNOWN_KEYS
         self._place = "after"
         if self._key in _NAMES and self.name is None:
             return self._accept_name(content)
