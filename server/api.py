@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from decoding.errors import ConfigError, RequestError, nearest
 from decoding.text import Tokenizer
+from server.admission import ticket_of
 from server.engine_client import EngineClient
 from server.metrics import Metrics
 from server.openai.choice_output import OutputOptions
+from server.openai.field_limits import check_limits
 from server.openai.fields import PredictionFields, SamplingFields
 from server.openai.generation import Generation, PromptRequest
+from server.openai.json_body import BodyMemory, read_json
 from server.openai.output_parser import OutputFormats
 from server.openai.rendering import StreamUsage
-from server.openai.sse import EventStreamResponse, until_disconnect
+from server.openai.sse import DONE, EventStreamResponse, until_disconnect
+from server.openai.validation import parse_fields
+from server.prompt_log import log_prompt
 from server.settings import ServerSettings
+
+F = TypeVar("F", bound=SamplingFields)
 
 
 class Renderer(Protocol):
@@ -39,11 +46,13 @@ class Api:
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
     longest_token: int = field(init=False)  # in characters: no prompt is longer than its tokens times this
+    bodies: BodyMemory = field(init=False)
     formats: OutputFormats = field(init=False)  # how the model writes tool calls and reasoning
 
     def __post_init__(self) -> None:
         longest = max((len(token) for token in self.tokenizer.vocab()), default=1)
         object.__setattr__(self, "longest_token", longest)
+        object.__setattr__(self, "bodies", BodyMemory(self.settings.limits.max_body_memory))
         formats = OutputFormats.of(self.tokenizer, self.settings.tool_call_parser, self.settings.reasoning_parser)
         object.__setattr__(self, "formats", formats)
         if self.settings.enable_auto_tool_choice and not (formats.tools and self.shows_tools):
@@ -56,6 +65,38 @@ class Api:
     def shows_tools(self) -> bool:
         """Whether the chat template tells the model of tools."""
         return "tools" in self.tokenizer.chat_variables
+
+    async def read(self, request: Request, model: type[F]) -> F:
+        """The fields of a request, checked one by one, against each other and against the limits of this server.
+
+        Raises:
+            RequestError: naming the field at fault.
+            OverloadedError, LateError, ClientDisconnect: see ``read_json``.
+        """
+        return self.checked(request, parse_fields(await self.body(request), model))
+
+    async def body(self, request: Request) -> dict[str, Any]:
+        """The JSON of a request; it goes to the log if prompts do.
+
+        Raises:
+            RequestError, OverloadedError, LateError, ClientDisconnect: see ``read_json``.
+        """
+        body = await read_json(request, self.settings.limits.max_body_size, self.bodies)
+        if self.settings.security.log_prompts:
+            log_prompt(request.scope, body)
+        return body
+
+    def checked(self, request: Request, fields: F) -> F:
+        """Fields that were checked one by one, checked against each other and against the limits of this server.
+
+        Raises:
+            RequestError: naming the field at fault.
+        """
+        fields.check_combinations()
+        check_limits(fields, self.settings.limits)
+        if self.settings.security.isolate_keys:
+            fields.cache_salt = f"{ticket_of(request).key_name}:{fields.cache_salt or ''}"
+        return fields
 
     def model_name(self, asked: str | None) -> str:
         """The name that the answer carries.
@@ -72,16 +113,36 @@ class Api:
         return asked
 
     def check_length(self, text: str) -> None:
-        """Refuse a text that must be too long before it costs the time to tokenize it.
+        """Refuse a text that is too long before it costs the time to tokenize it.
 
         Raises:
-            RequestError: however its tokens fall, they do not fit the context.
+            RequestError: however its tokens fall, they do not fit the context; or it has more than --max-prompt-chars.
         """
-        room = self.client.info.max_model_len
+        room, most = self.client.info.max_model_len, self.settings.limits.max_prompt_chars
+        if most is not None and len(text) > most:
+            raise RequestError(
+                f"The prompt has {len(text)} characters, and this server takes {most}. Shorten it.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
         if len(text) > room * self.longest_token:
             raise RequestError(
                 f"This model's maximum context length is {room} tokens. However, you requested more: your prompt has "
                 f"{len(text)} characters. Shorten the prompt.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    def check_tokens(self, ids: Sequence[int]) -> None:
+        """Refuse a prompt of more than --max-prompt-tokens.
+
+        Raises:
+            RequestError: it has.
+        """
+        most = self.settings.limits.max_prompt_tokens
+        if most is not None and len(ids) > most:
+            raise RequestError(
+                f"The prompt has {len(ids)} tokens, and this server takes {most}. Shorten it.",
                 param="prompt",
                 code="context_length_exceeded",
             )
@@ -97,8 +158,16 @@ class Api:
         (ids,) = self.tokenizer.encode_many([prediction.text[: room * self.longest_token]])
         return tuple(ids[:room])
 
-    def generation(self, prompts: Sequence[PromptRequest], options: OutputOptions, arrived: float) -> Generation:
-        """The run of a request that arrived at that time (monotonic)."""
+    def generation(
+        self, request: Request, prompts: Sequence[PromptRequest], options: OutputOptions, arrived: float
+    ) -> Generation:
+        """The run of a request that arrived at that time (monotonic), with places in the queue for all its choices.
+
+        Raises:
+            OverloadedError: the queue is full.
+            LateError: the request's deadline has passed.
+        """
+        ticket_of(request).queue(sum(prompt.request.params.n for prompt in prompts))
 
         def first_token() -> None:
             self.metrics.first_token(time.monotonic() - arrived)
@@ -106,15 +175,35 @@ class Api:
         return Generation(self.client, self.tokenizer, prompts, options, first_token)
 
     async def answer(self, request: Request, renderer: Renderer, fields: SamplingFields) -> Response:
-        """The response, streamed or whole; either way the request is cancelled when the client leaves."""
-        if fields.stream:
-            chunks = renderer.chunks(StreamUsage.of(fields.stream_options))
-            return EventStreamResponse(chunks, self.settings.ping_seconds)
+        """The response, streamed or whole; the request is cancelled when the client leaves or its deadline passes.
 
-        async def whole() -> Response:
-            return JSONResponse(await renderer.whole())
+        Raises:
+            LateError: the deadline has passed.
+        """
+        events = renderer.chunks(StreamUsage.of(fields.stream_options)) if fields.stream else None
+        return await self.respond(request, renderer.whole, events)
 
-        return await until_disconnect(request, whole())
+    async def respond(
+        self,
+        request: Request,
+        whole: Callable[[], Awaitable[dict[str, Any]]],
+        events: AsyncGenerator[bytes, None] | None,
+        last: bytes = DONE,
+    ) -> Response:
+        """As ``answer``: a stream if there are events, with ``last`` behind them, else the whole.
+
+        Raises:
+            LateError: the deadline has passed.
+        """
+        remaining = ticket_of(request).remaining
+        if events is not None:
+            return EventStreamResponse(events, self.settings.ping_seconds, remaining, last)
+
+        async def made() -> Response:
+            return JSONResponse(await whole())
+
+        seconds = remaining()
+        return await until_disconnect(request, made(), seconds)
 
 
 def output_options(fields: SamplingFields, *, echo: bool = False, prompt_only: bool = False) -> OutputOptions:

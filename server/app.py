@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from decoding.errors import RequestError, SaccadeError, nearest
 from decoding.text import Tokenizer
-from server.admission import Admission, AdmitAll
+from server.admission import Admission, Guard
 from server.api import Api
+from server.auth import ApiKeys
 from server.engine_client import EngineClient
 from server.errors import ErrorReply, reply_to
 from server.metrics import Metrics
@@ -21,15 +23,25 @@ from server.routes.operations import operations_router
 from server.routes.responses import responses_router
 from server.settings import ServerSettings
 
-ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models", "/health", "/metrics")
+ROUTES = (
+    *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models"),
+    *("/health", "/ready", "/live", "/metrics"),
+)
 
 
 def build_app(
     client: EngineClient, tokenizer: Tokenizer, settings: ServerSettings, admission: Admission | None = None
 ) -> FastAPI:
-    """The application that serves ``client``; starting and closing the client is the caller's."""
+    """The application that serves ``client``; starting and closing the client is the caller's.
+
+    Args:
+        admission: in place of the one that ``settings`` describe.
+    """
     metrics = Metrics(client.stats, lambda: client.state)
     api = Api(client, tokenizer, settings, metrics)
+    security = settings.security
+    keys = ApiKeys(security.api_keys, metrics_public=security.metrics_public)
+    guard = Guard(settings.limits, keys, settings.rows)
     # no OpenAPI pages: bodies are parsed by hand, for errors that OpenAI's clients understand
     app = FastAPI(title="Saccade", openapi_url=None, redirect_slashes=False)
     for router in (
@@ -37,16 +49,30 @@ def build_app(
         chat_router(api),
         responses_router(api),
         models_router(api),
-        operations_router(api),
+        operations_router(api, guard),
     ):
         app.include_router(router)
-    app.add_middleware(AdmissionMiddleware, admission=admission or AdmitAll())
+    app.add_middleware(AdmissionMiddleware, admission=admission or guard, body_seconds=settings.limits.body_timeout)
+    if security.cors_origins:
+        _allow_origins(app, security.cors_origins)
     app.add_middleware(RequestMiddleware, metrics=metrics)
     app.add_exception_handler(SaccadeError, _on_own_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_mistake)
     return app
+
+
+def _allow_origins(app: FastAPI, origins: tuple[str, ...]) -> None:
+    """Web pages of these origins may call the API. Keys go in a header, so cookies never are."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_credentials=False,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=(REQUEST_ID, "retry-after", "retry-after-ms"),
+    )
 
 
 async def _on_own_error(request: Request, error: Exception) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from decoding.errors import SaccadeError
-from server.errors import reply_to
+from server.errors import deadline_exceeded, reply_to
 
 PING_SECONDS = 10.0  # proxies close connections that are silent for 60 s
 DONE = b"data: [DONE]\n\n"
@@ -43,18 +43,24 @@ class EventStreamResponse(Response):
     Args:
         events: bytes of whole events, one or several at a time.
         ping_seconds: of silence before a comment.
+        remaining: seconds to the deadline, None without one; raises LateError when it has passed.
         last: what stands behind the last event.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], ping_seconds: float = PING_SECONDS, last: bytes = DONE
+        self,
+        events: AsyncGenerator[bytes, None],
+        ping_seconds: float = PING_SECONDS,
+        remaining: Callable[[], float | None] = lambda: None,
+        last: bytes = DONE,
     ) -> None:
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
         self._events = events
         self._ping_seconds = ping_seconds
+        self._remaining = remaining
         self._last = last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,12 +69,14 @@ class EventStreamResponse(Response):
         gone = asyncio.create_task(_disconnected(receive))
         ping = asyncio.create_task(self._ping(sender))
         try:
-            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({pump, gone}, timeout=self._remaining(), return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _end([gone, ping])
             if not pump.done():
                 await _end([pump])
-        if not pump.cancelled():
+        if not done:
+            await self._fail(sender, deadline_exceeded(), scope, receive, send)
+        elif not pump.cancelled():
             pump.result()
 
     async def _pump(self, sender: _Sender, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,13 +86,16 @@ class EventStreamResponse(Response):
                     await sender.send(event)
             await sender.send(self._last, more=False)
         except Exception as error:
-            if sender.started:
-                await sender.send(event_bytes(reply_to(error).body()))
-                await sender.send(self._last, more=False)
-            elif isinstance(error, SaccadeError):
-                await reply_to(error).response()(scope, receive, send)
+            await self._fail(sender, error, scope, receive, send)
             if not isinstance(error, SaccadeError):
                 raise  # to the log, and to a response if there was none
+
+    async def _fail(self, sender: _Sender, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+        if sender.started:
+            await sender.send(event_bytes(reply_to(error).body()))
+            await sender.send(self._last, more=False)
+        elif isinstance(error, SaccadeError):
+            await reply_to(error).response()(scope, receive, send)
 
     async def _ping(self, sender: _Sender) -> None:
         while True:
@@ -113,15 +124,25 @@ class _Sender:
         self.busy = False
 
 
-async def until_disconnect(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
+async def until_disconnect(
+    request: Request, answer: Coroutine[Any, Any, Response], seconds: float | None = None
+) -> Response:
     """The answer; when the client leaves first, ``answer`` is cancelled, and nobody reads the response (status 499).
 
     A plain handler would run to its end after the client has left.
+
+    Args:
+        seconds: in which the answer must be there.
+
+    Raises:
+        LateError: it was not.
     """
     work = asyncio.create_task(answer)
     gone = asyncio.create_task(_disconnected(request.receive))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({work, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise deadline_exceeded()
         return work.result() if work.done() else Response(status_code=499)
     finally:
         await _end([work, gone])

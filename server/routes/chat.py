@@ -16,10 +16,8 @@ from server.openai.chat import ChatRenderer
 from server.openai.chat_schema import ChatFields
 from server.openai.choice_output import OutputOptions
 from server.openai.generation import PromptRequest
-from server.openai.json_body import read_json
 from server.openai.output_parser import Reading
 from server.openai.rendering import Head
-from server.openai.validation import parse_fields
 
 
 def chat_router(api: Api) -> APIRouter:
@@ -28,12 +26,12 @@ def chat_router(api: Api) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def create_chat_completion(request: Request) -> Response:
         arrived = time.monotonic()
-        fields = parse_fields(await read_json(request, api.settings.max_body_bytes), ChatFields)
-        fields.check_combinations()
+        fields = await api.read(request, ChatFields)
         head = Head(api.model_name(fields.model), fields.resolved_seed(api.settings.seed), "chatcmpl")
         check_ready(api.client.state)
         conversation = await asyncio.to_thread(prepare_conversation, api, fields, head)
-        generation = api.generation([conversation.prompt], conversation.options(output_options(fields)), arrived)
+        options = conversation.options(output_options(fields))
+        generation = api.generation(request, [conversation.prompt], options, arrived)
         renderer = ChatRenderer(head, api.tokenizer, generation, fields.top_logprobs or 0, conversation.reading)
         return await api.answer(request, renderer, fields)
 
@@ -75,6 +73,7 @@ def _prepared(api: Api, fields: ChatFields, head: Head) -> Conversation:
     text = api.tokenizer.render_chat(messages, add_generation_prompt=generates, tools=plan.shown)
     api.check_length(text)
     ids = tuple(api.tokenizer.encode(text, add_special_tokens=False))  # the template wrote those there are
+    api.check_tokens(ids)
     params = fields.sampling_params(
         info.default_sampling,
         max_tokens=fields.token_limit(info.max_model_len - len(ids)),

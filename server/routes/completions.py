@@ -13,9 +13,7 @@ from server.engine_client import check_ready
 from server.openai.completion_schema import CompletionFields
 from server.openai.completions import CompletionRenderer
 from server.openai.generation import PromptRequest
-from server.openai.json_body import read_json
 from server.openai.rendering import Head
-from server.openai.validation import parse_fields
 
 
 def completions_router(api: Api) -> APIRouter:
@@ -24,13 +22,12 @@ def completions_router(api: Api) -> APIRouter:
     @router.post("/v1/completions")
     async def create_completion(request: Request) -> Response:
         arrived = time.monotonic()
-        fields = parse_fields(await read_json(request, api.settings.max_body_bytes), CompletionFields)
-        fields.check_combinations()
+        fields = await api.read(request, CompletionFields)
         head = Head(api.model_name(fields.model), fields.resolved_seed(api.settings.seed), "cmpl")
         check_ready(api.client.state)
         prompts = await asyncio.to_thread(prepare_prompts, api, fields, head)
         options = output_options(fields, echo=bool(fields.echo), prompt_only=fields.prompt_only)
-        generation = api.generation(prompts, options, arrived)
+        generation = api.generation(request, prompts, options, arrived)
         return await api.answer(request, CompletionRenderer(head, api.tokenizer, generation), fields)
 
     return router
@@ -58,6 +55,7 @@ def prepare_prompts(api: Api, fields: CompletionFields, head: Head) -> list[Prom
             ids = tuple(api.tokenizer.encode(prompt, add_special_tokens=fields.add_special_tokens is not False))
         else:
             ids = tuple(prompt)
+        api.check_tokens(ids)
         request = GenerateRequest(
             request_id=f"{head.id}-{place}",
             prompt_ids=ids,

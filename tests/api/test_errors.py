@@ -9,6 +9,7 @@ import pytest
 from starlette.requests import Request
 
 from server.engine_client import EngineState
+from server.limits import Limits
 from server.settings import ServerSettings
 from tests.api.harness import SETTINGS, api, fake, saying
 
@@ -290,7 +291,7 @@ def test_a_charset_is_no_other_media_type() -> None:
 
 
 def test_body_limit() -> None:
-    with api(settings=ServerSettings(("demo",), max_body_bytes=1000)) as client:
+    with api(settings=ServerSettings(("demo",), limits=Limits(max_body_size=1000))) as client:
         check_error(client.post(COMPLETIONS, json={"prompt": "x" * 1000}), 413, "content_too_large", None)
         check_error(client.post(COMPLETIONS, json={"prompt": "x" * 100_000}), 413, "content_too_large", None)
         assert client.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 1}).status_code == 200
@@ -370,6 +371,7 @@ def test_admission_can_refuse_any_request() -> None:
     from starlette.testclient import TestClient
 
     from decoding.errors import RequestError
+    from server.admission import Room, Ticket
     from server.app import build_app
     from tests.api.harness import tokenizer
 
@@ -377,7 +379,7 @@ def test_admission_can_refuse_any_request() -> None:
         def admit(self, scope: Any) -> Any:
             if Request(scope).scope["path"] == CHAT:
                 raise RequestError("No chat today.", code="not_found")
-            return nullcontext()
+            return nullcontext(Ticket(Room(1, 1)))
 
     client = TestClient(build_app(fake(), tokenizer(), SETTINGS, NoChat()))
     check_error(client.post(CHAT, json={"messages": HELLO}), 404, "not_found", None)
