@@ -16,7 +16,7 @@ from server.openai.tools.fields import CHOICE_TAGS
 # Fields without an effect on the answer: accepted, so that clients which always send them work.
 IGNORED = frozenset(
     {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"}
-    | {"prompt_cache_retention"}
+    | {"prompt_cache_retention", "parallel_tool_calls"}
 )
 
 # Fields that would change the answer and that this server does not have, with the values that ask for nothing.
@@ -50,6 +50,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
     "truncate_prompt_tokens": (-1,),
     "use_beam_search": (False,),
     "web_search_options": (),

@@ -245,8 +245,8 @@ def test_numbers_that_are_not_finite_are_refused_by_name(number: str) -> None:
         ),
         (
             CHAT,
-            {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
-            "messages.0.tool_calls: it can have at most 0 items.",
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [1] * 513}]},
+            "messages.0.tool_calls: it can have at most 512 items.",
         ),
         (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens must be in [1, 2147483648], not 0."),
     ],
