@@ -74,5 +74,7 @@ def find_tool_format(name: str, template: str) -> ToolFormat | None:
     if name == "none":
         return None
     if name not in TOOL_FORMATS:
-        raise ConfigError(f"--tool-call-parser {name!r} is unknown: {nearest(name, ['auto', 'none', *TOOL_FORMATS])}.")
+        raise ConfigError(
+            f"no format of tool calls is called {name!r}: {nearest(name, ['auto', 'none', *TOOL_FORMATS])}."
+        )
     return TOOL_FORMATS[name]
