@@ -17,6 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from decoding.errors import ModelError, RequestError
 
+_OPEN_END = "\ue000the text goes on here\ue000"  # of private use: no template says it
+
 
 class ChatTemplate:
     """A model's chat template; some models have a second one, "tool_use", for conversations with tools.
@@ -44,8 +46,19 @@ class ChatTemplate:
     def __bool__(self) -> bool:
         return bool(self._templates)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **variables: Any) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
         """The prompt's text. ``tools``, ``documents`` and further ``variables`` are the template's.
+
+        Args:
+            continue_final_message: the text ends where the last message's content does, so that what is generated
+                continues it.
 
         Raises:
             RequestError: when the model has no template, or the template refuses the messages.
@@ -55,12 +68,15 @@ class ChatTemplate:
         template = self._choose(tools=given["tools"])
         # many templates print the word None for a key that is there and null
         present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        if continue_final_message:
+            present = _open_ended(present)
         try:
-            return template.render(messages=present, add_generation_prompt=add_generation_prompt, **given)
+            text = template.render(messages=present, add_generation_prompt=add_generation_prompt, **given)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise RequestError(
                 f"The model's chat template cannot render these messages: {error}", param="messages"
             ) from error
+        return _cut_at_open_end(text) if continue_final_message else text
 
     def _choose(self, *, tools: object) -> jinja2.Template:
         if tools and "tool_use" in self._templates:
@@ -77,6 +93,27 @@ class ChatTemplate:
             "start the server with --chat-template.",
             param="messages",
         )
+
+
+def _open_ended(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with a mark where the last one's content ends: templates may trim it, and always add something."""
+    content = messages[-1].get("content") if messages else None
+    if not isinstance(content, str):
+        raise RequestError(
+            "continue_final_message continues the text of the last message, and that has none.",
+            param="continue_final_message",
+        )
+    return [*messages[:-1], {**messages[-1], "content": content + _OPEN_END}]
+
+
+def _cut_at_open_end(text: str) -> str:
+    before, mark, _ = text.rpartition(_OPEN_END)
+    if not mark or _OPEN_END in before:
+        raise RequestError(
+            "The model's chat template does not show the last message as it is, so it cannot be continued.",
+            param="continue_final_message",
+        )
+    return before
 
 
 def find_templates(folder: Path, config: Mapping[str, Any], chosen: str | None) -> dict[str, str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from decoding.acceptance import Acceptance
 from decoding.errors import RequestError
 
 MAX_LOGPROBS = 20
+MAX_WORDS = 128  # bad_words: they are looked for at every node of every row
+MAX_WORD_TOKENS = 16
 GREEDY_TEMPERATURE = 1e-5  # below it the draw is the argmax
 
 
@@ -28,6 +31,8 @@ class SamplingParams:
     min_tokens: int = 0  # no end-of-sequence and no stop token before that many
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()  # nothing else is drawn; (): everything may be
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output must not have
     seed: int | None = None  # None: the engine draws one and reports it
     n: int = 1
     logprobs: int | None = None  # None: none; 0: of the chosen token; k: of the k best besides
@@ -60,8 +65,37 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _token_id("logit_bias", token, vocab_size)
             _within("logit_bias", bias, -100.0, 100.0)
-        for token in self.stop_token_ids:
-            _token_id("stop_token_ids", token, vocab_size)
+        check_token_ids("stop_token_ids", self.stop_token_ids, vocab_size)
+        check_token_ids("allowed_token_ids", self.allowed_token_ids, vocab_size)
+        self._validate_words(vocab_size)
+
+    def check_something_is_left(self, vocab_size: int, eos_ids: tuple[int, ...]) -> None:
+        """Check that bans can never forbid every token, whatever the text.
+
+        Raises:
+            RequestError: they could.
+        """
+        if not self.allowed_token_ids and not self.bad_words:
+            return
+        banned = {word[-1] for word in self.bad_words}
+        if self.min_tokens:
+            banned.update(eos_ids, self.stop_token_ids)
+        left = len(set(self.allowed_token_ids) - banned) if self.allowed_token_ids else vocab_size - len(banned)
+        if left <= 0:
+            raise RequestError(
+                "bad_words and min_tokens forbid every token that may be drawn; allow more tokens, or forbid fewer.",
+                param="allowed_token_ids" if self.allowed_token_ids else "bad_words",
+            )
+
+    def _validate_words(self, vocab_size: int) -> None:
+        if len(self.bad_words) > MAX_WORDS:
+            message = f"bad_words can have at most {MAX_WORDS} token sequences, not {len(self.bad_words)}."
+            raise RequestError(message, param="bad_words")
+        for word in self.bad_words:
+            if not 1 <= len(word) <= MAX_WORD_TOKENS:
+                message = f"a bad word must have 1 to {MAX_WORD_TOKENS} tokens, not {len(word)}."
+                raise RequestError(message, param="bad_words")
+            check_token_ids("bad_words", word, vocab_size)
 
 
 @dataclass(frozen=True)
@@ -74,6 +108,7 @@ class SpeculationParams:
     max_depth: int | None = None
     acceptance: Acceptance | None = None  # the rule that judges drafts
     coupling: bool | None = None  # draft with the target's noise; None: under the exact rule
+    trace: bool = False  # tell of every step what was drafted and what came of it
 
     def validate(self, served: tuple[str, ...]) -> None:
         """Check ranges and names.
@@ -115,10 +150,8 @@ class GenerateRequest:
         """
         if not self.prompt_ids:
             raise RequestError("The prompt is empty; it must have at least one token.", param="prompt")
-        for token in self.prompt_ids:
-            _token_id("prompt", token, vocab_size)
-        for token in self.prediction_ids:
-            _token_id("prediction", token, vocab_size)
+        check_token_ids("prompt", self.prompt_ids, vocab_size)
+        check_token_ids("prediction", self.prediction_ids, vocab_size)
         self.params.validate(vocab_size)
         self.speculation.validate(drafters)
         asked = len(self.prompt_ids) + self.params.max_tokens
@@ -138,6 +171,16 @@ def _within(name: str, value: float, low: float, high: float, *, open_low: bool 
         bracket = "(" if open_low else "["
         low_shown, high_shown = (f"{limit:g}" if isinstance(limit, float) else str(limit) for limit in (low, high))
         raise RequestError(f"{name} must be in {bracket}{low_shown}, {high_shown}], not {value}.", param=name)
+
+
+def check_token_ids(name: str, tokens: Iterable[int], vocab_size: int) -> None:
+    """Check that a field has the model's ids only.
+
+    Raises:
+        RequestError: naming the field and the first other one.
+    """
+    for token in tokens:
+        _token_id(name, token, vocab_size)
 
 
 def _token_id(name: str, token: int, vocab_size: int) -> None:

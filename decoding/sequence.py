@@ -60,6 +60,7 @@ class Sequence:
         self.admitted = False  # it was in the batch before (a preempted sequence was)
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.counter = SpeculationCounter()
+        self.traced_steps = 0  # steps whose trace went out
         self.unfollowed: set[str] = set()  # drafters that the planner lets sleep through this sequence
         self.made_up = False  # by a probe and not by a client: nobody is to learn from its text
 

@@ -123,6 +123,11 @@ class Tokenizer:
         token_id = self._vocab.get(text)
         return token_id if token_id in self.special_ids else None
 
+    def spelling(self, token_id: int) -> str:
+        """The token as the tokenizer spells it, "Ġdef" for " def" say; "" for an id without a token."""
+        spelled: str | None = self._backend.id_to_token(token_id)
+        return spelled or ""
+
     def vocab(self) -> dict[str, int]:
         """Every token (in the tokenizer's spelling) and its id, added tokens included."""
         return dict(self._vocab)

@@ -18,6 +18,8 @@ from server.metrics import Metrics
 from server.openai.choice_output import OutputOptions
 from server.openai.field_limits import check_limits
 from server.openai.fields import PredictionFields, SamplingFields
+from server.openai.fim import Infill
+from server.openai.fingerprint import fingerprint
 from server.openai.generation import Generation, PromptRequest
 from server.openai.json_body import BodyMemory, read_json
 from server.openai.output_parser import OutputFormats
@@ -26,6 +28,8 @@ from server.openai.sse import DONE, EventStreamResponse, until_disconnect
 from server.openai.validation import parse_fields
 from server.prompt_log import log_prompt
 from server.settings import ServerSettings
+
+LONGEST_CUT = 8  # contexts: a longer prompt is refused, though it is to be cut or only counted
 
 F = TypeVar("F", bound=SamplingFields)
 
@@ -46,12 +50,14 @@ class Api:
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
     longest_token: int = field(init=False)  # in characters: no prompt is longer than its tokens times this
+    infill: Infill | None = field(init=False)  # how the model fills in text before a suffix, if it can
     bodies: BodyMemory = field(init=False)
     formats: OutputFormats = field(init=False)  # how the model writes tool calls and reasoning
 
     def __post_init__(self) -> None:
         longest = max((len(token) for token in self.tokenizer.vocab()), default=1)
         object.__setattr__(self, "longest_token", longest)
+        object.__setattr__(self, "infill", Infill.of(self.tokenizer))
         object.__setattr__(self, "bodies", BodyMemory(self.settings.limits.max_body_memory))
         formats = OutputFormats.of(self.tokenizer, self.settings.tool_call_parser, self.settings.reasoning_parser)
         object.__setattr__(self, "formats", formats)
@@ -66,17 +72,8 @@ class Api:
         """Whether the chat template tells the model of tools."""
         return "tools" in self.tokenizer.chat_variables
 
-    async def read(self, request: Request, model: type[F]) -> F:
-        """The fields of a request, checked one by one, against each other and against the limits of this server.
-
-        Raises:
-            RequestError: naming the field at fault.
-            OverloadedError, LateError, ClientDisconnect: see ``read_json``.
-        """
-        return self.checked(request, parse_fields(await self.body(request), model))
-
     async def body(self, request: Request) -> dict[str, Any]:
-        """The JSON of a request; it goes to the log if prompts do.
+        """The JSON object of a request.
 
         Raises:
             RequestError, OverloadedError, LateError, ClientDisconnect: see ``read_json``.
@@ -85,6 +82,15 @@ class Api:
         if self.settings.security.log_prompts:
             log_prompt(request.scope, body)
         return body
+
+    async def read(self, request: Request, model: type[F]) -> F:
+        """The fields of a request, checked one by one, against each other and against the limits of this server.
+
+        Raises:
+            RequestError: naming the field at fault.
+            OverloadedError, LateError, ClientDisconnect: see ``read_json``.
+        """
+        return self.checked(request, parse_fields(await self.body(request), model))
 
     def checked(self, request: Request, fields: F) -> F:
         """Fields that were checked one by one, checked against each other and against the limits of this server.
@@ -112,8 +118,19 @@ class Api:
             raise RequestError(message, param="model", code="model_not_found")
         return asked
 
-    def check_length(self, text: str) -> None:
+    def fingerprint(self) -> str:
+        """What answers tell of how the server is set up.
+
+        Raises:
+            UnavailableError: before the engine has loaded.
+        """
+        return fingerprint(self.client.info, self.tokenizer, self.settings.seed)
+
+    def check_length(self, text: str, times: int = 1) -> None:
         """Refuse a text that is too long before it costs the time to tokenize it.
+
+        Args:
+            times: how many contexts it may be long; more than one where its tokens are only counted, or cut.
 
         Raises:
             RequestError: however its tokens fall, they do not fit the context; or it has more than --max-prompt-chars.
@@ -125,7 +142,7 @@ class Api:
                 param="prompt",
                 code="context_length_exceeded",
             )
-        if len(text) > room * self.longest_token:
+        if len(text) > times * room * self.longest_token:
             raise RequestError(
                 f"This model's maximum context length is {room} tokens. However, you requested more: your prompt has "
                 f"{len(text)} characters. Shorten the prompt.",
@@ -157,6 +174,15 @@ class Api:
         room = self.client.info.max_model_len
         (ids,) = self.tokenizer.encode_many([prediction.text[: room * self.longest_token]])
         return tuple(ids[:room])
+
+    def bad_word_ids(self, words: Sequence[str] | None) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each word where a text begins and after a space, as vLLM has them."""
+        spelled = [form for word in words or () for form in dict.fromkeys((word, f" {word.lstrip()}"))]
+        return tuple(dict.fromkeys(tuple(ids) for ids in self.tokenizer.encode_many(spelled) if ids))
+
+    def prompt_times(self, fields: SamplingFields) -> int:
+        """How many contexts long a prompt may be."""
+        return 1 if fields.truncate_prompt_tokens is None else LONGEST_CUT
 
     def generation(
         self, request: Request, prompts: Sequence[PromptRequest], options: OutputOptions, arrived: float
@@ -206,12 +232,12 @@ class Api:
         return await until_disconnect(request, made(), seconds)
 
 
-def output_options(fields: SamplingFields, *, echo: bool = False, prompt_only: bool = False) -> OutputOptions:
+def output_options(fields: SamplingFields) -> OutputOptions:
     """How the client wants the tokens returned."""
     return OutputOptions(
         stop=tuple(fields.stop or ()),
         include_stop=bool(fields.include_stop_str_in_output),
         skip_special_tokens=fields.skip_special_tokens is not False,
-        echo=echo,
-        prompt_only=prompt_only,
+        token_ids=bool(fields.return_token_ids),
+        prompt_logprobs=fields.prompt_logprobs,
     )

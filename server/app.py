@@ -21,11 +21,13 @@ from server.routes.completions import completions_router
 from server.routes.models import models_router
 from server.routes.operations import operations_router
 from server.routes.responses import responses_router
+from server.routes.tokenize import tokenize_router
+from server.routes.version import version_router
 from server.settings import ServerSettings
 
 ROUTES = (
     *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models"),
-    *("/health", "/ready", "/live", "/metrics"),
+    *("/tokenize", "/detokenize", "/version", "/health", "/ready", "/live", "/metrics"),
 )
 
 
@@ -49,6 +51,8 @@ def build_app(
         chat_router(api),
         responses_router(api),
         models_router(api),
+        tokenize_router(api),
+        version_router(),
         operations_router(api, guard),
     ):
         app.include_router(router)

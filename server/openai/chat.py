@@ -12,6 +12,7 @@ from server.openai.chat_deltas import ChatDelta, ChoiceDeltas, ContentDeltas, Pa
 from server.openai.chat_logprobs import scored_token
 from server.openai.choice_output import Delta, ScoredToken
 from server.openai.chunks import Chunks
+from server.openai.extras import prompt_ids, prompt_logprobs, token_ids, trace
 from server.openai.generation import Generation
 from server.openai.output_parser import Reading
 from server.openai.rendering import Head, StreamUsage, usage
@@ -45,35 +46,50 @@ class ChatRenderer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer to a request without ``stream``."""
-        choices = [self._whole_choice(delta) for delta in await self._generation.collected()]
-        return {**self._head.payload(KIND, choices), "usage": usage(self._generation)}
+        deltas = await self._generation.collected()
+        choices = [self._whole_choice(delta) for delta in deltas]
+        answer = {**self._head.payload(KIND, choices), "usage": usage(self._generation)}
+        answer |= prompt_ids(deltas[0])
+        if (scored := await prompt_logprobs(self._tokenizer, self._generation)) is not None:
+            answer["prompt_logprobs"] = scored[0]
+        return {**answer, **await trace(self._tokenizer, self._generation)}
 
     async def chunks(self, stream_usage: StreamUsage) -> AsyncGenerator[bytes, None]:
         """The events of a streamed answer: for each choice its role, its content, its finish reason."""
         chunks = Chunks(self._head, CHUNK_KIND, stream_usage, self._generation)
         begun: dict[int, ChoiceDeltas] = {}
+        untold: dict[int, tuple[int, ...]] = {}  # token ids that wait for a chunk
         async with aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:
                 events = []
                 if delta.index not in begun:
                     begun[delta.index] = self._deltas(delta.index)
-                    role = ChatDelta("", {"role": "assistant"})
-                    events.append(chunks.chunk(self._choice_json(delta.index, role)))
+                    role = self._choice_json(delta.index, ChatDelta("", {"role": "assistant"}))
+                    events.append(chunks.chunk(role, delta.index, prompt_ids(delta)))
+                if delta.token_ids is not None:
+                    untold[delta.index] = untold.get(delta.index, ()) + delta.token_ids
                 for each in begun[delta.index].push(delta):
-                    events.append(chunks.chunk(self._choice_json(delta.index, each)))
+                    made = None if delta.token_ids is None else untold.pop(delta.index, ())
+                    events.append(chunks.chunk(self._choice_json(delta.index, each, made), delta.index))
                 if events:
                     yield b"".join(events)
-        if stream_usage.final:
-            yield chunks.last()
+        told = await trace(self._tokenizer, self._generation)
+        if stream_usage.final or told:
+            yield chunks.last(told)
 
-    def _choice_json(self, index: int, delta: ChatDelta) -> str:
-        """A chunk's choice in JSON; text alone, which most chunks are, without making dicts."""
+    def _choice_json(self, index: int, delta: ChatDelta, made: tuple[int, ...] | None = None) -> str:
+        """A chunk's choice in JSON; text alone, which most chunks are, without making dicts.
+
+        Args:
+            made: the ids of its tokens, when they are told.
+        """
         reason = "null" if delta.finish_reason is None else f'"{delta.finish_reason}"'
         told = to_json(delta.fields) if delta.fields else "{}"
         if delta.content is not None:
             told = f'{told[:-1]}{"," if delta.fields else ""}"content":{json.dumps(delta.content)}}}'
         logprobs = "null" if delta.scored is None else to_json(self._logprobs(delta.scored))
-        return f'{{"index":{index},"delta":{told},"logprobs":{logprobs},"finish_reason":{reason}}}'
+        ids = "" if made is None else f',"token_ids":{to_json(made)}'
+        return f'{{"index":{index},"delta":{told},"logprobs":{logprobs},"finish_reason":{reason}{ids}}}'
 
     def _deltas(self, index: int) -> ChoiceDeltas:
         if self._reading is None:
@@ -83,12 +99,13 @@ class ChatRenderer:
     def _whole_choice(self, delta: Delta) -> dict[str, Any]:
         told: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
         if self._reading is not None:
-            told = message(read(self._reading.new_parser(), self._generation.choices[delta.index], delta))
+            told = message(read(self._reading.new_parser(), self._generation.returned[delta.index], delta))
         return {
             "index": delta.index,
             "message": told,
             "logprobs": self._logprobs(delta.scored),
             "finish_reason": finish_reason(delta, called="tool_calls" in told),
+            **token_ids(delta),
         }
 
     def _logprobs(self, scored: Sequence[ScoredToken] | None) -> dict[str, Any] | None:

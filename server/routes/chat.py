@@ -27,8 +27,9 @@ def chat_router(api: Api) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         arrived = time.monotonic()
         fields = await api.read(request, ChatFields)
-        head = Head(api.model_name(fields.model), fields.resolved_seed(api.settings.seed), "chatcmpl")
+        model, seed = api.model_name(fields.model), fields.resolved_seed(api.settings.seed)
         check_ready(api.client.state)
+        head = Head(model, seed, "chatcmpl", api.fingerprint())
         conversation = await asyncio.to_thread(prepare_conversation, api, fields, head)
         options = conversation.options(output_options(fields))
         generation = api.generation(request, [conversation.prompt], options, arrived)
@@ -68,17 +69,16 @@ def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> Conversati
 def _prepared(api: Api, fields: ChatFields, head: Head) -> Conversation:
     info = api.client.info
     plan = fields.tool_plan(api.formats.tools, shows_tools=api.shows_tools)
-    messages = [message.for_template(api.formats.template_id) for message in fields.messages]
-    generates = fields.add_generation_prompt is not False
-    text = api.tokenizer.render_chat(messages, add_generation_prompt=generates, tools=plan.shown)
-    api.check_length(text)
-    ids = tuple(api.tokenizer.encode(text, add_special_tokens=False))  # the template wrote those there are
+    text = fields.rendered(api.tokenizer, plan.shown, api.formats.template_id)
+    api.check_length(text, api.prompt_times(fields))
+    ids = fields.truncated(tuple(fields.tokens(api.tokenizer, text)), info.max_model_len - fields.token_limit(1))
     api.check_tokens(ids)
     params = fields.sampling_params(
         info.default_sampling,
         max_tokens=fields.token_limit(info.max_model_len - len(ids)),
         seed=head.seed,
         logprobs=fields.scored,
+        bad_words=api.bad_word_ids(fields.bad_words),
     )
     request = GenerateRequest(
         request_id=f"{head.id}-0",

@@ -100,9 +100,9 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
         )
     ),
     ({"prompt": "x", "speculation": {"coupling": 1}}, "speculation.coupling", "invalid_value"),
-    ({"prompt": "x", "suffix": "y"}, "suffix", "unsupported_parameter"),
-    ({"prompt": "x", "best_of": 2}, "best_of", "unsupported_parameter"),
-    ({"prompt": "x", "best_of": True}, "best_of", "unsupported_parameter"),
+    ({"prompt": "x", "suffix": 5}, "suffix", "invalid_value"),
+    ({"prompt": "x", "best_of": 0}, "best_of", "invalid_value"),
+    ({"prompt": "x", "best_of": True}, "best_of", "invalid_value"),
     ({"prompt": "x", "use_beam_search": True}, "use_beam_search", "unsupported_parameter"),
     ({"prompt": "x", "guided_json": {}}, "guided_json", "unsupported_parameter"),
     ({"prompt": "x", "temprature": 1}, "temprature", "unknown_parameter"),
@@ -131,7 +131,11 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": HELLO, "audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
     ({"messages": HELLO, "web_search_options": {}}, "web_search_options", "unsupported_parameter"),
     ({"messages": HELLO, "chat_template": "x"}, "chat_template", "unsupported_parameter"),
-    ({"messages": HELLO, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "unsupported_parameter"),
+    (
+        {"messages": HELLO, "chat_template_kwargs": {"tokenize": True}},
+        "chat_template_kwargs.tokenize",
+        "unknown_parameter",
+    ),
     ({"messages": HELLO, "prompt": "x"}, "prompt", "unknown_parameter"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic_core
@@ -104,11 +105,16 @@ class ToolCall(Fields):
     function: FunctionCall
 
 
-def check_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> None:
+def shown_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
+    """Tools for the template; None for none, which templates ask for."""
+    return [{"type": "function", "function": tool.function.for_template()} for tool in tools or ()] or None
+
+
+def check_tools(tools: list[Tool] | None) -> None:
     """Check what no single field shows.
 
     Raises:
-        RequestError: naming the field at fault.
+        RequestError: two have one name, or they are too large.
     """
     names: set[str] = set()
     for place, tool in enumerate(tools or ()):
@@ -119,6 +125,15 @@ def check_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> None:
     size = sum(_size(tool, place) for place, tool in enumerate(tools or ()))
     if size > MAX_TOOL_BYTES:
         raise RequestError(f"tools can have at most {MAX_TOOL_BYTES} bytes; these have {size}.", param="tools")
+
+
+def check_choice(tools: list[Tool] | None, choice: ToolChoice | None) -> None:
+    """Check that the choice is one among the tools.
+
+    Raises:
+        RequestError: naming the field at fault.
+    """
+    names = {tool.function.name for tool in tools or ()}
     if not names and choice not in (None, "none", "auto"):
         raise RequestError("tool_choice can only be given with tools.", param="tool_choice")
     if isinstance(choice, NamedChoice) and choice.function.name not in names:

@@ -10,7 +10,7 @@ from typing import Any
 from decoding.errors import RequestError
 from decoding.request import Grammar
 from server.openai.tools.base import Offer, ToolParser
-from server.openai.tools.fields import AllowedChoice, NamedChoice, Tool, ToolChoice
+from server.openai.tools.fields import AllowedChoice, NamedChoice, Tool, ToolChoice, shown_tools
 from server.openai.tools.forced import ForcedArgumentsParser, ForcedCallsParser
 from server.openai.tools.schema import arguments_schema, calls_schema
 from server.openai.tools.table import ToolFormat, new_call_id
@@ -62,7 +62,7 @@ def plan_tools(
     if not tools or choice == "none":
         return ToolPlan()
     offered, mode = _offered(tools, choice)
-    shown = [{"type": "function", "function": tool.function.for_template()} for tool in offered]
+    shown = shown_tools(offered)
     new_id = tool_format.new_id if tool_format is not None else new_call_id
     names = frozenset(tool.function.name for tool in offered)
     if mode == "auto":
