@@ -31,8 +31,8 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
         "--reasoning-parser",
         type=_reasoning_format,
         metavar="NAME",
-        help="how it marks its reasoning: deepseek_r1, qwen3, glm45, mistral, seed_oss or none (default: auto, by "
-        "its chat template)",
+        help="how it marks its reasoning: deepseek_r1, qwen3, glm45, mistral, seed_oss or none (default: auto, by its "
+        "chat template)",
     )
 
 

@@ -87,10 +87,8 @@ def _prepared(api: Api, fields: ChatFields, head: Head) -> Conversation:
         speculation=fields.speculation_params(),
         cache_salt=fields.cache_salt or "",
         prediction_ids=api.prediction_ids(fields.prediction),
-        grammar=plan.grammar,
     )
     request.validate(info.vocab_size, info.max_model_len, info.drafters)
     shows_special = fields.skip_special_tokens is False
-    constrained = request.grammar is not None
-    reading = api.formats.reading(plan, text, shows_special=shows_special, constrained=constrained)
+    reading = api.formats.reading(plan, text, shows_special=shows_special)
     return Conversation(PromptRequest(request), reading)
