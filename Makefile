@@ -6,6 +6,7 @@ PORT ?= 8000
 MODEL ?= demo/target
 SPECULATE ?= --speculate draft=demo/draft --speculate ngram --speculate prediction
 ARGS ?=
+CLIENTS ?=
 FAMILY ?= demo
 # a family under build/ is inflated to the shape that its name says
 INFLATED = $(patsubst %,%/inflate.json,$(filter build/%,$(FAMILY)))
@@ -21,7 +22,7 @@ KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kern
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test lint bench-quick bench-matrix bench-offline bench-compare bench-drafters bench-gpu bench-report \
-    llama-cpp clean
+    clients llama-cpp clean
 
 help:
 	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
@@ -29,6 +30,7 @@ help:
 	@echo "                   (HOST, PORT, MODEL, SPECULATE and ARGS change what is served)"
 	@echo "make test          set up, then lint, types and all tests; this is what CI runs"
 	@echo "make lint          set up, then lint and types only"
+	@echo "make clients       set up, then run real clients of OpenAI's API, each in an environment of its own (CLIENTS=\"NAME ...\")"
 	@echo "make bench-quick   set up, then measure the demo model against plain decoding and transformers"
 	@echo "make bench-matrix  set up, then compare auto with plain decoding and fixed trees (FAMILY=demo)"
 	@echo "make bench-offline set up, then measure one request at a time, and what its step is made of (FAMILY=demo)"
@@ -70,6 +72,9 @@ lint: setup
 # One thread a worker: the tests' tensors are tiny, and threads of several workers only fight over the cores.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clients: setup
+	$(BIN)/python -m tests.clients.run $(CLIENTS)
 
 bench-quick: setup
 	$(BIN)/python -m benchmarks.quick $(ARGS)

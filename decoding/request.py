@@ -156,10 +156,11 @@ class GenerateRequest:
         self.speculation.validate(drafters)
         asked = len(self.prompt_ids) + self.params.max_tokens
         if asked > max_model_len:
+            # clients know the case by this text, LangChain by the code in it
             raise RequestError(
                 f"This model's maximum context length is {max_model_len} tokens. However, you requested {asked} tokens "
                 f"({len(self.prompt_ids)} in the prompt, {self.params.max_tokens} in the completion). "
-                "Shorten the prompt or lower max_tokens.",
+                "Shorten the prompt or lower max_tokens. (context_length_exceeded)",
                 param="prompt",
                 code="context_length_exceeded",
             )

@@ -145,7 +145,7 @@ class Api:
         if len(text) > times * room * self.longest_token:
             raise RequestError(
                 f"This model's maximum context length is {room} tokens. However, you requested more: your prompt has "
-                f"{len(text)} characters. Shorten the prompt.",
+                f"{len(text)} characters. Shorten the prompt. (context_length_exceeded)",
                 param="prompt",
                 code="context_length_exceeded",
             )

@@ -24,15 +24,15 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--enable-auto-tool-choice",
         action="store_true",
-        help="do not start where requests could not leave the choice of tools to the model; where they can, they always "
-        "can",
+        help="do not start where requests could not leave the choice of tools to the model; where they can, they "
+        "always can",
     )
     add(
         "--reasoning-parser",
         type=_reasoning_format,
         metavar="NAME",
-        help="how it marks its reasoning: deepseek_r1, qwen3, glm45, mistral, seed_oss or none (default: auto, by its "
-        "chat template)",
+        help="how it marks its reasoning: deepseek_r1, qwen3, glm45, mistral, seed_oss or none (default: auto, by "
+        "its chat template)",
     )
 
 
