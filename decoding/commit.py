@@ -179,11 +179,13 @@ class Committer:
                     counter.accepted_by[name] += accepted
 
     def _trace(self, row: PlannedRow, index: int, found: HostResults, taken: list[int], bonus: int | None) -> StepTrace:
-        row.sequence.traced_steps += 1
         root = row.end - 1
-        return found.trees.step(
+        step = found.trees.step(
             index, root, int(row.sequence.tokens[root]), found.source[index], self._names, taken, bonus
         )
+        row.sequence.traced.steps += 1
+        row.sequence.traced.nodes += len(step.tokens)
+        return step
 
     def _event(
         self,

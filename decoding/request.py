@@ -16,6 +16,36 @@ GREEDY_TEMPERATURE = 1e-5  # below it the draw is the argmax
 
 
 @dataclass(frozen=True)
+class Range:
+    """The values that a number may have."""
+
+    low: float
+    high: float
+    open_low: bool = False  # without the lowest
+
+    def check(self, name: str, value: float) -> None:
+        """Refuse a number that is outside.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        _within(name, value, self.low, self.high, open_low=self.open_low)
+
+
+# by the names of SamplingParams, which are those of request fields
+RANGES = {
+    "temperature": Range(0.0, 100.0),
+    "top_p": Range(0.0, 1.0, open_low=True),
+    "min_p": Range(0.0, 1.0),
+    "repetition_penalty": Range(0.0, 100.0, open_low=True),
+    "presence_penalty": Range(-2.0, 2.0),
+    "frequency_penalty": Range(-2.0, 2.0),
+    "top_k": Range(-1, 2**31),
+    "n": Range(1, 128),
+}
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn. Defaults are neutral; names and meanings are vLLM's and OpenAI's."""
 
@@ -44,19 +74,13 @@ class SamplingParams:
         Raises:
             RequestError: naming the field at fault.
         """
-        _within("temperature", self.temperature, 0.0, 100.0)
-        _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _within("min_p", self.min_p, 0.0, 1.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _within("top_k", self.top_k, -1, 2**31)
+        for name, span in RANGES.items():
+            span.check(name, getattr(self, name))
         _within("max_tokens", self.max_tokens, 1, 2**31)
         if self.min_tokens > self.max_tokens:
             message = f"min_tokens must be at most max_tokens ({self.max_tokens}), not {self.min_tokens}."
             raise RequestError(message, param="min_tokens")
         _within("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _within("n", self.n, 1, 128)
         if self.seed is not None:
             _within("seed", self.seed, -(2**63), 2**64 - 1)
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):

@@ -105,9 +105,9 @@ def _bias(sequences: list[Sequence], vocab_size: int, device: torch.device) -> T
         return None
     bias = torch.zeros(len(sequences), vocab_size)
     for i, sequence in enumerate(sequences):
-        if allowed := sequence.params.allowed_token_ids:
+        if len(sequence.allowed):
             bias[i] = -torch.inf
-            bias[i, torch.tensor(allowed)] = 0.0
+            bias[i, torch.from_numpy(sequence.allowed)] = 0.0
         for token, value in sequence.params.logit_bias.items():
             bias[i, token] += value
     return upload(device, bias.numpy())[0]

@@ -18,6 +18,7 @@ from server.metrics import Metrics
 from server.middleware import REQUEST_ID, AdmissionMiddleware, RequestMiddleware, assign_id
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
+from server.routes.document import document_router
 from server.routes.models import models_router
 from server.routes.operations import operations_router
 from server.routes.responses import responses_router
@@ -26,8 +27,18 @@ from server.routes.version import version_router
 from server.settings import ServerSettings
 
 ROUTES = (
-    *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models"),
-    *("/tokenize", "/detokenize", "/version", "/health", "/ready", "/live", "/metrics"),
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/models",
+    "/tokenize",
+    "/detokenize",
+    "/version",
+    "/health",
+    "/ready",
+    "/live",
+    "/metrics",
+    "/openapi.json",
 )
 
 
@@ -44,17 +55,19 @@ def build_app(
     security = settings.security
     keys = ApiKeys(security.api_keys, metrics_public=security.metrics_public)
     guard = Guard(settings.limits, keys, settings.rows)
-    # no OpenAPI pages: bodies are parsed by hand, for errors that OpenAI's clients understand
+    # FastAPI would make another document: bodies are parsed by hand, for errors that OpenAI's clients understand
     app = FastAPI(title="Saccade", openapi_url=None, redirect_slashes=False)
-    for router in (
+    routers = (
         completions_router(api),
         chat_router(api),
         responses_router(api),
         models_router(api),
+        operations_router(api, guard),
         tokenize_router(api),
         version_router(),
-        operations_router(api, guard),
-    ):
+        document_router(),
+    )
+    for router in routers:
         app.include_router(router)
     app.add_middleware(AdmissionMiddleware, admission=admission or guard, body_seconds=settings.limits.body_timeout)
     if security.cors_origins:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import uvicorn
+import uvloop
 from starlette.types import ASGIApp
 
 from decoding.acceptance import LOSSY, Acceptance
@@ -64,6 +65,11 @@ def http_server(app: ASGIApp, limits: Limits, tls: ssl.SSLContext | None = None)
 
 def _ready_made(context: ssl.SSLContext, *_: object) -> ssl.SSLContext:
     return context
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """The event loop that the HTTP process runs on."""
+    return uvloop.new_event_loop()
 
 
 class Service:
@@ -182,6 +188,7 @@ def serve(
         await Service(config, settings, chat_template, listener, tls=context, engine=engine).run()
 
     try:
-        asyncio.run(run())
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(run())
     finally:
         listener.close()

@@ -180,14 +180,15 @@ class ChoiceOutput:
 
 
 def score_prompt(
-    tokenizer: Tokenizer, prompt_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], top: int
+    tokenizer: Tokenizer, prompt_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], top: int, echoed: str
 ) -> tuple[ScoredToken, ...]:
     """The prompt's tokens with their logprobs; nothing stands before the first, so that it has none.
 
     Args:
         top: alternatives of each, at most.
+        echoed: the text that the offsets are in. Special tokens that the client wrote are in it, and others are not.
     """
-    text = TextStream(tokenizer)
+    text = TextStream(tokenizer, skip_special_tokens=tokenizer.decode(prompt_ids, skip_special_tokens=False) != echoed)
     text.push(prompt_ids)
     return tuple(
         ScoredToken(token, entry.logprob if entry else None, entry.top[:top] if entry else (), offset)

@@ -11,7 +11,8 @@ from decoding.errors import RequestError
 from server.openai.fields import MAX_TEXT_PARTS, Fields, Name, TextPart, as_parts
 from server.openai.tools.fields import MAX_CALLS, CallId, ToolCall
 
-Content = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_TEXT_PARTS), BeforeValidator(as_parts)]
+Parts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_TEXT_PARTS)]
+Content = Annotated[Parts, BeforeValidator(as_parts, json_schema_input_type=str | Parts)]
 
 
 class Message(Fields):

@@ -195,7 +195,7 @@ def test_items_of_a_turn_are_one_message_for_the_template() -> None:
         ({}, "input", "missing_required_parameter"),
         ({"input": []}, "input", "invalid_value"),
         ({"input": 5}, "input", "invalid_value"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0", "invalid_value"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type", "invalid_value"),
         ({"input": [{"role": "user"}]}, "input.0.content", "missing_required_parameter"),
         ({"input": [{"role": "king", "content": "x"}]}, "input.0.role", "invalid_value"),
         (

@@ -227,7 +227,7 @@ def test_of_allowed_tools_the_model_knows_and_of_others_not() -> None:
         ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
         ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice", "invalid_value"),
         ({"tools": TOOLS, "tool_choice": 5}, "tool_choice", "invalid_value"),
-        ({"tools": TOOLS, "tool_choice": {"type": "custom"}}, "tool_choice", "invalid_value"),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom"}}, "tool_choice.type", "invalid_value"),
         (
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "rm"}}},
             "tool_choice.function.name",

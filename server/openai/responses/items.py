@@ -35,9 +35,9 @@ ItemText = Annotated[TextItemParts, BeforeValidator(as_parts, json_schema_input_
 
 
 class MessageItem(Fields):
+    type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: ItemText
-    type: Literal["message"] | None = None
     id: Name | None = None
     status: Status | None = None
     phase: Name | None = None
@@ -96,10 +96,10 @@ ITEM_TAGS = frozenset(_TAGS.values())  # they are no part of a field's place
 
 
 def _item_form(value: Any) -> str | None:
+    """An object without a known type is a message, whose errors say what is wrong with it."""
     if isinstance(value, dict):
-        kind = value.get("type")
-        return _TAGS.get("message" if kind is None else str(kind))
-    return _TAGS.get(getattr(value, "type", None) or "message")
+        return _TAGS.get(str(value.get("type")), "item_message")
+    return _TAGS.get(getattr(value, "type", ""))
 
 
 Item = Annotated[

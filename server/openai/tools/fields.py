@@ -64,8 +64,9 @@ class AllowedChoice(Fields):
 def _choice_form(value: Any) -> str | None:
     if isinstance(value, str):
         return "choice_word"
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return {"function": "choice_function", "allowed_tools": "choice_allowed"}.get(str(kind))
+    if isinstance(value, dict):
+        return "choice_allowed" if value.get("type") == "allowed_tools" else "choice_function"
+    return {"function": "choice_function", "allowed_tools": "choice_allowed"}.get(getattr(value, "type", ""))
 
 
 # tags of the union below, which are no part of a field's place
