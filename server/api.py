@@ -107,11 +107,12 @@ class Api:
         """
         return fingerprint(self.client.info, self.tokenizer, self.settings.seed)
 
-    def check_length(self, text: str, times: int = 1) -> None:
+    def check_length(self, text: str, times: int = 1, *, param: str = "prompt") -> None:
         """Refuse a text that is too long before it costs the time to tokenize it.
 
         Args:
             times: how many contexts it may be long; more than one where its tokens are only counted, or cut.
+            param: the field that the text is of.
 
         Raises:
             RequestError: however its tokens fall, they do not fit the context; or it has more than --max-prompt-chars.
@@ -119,15 +120,15 @@ class Api:
         room, most = self.client.info.max_model_len, self.settings.limits.max_prompt_chars
         if most is not None and len(text) > most:
             raise RequestError(
-                f"The prompt has {len(text)} characters, and this server takes {most}. Shorten it.",
-                param="prompt",
+                f"The {param} has {len(text)} characters, and this server takes {most}. Shorten it.",
+                param=param,
                 code="context_length_exceeded",
             )
         if len(text) > times * room * self.longest_token:
             raise RequestError(
-                f"This model's maximum context length is {room} tokens. However, you requested more: your prompt has "
-                f"{len(text)} characters. Shorten the prompt. (context_length_exceeded)",
-                param="prompt",
+                f"This model's maximum context length is {room} tokens. However, you requested more: your {param} has "
+                f"{len(text)} characters. Shorten the {param}. (context_length_exceeded)",
+                param=param,
                 code="context_length_exceeded",
             )
 
