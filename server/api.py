@@ -14,6 +14,7 @@ from decoding.errors import RequestError, nearest
 from decoding.text import Tokenizer
 from server.admission import ticket_of
 from server.engine_client import EngineClient
+from server.grammar_worker import GrammarCheck
 from server.metrics import Metrics
 from server.openai.choice_output import OutputOptions
 from server.openai.field_limits import check_limits
@@ -47,6 +48,7 @@ class Api:
     tokenizer: Tokenizer
     settings: ServerSettings
     metrics: Metrics
+    grammars: GrammarCheck  # asked before a request with a grammar is sent to the engine
     created: int = field(default_factory=lambda: int(time.time()))
     longest_token: int = field(init=False)  # in characters: no prompt is longer than its tokens times this
     infill: Infill | None = field(init=False)  # how the model fills in text before a suffix, if it can

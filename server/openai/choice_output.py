@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from decoding.errors import RequestError
 from decoding.messages import SpeculationStats, StepTrace, TokenEvent, TokenLogprobs
 from decoding.request import GenerateRequest
 from decoding.text import TextStream, Tokenizer
@@ -116,6 +117,7 @@ class ChoiceOutput:
 
         Raises:
             GenerationError: the engine gave up on the request.
+            RequestError: it is the request that cannot be finished.
         """
         self.generated += len(event.token_ids)
         self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
@@ -124,6 +126,8 @@ class ChoiceOutput:
             return Delta(self.index)
         self.trace += event.trace
         if event.finish_reason == "error":
+            if event.error is not None and event.error_code is not None:
+                raise RequestError(event.error, code=event.error_code)
             raise GenerationError(event.error or "The engine could not finish this request.")
         if event.finish_reason == "cancelled":
             raise GenerationError("The engine cancelled this request.")
