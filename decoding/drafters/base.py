@@ -37,6 +37,15 @@ class Needs:
     pins: bool = False  # it pins nodes, see ``Trees``: these cost whatever they promise, and its gain comes later
 
 
+@runtime_checkable
+class BoundedOptions(Protocol):
+    """Options of a drafter that remembers past texts."""
+
+    def memory_bound(self, vocab_size: int) -> int:
+        """Bytes that this may take at most, beside what rows under way take."""
+        ...
+
+
 @dataclass(frozen=True)
 class DrafterContext:
     """What a drafter is built from."""
