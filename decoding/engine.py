@@ -49,6 +49,7 @@ class Engine:
             device=str(loaded.target.device),
             default_sampling=loaded.default_sampling,
             quantization=config.quantization,
+            acceptance=config.acceptance,
         )
         self._stepper = stepper
         self._sequences: dict[SequenceId, Sequence] = {}
@@ -86,6 +87,7 @@ class Engine:
 
     def _check_request(self, request: GenerateRequest) -> None:
         request.validate(self.info.vocab_size, self.info.max_model_len, self.info.drafters)
+        request.params.check_something_is_left(self.info.vocab_size, self.info.eos_token_ids)
         if request.request_id in self._open_requests():
             raise RequestError(f"there is already a request {request.request_id!r}.", param="request_id")
         pages = pages_for(len(request.prompt_ids) + request.params.max_tokens)

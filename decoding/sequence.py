@@ -30,6 +30,14 @@ class SpeculationCounter:
         return SpeculationStats(self.steps, self.drafted, self.accepted, by_drafter, acceptance)
 
 
+@dataclass
+class Traced:
+    """How much of a sequence's steps was told."""
+
+    steps: int = 0
+    nodes: int = 0
+
+
 class Sequence:
     """Tokens 0 .. length - 1 are committed; K/V of tokens 0 .. cached - 1 lies in ``pages``.
 
@@ -41,6 +49,7 @@ class Sequence:
         self.params: SamplingParams = request.params
         self.speculation: SpeculationParams = request.speculation
         self.is_greedy = request.params.temperature < GREEDY_TEMPERATURE
+        self.allowed = np.array(request.params.allowed_token_ids, dtype=np.int64)  # [A]; none: everything is
         # drafts for texts of one kind are worth about the same
         self.kind = (self.is_greedy, bool(request.prediction_ids))
         self.choice = choice
@@ -60,6 +69,7 @@ class Sequence:
         self.admitted = False  # it was in the batch before (a preempted sequence was)
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.counter = SpeculationCounter()
+        self.traced = Traced()
         self.unfollowed: set[str] = set()  # drafters that the planner lets sleep through this sequence
         self.made_up = False  # by a probe and not by a client: nobody is to learn from its text
 

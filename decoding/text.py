@@ -61,6 +61,16 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._chat)
 
+    @property
+    def chat_variables(self) -> frozenset[str]:
+        """The names that the chat template reads."""
+        return self._chat.variables
+
+    @property
+    def chat_source(self) -> str:
+        """The text of the chat template, of all if there are several."""
+        return self._chat.source
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens (a leading bos, say) where the tokenizer's post-processor puts them.
 
@@ -107,6 +117,11 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """``token_bytes`` as text; bytes that are no whole character become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def spelling(self, token_id: int) -> str:
+        """The token as the tokenizer spells it, "Ġdef" for " def" say; "" for an id without a token."""
+        spelled: str | None = self._backend.id_to_token(token_id)
+        return spelled or ""
 
     def vocab(self) -> dict[str, int]:
         """Every token (in the tokenizer's spelling) and its id, added tokens included."""
@@ -176,6 +191,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._partial = False  # the decoder holds the first bytes of a character
         self._stops = StopStrings(stop, include_stop)
         self._previous: int | None = None
         self._length = 0  # characters decoded so far, held back ones included
@@ -190,7 +206,7 @@ class TextStream:
             if self._stop is not None:
                 break
             self.offsets.append(self._length)
-            texts.append(self._emit(self._utf8.decode(self._bytes(token_id))))
+            texts.append(self._emit(self._characters(self._bytes(token_id))))
         return self._delta("".join(texts))
 
     def finish(self) -> TextDelta:
@@ -199,6 +215,20 @@ class TextStream:
             return self._delta("")
         text = self._emit(self._utf8.decode(b"", final=True))
         return self._delta(text + self._stops.flush())
+
+    def _characters(self, spelled: bytes) -> str:
+        """What can be said for certain. Nearly every token is whole characters, for which no decoder is needed."""
+        if self._partial:
+            return self._decoded(spelled)
+        try:
+            return spelled.decode("utf-8")
+        except UnicodeDecodeError:
+            return self._decoded(spelled)
+
+    def _decoded(self, spelled: bytes) -> str:
+        text = self._utf8.decode(spelled)
+        self._partial = bool(self._utf8.getstate()[0])
+        return text
 
     def _emit(self, text: str) -> str:
         self._length += len(text)
@@ -225,7 +255,7 @@ class TextStream:
                 tail.append(spelled)
                 if sum(map(len, tail)) >= 4:  # no character has more bytes
                     break
-        self._utf8.decode(b"".join(reversed(tail)))
+        self._decoded(b"".join(reversed(tail)))
 
 
 def _from_file(path: Path, config: Mapping[str, Any], named: Mapping[str, str]) -> Any:

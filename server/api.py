@@ -5,21 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from decoding.errors import RequestError, nearest
 from decoding.text import Tokenizer
+from server.admission import ticket_of
 from server.engine_client import EngineClient
 from server.metrics import Metrics
 from server.openai.choice_output import OutputOptions
+from server.openai.field_limits import check_limits
 from server.openai.fields import PredictionFields, SamplingFields
+from server.openai.fim import Infill
+from server.openai.fingerprint import fingerprint
 from server.openai.generation import Generation, PromptRequest
+from server.openai.json_body import BodyMemory, read_json
 from server.openai.rendering import StreamUsage
 from server.openai.sse import EventStreamResponse, until_disconnect
+from server.openai.validation import parse_fields
+from server.prompt_log import log_prompt
 from server.settings import ServerSettings
+
+LONGEST_CUT = 8  # contexts: a longer prompt is refused, though it is to be cut or only counted
+
+F = TypeVar("F", bound=SamplingFields)
 
 
 class Renderer(Protocol):
@@ -27,7 +38,7 @@ class Renderer(Protocol):
 
     async def whole(self) -> dict[str, Any]: ...
 
-    def chunks(self, stream_usage: StreamUsage) -> AsyncGenerator[dict[str, Any], None]: ...
+    def chunks(self, stream_usage: StreamUsage) -> AsyncGenerator[bytes, None]: ...
 
 
 @dataclass(frozen=True)
@@ -38,10 +49,39 @@ class Api:
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
     longest_token: int = field(init=False)  # in characters: no prompt is longer than its tokens times this
+    infill: Infill | None = field(init=False)  # how the model fills in text before a suffix, if it can
+    bodies: BodyMemory = field(init=False)
 
     def __post_init__(self) -> None:
         longest = max((len(token) for token in self.tokenizer.vocab()), default=1)
         object.__setattr__(self, "longest_token", longest)
+        object.__setattr__(self, "infill", Infill.of(self.tokenizer))
+        object.__setattr__(self, "bodies", BodyMemory(self.settings.limits.max_body_memory))
+
+    async def body(self, request: Request) -> dict[str, Any]:
+        """The JSON object of a request.
+
+        Raises:
+            RequestError, OverloadedError, LateError, ClientDisconnect: see ``read_json``.
+        """
+        body = await read_json(request, self.settings.limits.max_body_size, self.bodies)
+        if self.settings.security.log_prompts:
+            log_prompt(request.scope, body)
+        return body
+
+    async def read(self, request: Request, model: type[F]) -> F:
+        """The fields of a request, checked one by one, against each other and against the limits of this server.
+
+        Raises:
+            RequestError: naming the field at fault.
+            OverloadedError, LateError, ClientDisconnect: see ``read_json``.
+        """
+        fields = parse_fields(await self.body(request), model)
+        fields.check_combinations()
+        check_limits(fields, self.settings.limits)
+        if self.settings.security.isolate_keys:
+            fields.cache_salt = f"{ticket_of(request).key_name}:{fields.cache_salt or ''}"
+        return fields
 
     def model_name(self, asked: str | None) -> str:
         """The name that the answer carries.
@@ -57,17 +97,48 @@ class Api:
             raise RequestError(message, param="model", code="model_not_found")
         return asked
 
-    def check_length(self, text: str) -> None:
-        """Refuse a text that must be too long before it costs the time to tokenize it.
+    def fingerprint(self) -> str:
+        """What answers tell of how the server is set up.
 
         Raises:
-            RequestError: however its tokens fall, they do not fit the context.
+            UnavailableError: before the engine has loaded.
         """
-        room = self.client.info.max_model_len
-        if len(text) > room * self.longest_token:
+        return fingerprint(self.client.info, self.tokenizer, self.settings.seed)
+
+    def check_length(self, text: str, times: int = 1) -> None:
+        """Refuse a text that is too long before it costs the time to tokenize it.
+
+        Args:
+            times: how many contexts it may be long; more than one where its tokens are only counted, or cut.
+
+        Raises:
+            RequestError: however its tokens fall, they do not fit the context; or it has more than --max-prompt-chars.
+        """
+        room, most = self.client.info.max_model_len, self.settings.limits.max_prompt_chars
+        if most is not None and len(text) > most:
+            raise RequestError(
+                f"The prompt has {len(text)} characters, and this server takes {most}. Shorten it.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if len(text) > times * room * self.longest_token:
             raise RequestError(
                 f"This model's maximum context length is {room} tokens. However, you requested more: your prompt has "
-                f"{len(text)} characters. Shorten the prompt.",
+                f"{len(text)} characters. Shorten the prompt. (context_length_exceeded)",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    def check_tokens(self, ids: Sequence[int]) -> None:
+        """Refuse a prompt of more than --max-prompt-tokens.
+
+        Raises:
+            RequestError: it has.
+        """
+        most = self.settings.limits.max_prompt_tokens
+        if most is not None and len(ids) > most:
+            raise RequestError(
+                f"The prompt has {len(ids)} tokens, and this server takes {most}. Shorten it.",
                 param="prompt",
                 code="context_length_exceeded",
             )
@@ -83,8 +154,25 @@ class Api:
         (ids,) = self.tokenizer.encode_many([prediction.text[: room * self.longest_token]])
         return tuple(ids[:room])
 
-    def generation(self, prompts: Sequence[PromptRequest], options: OutputOptions, arrived: float) -> Generation:
-        """The run of a request that arrived at that time (monotonic)."""
+    def bad_word_ids(self, words: Sequence[str] | None) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each word where a text begins and after a space, as vLLM has them."""
+        spelled = [form for word in words or () for form in dict.fromkeys((word, f" {word.lstrip()}"))]
+        return tuple(dict.fromkeys(tuple(ids) for ids in self.tokenizer.encode_many(spelled) if ids))
+
+    def prompt_times(self, fields: SamplingFields) -> int:
+        """How many contexts long a prompt may be."""
+        return 1 if fields.truncate_prompt_tokens is None else LONGEST_CUT
+
+    def generation(
+        self, request: Request, prompts: Sequence[PromptRequest], options: OutputOptions, arrived: float
+    ) -> Generation:
+        """The run of a request that arrived at that time (monotonic), with places in the queue for all its choices.
+
+        Raises:
+            OverloadedError: the queue is full.
+            LateError: the request's deadline has passed.
+        """
+        ticket_of(request).queue(sum(prompt.request.params.n for prompt in prompts))
 
         def first_token() -> None:
             self.metrics.first_token(time.monotonic() - arrived)
@@ -92,23 +180,29 @@ class Api:
         return Generation(self.client, self.tokenizer, prompts, options, first_token)
 
     async def answer(self, request: Request, renderer: Renderer, fields: SamplingFields) -> Response:
-        """The response, streamed or whole; either way the request is cancelled when the client leaves."""
+        """The response, streamed or whole; the request is cancelled when the client leaves or its deadline passes.
+
+        Raises:
+            LateError: the deadline has passed.
+        """
+        remaining = ticket_of(request).remaining
         if fields.stream:
             chunks = renderer.chunks(StreamUsage.of(fields.stream_options))
-            return EventStreamResponse(chunks, self.settings.ping_seconds)
+            return EventStreamResponse(chunks, self.settings.ping_seconds, remaining)
 
         async def whole() -> Response:
             return JSONResponse(await renderer.whole())
 
-        return await until_disconnect(request, whole())
+        seconds = remaining()
+        return await until_disconnect(request, whole(), seconds)
 
 
-def output_options(fields: SamplingFields, *, echo: bool = False, prompt_only: bool = False) -> OutputOptions:
+def output_options(fields: SamplingFields) -> OutputOptions:
     """How the client wants the tokens returned."""
     return OutputOptions(
         stop=tuple(fields.stop or ()),
         include_stop=bool(fields.include_stop_str_in_output),
         skip_special_tokens=fields.skip_special_tokens is not False,
-        echo=echo,
-        prompt_only=prompt_only,
+        token_ids=bool(fields.return_token_ids),
+        prompt_logprobs=fields.prompt_logprobs,
     )

@@ -4,42 +4,89 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from decoding.errors import RequestError, SaccadeError, nearest
 from decoding.text import Tokenizer
-from server.admission import Admission, AdmitAll
+from server.admission import Admission, Guard
 from server.api import Api
+from server.auth import ApiKeys
 from server.engine_client import EngineClient
 from server.errors import ErrorReply, reply_to
 from server.metrics import Metrics
 from server.middleware import REQUEST_ID, AdmissionMiddleware, RequestMiddleware, assign_id
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
+from server.routes.document import document_router
 from server.routes.models import models_router
 from server.routes.operations import operations_router
+from server.routes.tokenize import tokenize_router
+from server.routes.version import version_router
 from server.settings import ServerSettings
 
-ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+ROUTES = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/tokenize",
+    "/detokenize",
+    "/version",
+    "/health",
+    "/ready",
+    "/live",
+    "/metrics",
+    "/openapi.json",
+)
 
 
 def build_app(
     client: EngineClient, tokenizer: Tokenizer, settings: ServerSettings, admission: Admission | None = None
 ) -> FastAPI:
-    """The application that serves ``client``; starting and closing the client is the caller's."""
+    """The application that serves ``client``; starting and closing the client is the caller's.
+
+    Args:
+        admission: in place of the one that ``settings`` describe.
+    """
     metrics = Metrics(client.stats, lambda: client.state)
     api = Api(client, tokenizer, settings, metrics)
-    # no OpenAPI pages: bodies are parsed by hand, for errors that OpenAI's clients understand
+    security = settings.security
+    keys = ApiKeys(security.api_keys, metrics_public=security.metrics_public)
+    guard = Guard(settings.limits, keys, settings.rows)
+    # FastAPI would make another document: bodies are parsed by hand, for errors that OpenAI's clients understand
     app = FastAPI(title="Saccade", openapi_url=None, redirect_slashes=False)
-    for router in (completions_router(api), chat_router(api), models_router(api), operations_router(api)):
+    routers = (
+        completions_router(api),
+        chat_router(api),
+        models_router(api),
+        operations_router(api, guard),
+        tokenize_router(api),
+        version_router(),
+        document_router(),
+    )
+    for router in routers:
         app.include_router(router)
-    app.add_middleware(AdmissionMiddleware, admission=admission or AdmitAll())
+    app.add_middleware(AdmissionMiddleware, admission=admission or guard, body_seconds=settings.limits.body_timeout)
+    if security.cors_origins:
+        _allow_origins(app, security.cors_origins)
     app.add_middleware(RequestMiddleware, metrics=metrics)
     app.add_exception_handler(SaccadeError, _on_own_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_mistake)
     return app
+
+
+def _allow_origins(app: FastAPI, origins: tuple[str, ...]) -> None:
+    """Web pages of these origins may call the API. Keys go in a header, so cookies never are."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_credentials=False,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=(REQUEST_ID, "retry-after", "retry-after-ms"),
+    )
 
 
 async def _on_own_error(request: Request, error: Exception) -> Response:

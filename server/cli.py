@@ -11,7 +11,9 @@ from importlib import import_module
 from importlib.metadata import version
 
 from decoding.errors import SaccadeError, nearest
+from server.engine_driver import ENGINE
 from server.flags import Parser, add_engine_flags, engine_config, nonempty, positive
+from server.serve_flags import KEY_VARIABLE, add_limit_flags, add_security_flags, limits, security, tls
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run: Callable[[Sequence[str]], int] = import_module(TOOLS[words[0]][0]).main
             return run(words[1:])
         args = parse(words)
-        return _serve(args) if args.command == "serve" else _generate(args)
+        return run_server(args) if args.command == "serve" else _generate(args)
     except SaccadeError as error:
         print(f"saccade: {error}", file=sys.stderr)
         return 1
@@ -87,6 +89,8 @@ def _serve_parser(commands: argparse._SubParsersAction[Parser]) -> Parser:
     parser.add_argument("--served-model-name", nargs="+", type=nonempty, metavar="NAME", help=names)
     parser.add_argument("--host", default=DEFAULT_HOST, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help="(default: %(default)s; 0: a free one)")
+    add_limit_flags(parser)
+    add_security_flags(parser)
     return parser
 
 
@@ -107,15 +111,27 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _serve(args: argparse.Namespace) -> int:
-    from server.serve import Address, serve
+def run_server(args: argparse.Namespace, engine: str = ENGINE) -> int:
+    """``saccade serve``.
+
+    Args:
+        engine: the class that the engine process runs, as "module:class".
+    """
+    from server.listening import Address
+    from server.serve import serve
     from server.settings import ServerSettings
 
     logging.getLogger("saccade").setLevel(logging.INFO)
     config = engine_config(args)
     names = tuple(getattr(args, "served_model_name", [config.model]))
-    settings = ServerSettings(model_names=names, seed=config.seed)
-    serve(config, settings, getattr(args, "chat_template", None), Address(args.host, args.port))
+    settings = ServerSettings(
+        model_names=names,
+        seed=config.seed,
+        rows=config.max_num_seqs,
+        limits=limits(args),
+        security=security(args, os.environ.get(KEY_VARIABLE)),
+    )
+    serve(config, settings, getattr(args, "chat_template", None), Address(args.host, args.port), tls(args), engine)
     return 0
 
 

@@ -20,6 +20,7 @@ from decoding.messages import Cancel, EngineInfo, EngineStats, Ready, Rejected, 
 from decoding.request import GenerateRequest
 from server.errors import UnavailableError
 from server.event_router import EventRouter
+from server.limits import Limits
 
 EngineState = Literal["loading", "ready", "restarting", "draining", "dead"]
 
@@ -100,11 +101,12 @@ def check_ready(state: EngineState) -> None:
 class RoutedEngineClient(ABC):
     """A client whose engine answers all requests on one channel."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_pending: int = Limits.max_pending_tokens) -> None:
         self._state: EngineState = "loading"
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
-        self._router = EventRouter()
+        self._router = EventRouter(max_pending)
+        self._heard = 0  # messages from the engine: a watchdog sees by it whether there was one
         self._loaded = asyncio.Event()
         self._dead = asyncio.Event()
 
@@ -152,8 +154,10 @@ class RoutedEngineClient(ABC):
         """Hand a message to the engine without blocking."""
 
     def _receive(self, message: Ready | StepOutput | Rejected) -> None:
+        self._heard += 1
         if isinstance(message, StepOutput):
-            self._router.dispatch(message.events)
+            for request_id in self._router.dispatch(message.events):
+                self.cancel(request_id)
             if message.stats is not None:
                 self._stats = message.stats
         elif isinstance(message, Rejected):

@@ -1,7 +1,11 @@
-"""Around every request: its id, the counters, admission. Plain ASGI: streams and disconnects pass untouched."""
+"""Around every request: its id, the counters, admission, the time for its body.
+
+Plain ASGI: streams and disconnects pass untouched.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import time
@@ -11,8 +15,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from decoding.errors import SaccadeError
-from server.admission import Admission
-from server.errors import reply_to
+from server.admission import Admission, keep_ticket
+from server.errors import LateError, reply_to
 from server.metrics import Metrics
 
 REQUEST_ID = "x-request-id"
@@ -53,9 +57,10 @@ class RequestMiddleware:
 class AdmissionMiddleware:
     """Holds a request's admission until its answer has been sent, streams included."""
 
-    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+    def __init__(self, app: ASGIApp, admission: Admission, body_seconds: float) -> None:
         self._app = app
         self._admission = admission
+        self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,8 +71,36 @@ class AdmissionMiddleware:
         except SaccadeError as error:
             await reply_to(error).response()(scope, receive, send)
             return
-        with admitted:
-            await self._app(scope, receive, send)
+        with admitted as ticket:
+            keep_ticket(scope, ticket)
+            await self._app(scope, in_time(receive, self._body_seconds), send)
+
+
+def in_time(receive: Receive, seconds: float) -> Receive:
+    """``receive`` that raises LateError when the body is not there so long after it was first asked for.
+
+    A limit on the whole of it: one on each piece could be kept with a byte a minute.
+    """
+    deadline: float | None = None
+    complete = False
+
+    async def receive_in_time() -> Message:
+        nonlocal deadline, complete
+        if complete:  # what comes now is the client's leaving, whenever that may be
+            return await receive()
+        if deadline is None:
+            deadline = asyncio.get_running_loop().time() + seconds
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            raise LateError(
+                f"The request's body did not arrive within {seconds:g} seconds.", code="request_timeout"
+            ) from None
+        complete = not message.get("more_body", False)
+        return message
+
+    return receive_in_time
 
 
 def assign_id(scope: Scope) -> str:
@@ -75,8 +108,13 @@ def assign_id(scope: Scope) -> str:
     state = scope.setdefault("state", {})
     if "request_id" not in state:
         given = Headers(scope=scope).get(REQUEST_ID, "")
-        state["request_id"] = given if _SANE_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        state["request_id"] = given if _SANE_ID.fullmatch(given) else new_id()
     return cast(str, state["request_id"])
+
+
+def new_id() -> str:
+    """An id for a request that brought none."""
+    return f"req-{secrets.token_hex(12)}"
 
 
 def _route(scope: Scope) -> str:

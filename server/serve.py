@@ -4,68 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import uvicorn
+import uvloop
+from starlette.types import ASGIApp
 
 from decoding.acceptance import LOSSY, Acceptance
 from decoding.config import EngineConfig
-from decoding.errors import ConfigError
 from decoding.text import Tokenizer
 from server.app import build_app
+from server.engine_driver import ENGINE
+from server.http_protocol import http_protocol
+from server.limits import Limits
+from server.listening import Address, allow_many_connections, is_loopback, listen
 from server.model_folder import tokenizer_folder
+from server.security import Tls
 from server.settings import ServerSettings
 from server.socket_client import SocketEngineClient
 from server.supervisor import Supervisor
 
-DRAIN_SECONDS = 1.0  # after ctrl-C, for requests in flight to end by themselves
-CLOSE_SECONDS = 1  # then, for their last event to be sent
+CLOSE_SECONDS = 1  # after the drain, for the last events to be sent
 
 log = logging.getLogger("saccade")
-
-
-@dataclass(frozen=True)
-class Address:
-    host: str
-    port: int
-
-
-def listen(address: Address) -> socket.socket:
-    """A listening socket; taken before the model is loaded, so that a port in use is known at once.
-
-    Raises:
-        ConfigError: the address cannot be listened on.
-    """
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {address.host!r}: {error.strerror}; choose another --host") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(_why_not(address, error)) from error
-    listener.setblocking(False)
-    return listener
-
-
-def _why_not(address: Address, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return (
-            f"port {address.port} on {address.host} is in use; stop the program that uses it, or choose another port "
-            f"with --port {address.port + 1}"
-        )
-    return f"cannot listen on port {address.port} of {address.host}: {error.strerror}; choose another --port or --host"
 
 
 class _UvicornServer(uvicorn.Server):
@@ -76,17 +44,58 @@ class _UvicornServer(uvicorn.Server):
         yield
 
 
+def http_server(app: ASGIApp, limits: Limits, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
+    """The HTTP server of ``app``."""
+    config = uvicorn.Config(
+        app,
+        http=http_protocol(limits),
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        timeout_keep_alive=limits.keep_alive_timeout,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+        ssl_context_factory=None if tls is None else partial(_ready_made, tls),
+    )
+    return _UvicornServer(config)
+
+
+def _ready_made(context: ssl.SSLContext, *_: object) -> ssl.SSLContext:
+    return context
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """The event loop that the HTTP process runs on."""
+    return uvloop.new_event_loop()
+
+
 class Service:
-    """The HTTP server and the engine under it."""
+    """The HTTP server and the engine under it.
+
+    Args:
+        tls: for HTTPS.
+        engine: the class that the engine process runs, as "module:class".
+    """
 
     def __init__(
-        self, config: EngineConfig, settings: ServerSettings, chat_template: str | None, listener: socket.socket
+        self,
+        config: EngineConfig,
+        settings: ServerSettings,
+        chat_template: str | None,
+        listener: socket.socket,
+        *,
+        tls: ssl.SSLContext | None = None,
+        engine: str = ENGINE,
     ) -> None:
         self._config = config
         self._settings = settings
         self._chat_template = chat_template
         self._listener = listener
-        self._engine = Supervisor(lambda: SocketEngineClient(config))
+        self._tls = tls
+        self._engine = Supervisor(lambda: SocketEngineClient(config, engine=engine, limits=settings.limits))
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -124,22 +133,12 @@ class Service:
         """The HTTP server answers while the model loads, /health with 503."""
         tokenizer = await asyncio.to_thread(Tokenizer.load, folder, chat_template=self._chat_template)
         app = build_app(self._engine, tokenizer, self._settings)
-        server = _UvicornServer(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                lifespan="off",
-                timeout_graceful_shutdown=CLOSE_SECONDS,
-            )
-        )
+        server = http_server(app, self._settings.limits, self._tls)
         return asyncio.create_task(server.serve(sockets=[self._listener])), server
 
     async def _shut_down(self, server: uvicorn.Server, http: asyncio.Task[None]) -> None:
-        log.info("shutting down")
-        await self._engine.drain(DRAIN_SECONDS)
+        log.info("shutting down: %d requests in flight", self._engine.in_flight)
+        await self._engine.drain(self._settings.limits.shutdown_timeout)
         await self._engine.close()  # what is still in flight gets its error now
         server.should_exit = True
         await http
@@ -161,21 +160,35 @@ class Service:
         rule = Acceptance.parse(self._config.acceptance).rule
         if rule in LOSSY:
             log.info("rule      %s (lossy: the text is not that of plain decoding)", self._config.acceptance)
-        log.info("ready     http://%s:%d/v1, model name %s", shown, port, ", ".join(self._settings.model_names))
+        scheme = "http" if self._tls is None else "https"
+        names = ", ".join(self._settings.model_names)
+        log.info("ready     %s://%s:%d/v1, model name %s", scheme, shown, port, names)
 
 
-def serve(config: EngineConfig, settings: ServerSettings, chat_template: str | None, address: Address) -> None:
+def serve(
+    config: EngineConfig,
+    settings: ServerSettings,
+    chat_template: str | None,
+    address: Address,
+    tls: Tls | None = None,
+    engine: str = ENGINE,
+) -> None:
     """Serve until a signal.
 
     Raises:
         ConfigError: a setting that cannot work.
     """
-    listener = listen(address)
+    context = None if tls is None else tls.context()
+    listener = listen(address, settings.limits.write_timeout)
+    allow_many_connections()
+    if not settings.security.api_keys and not is_loopback(listener):
+        log.warning("no API key is set: whoever reaches %s can use this server (see --api-key-file)", address.host)
 
     async def run() -> None:
-        await Service(config, settings, chat_template, listener).run()
+        await Service(config, settings, chat_template, listener, tls=context, engine=engine).run()
 
     try:
-        asyncio.run(run())
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(run())
     finally:
         listener.close()

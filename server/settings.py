@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from decoding.config import EngineConfig
+from server.limits import Limits
 from server.openai.sse import PING_SECONDS
-
-MAX_BODY_BYTES = 8 * 2**20
+from server.security import Security
 
 
 @dataclass(frozen=True)
@@ -15,5 +16,7 @@ class ServerSettings:
 
     model_names: tuple[str, ...]  # that clients may ask for; the first is the one that answers name
     seed: int | None = None  # of requests that bring none; None: a random one each
-    max_body_bytes: int = MAX_BODY_BYTES
     ping_seconds: float = PING_SECONDS
+    rows: int = EngineConfig.max_num_seqs  # choices in the engine's batch; what is beyond them waits
+    limits: Limits = field(default_factory=Limits)
+    security: Security = field(default_factory=Security)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import shutil
 import tempfile
@@ -17,17 +18,27 @@ from decoding.messages import FromEngine, LoadFailed, Shutdown, ToEngine
 from server.engine_client import RoutedEngineClient
 from server.engine_driver import ENGINE
 from server.engine_launch import EngineProcess, describe_exit
+from server.limits import Limits
 
 log = logging.getLogger("saccade")
 
 _DRAIN_SECONDS = 0.1  # for what a dead engine had sent before
+_MESSAGES_IN_A_ROW = 16  # read before their receivers have a turn: what piled up is merged, and nobody starves
+_WATCHDOG_CHECKS = 4  # in the time that a hung engine is given
 
 
 class SocketEngineClient(RoutedEngineClient):
-    """One engine process, from its start to its end; it is not started twice (see Supervisor)."""
+    """One engine process, from its start to its end; it is not started twice (see Supervisor).
 
-    def __init__(self, config: EngineConfig, *, engine: str = ENGINE) -> None:
-        super().__init__()
+    Args:
+        engine: the class that it runs, as "module:class".
+        limits: how long an engine with work may be silent, and how much of an answer may wait for its reader.
+    """
+
+    def __init__(self, config: EngineConfig, *, engine: str = ENGINE, limits: Limits | None = None) -> None:
+        limits = limits or Limits()
+        super().__init__(limits.max_pending_tokens)
+        self._watchdog_seconds = limits.watchdog_timeout
         self._config = config
         self._engine = engine
         self._encoder = msgspec.msgpack.Encoder()
@@ -46,7 +57,9 @@ class SocketEngineClient(RoutedEngineClient):
 
     async def start(self) -> None:
         self._process = EngineProcess(self._config, self._bind(), self._engine)
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch(self._process))]
+        process = self._process
+        work = (self._read(), self._watch(process), self._kill_if_hung(process))
+        self._tasks = [asyncio.create_task(each) for each in work]
         await self._wait_loaded()
         if self._state != "ready":
             await self.close()
@@ -92,7 +105,9 @@ class SocketEngineClient(RoutedEngineClient):
         sent.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def _read(self) -> None:
-        while True:
+        for count in itertools.count(1):
+            if count % _MESSAGES_IN_A_ROW == 0:
+                await asyncio.sleep(0)  # a message that is there already does not wait, and lets nobody else run
             try:
                 message = self._decoder.decode(await self._socket.recv())
             except msgspec.DecodeError as error:  # two versions of the code, or memory gone bad
@@ -113,3 +128,17 @@ class SocketEngineClient(RoutedEngineClient):
         self._state = "dead"  # at once, for /health; requests first get what was still on its way
         await asyncio.sleep(_DRAIN_SECONDS)
         self._die(f"The engine ended ({describe_exit(status)}); the request was not finished and can be sent again.")
+
+    async def _kill_if_hung(self, process: EngineProcess) -> None:
+        """End an engine that has requests and has sent nothing for too long; ``_watch`` does the rest.
+
+        Checks are counted, not seconds: after a pause of this process itself (a laptop's sleep, say) what the engine
+        sent meanwhile is read before the next check.
+        """
+        silent, heard = 0, self._heard
+        while silent <= _WATCHDOG_CHECKS:
+            await asyncio.sleep(self._watchdog_seconds / _WATCHDOG_CHECKS)
+            silent = silent + 1 if len(self._router) and self._heard == heard else 0
+            heard = self._heard
+        log.error("the engine has requests and sent nothing for %g s: it is killed", self._watchdog_seconds)
+        process.kill()

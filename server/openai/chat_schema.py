@@ -7,10 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from decoding.errors import RequestError
-from decoding.request import MAX_LOGPROBS
-from server.openai.fields import MAX_TEXT_PARTS, Fields, Integer, Name, SamplingFields, TextPart, as_parts
+from decoding.text import Tokenizer
+from server.openai.fields import MAX_TEXT_PARTS, Fields, Integer, Name, SamplingFields, TextPart, as_parts, check_count
+from server.openai.template_kwargs import Effort, TemplateKwargs, template_variables
 
 MAX_MESSAGES = 4096
+
+
+Parts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_TEXT_PARTS)]
 
 
 class Message(Fields):
@@ -19,7 +23,7 @@ class Message(Fields):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], Field(min_length=1, max_length=MAX_TEXT_PARTS), BeforeValidator(as_parts)]
+    content: Annotated[Parts, BeforeValidator(as_parts, json_schema_input_type=str | Parts)]
     name: Name | None = None
     refusal: None = None
     audio: None = None
@@ -33,23 +37,57 @@ class Message(Fields):
         return message if self.name is None else {**message, "name": self.name}
 
 
-class ChatFields(SamplingFields):
+class ConversationFields(Fields):
+    """What becomes a prompt through the chat template."""
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    reasoning_effort: Effort | None = None
+
+    def check_conversation(self) -> None:
+        """Check what no single field shows.
+
+        Raises:
+            RequestError: fields that do not go together.
+        """
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "continue_final_message and add_generation_prompt cannot both be true."
+            raise RequestError(message, param="continue_final_message")
+
+    def rendered(self, tokenizer: Tokenizer) -> str:
+        """The prompt's text.
+
+        Raises:
+            RequestError: there is no template, or it cannot render this.
+        """
+        return tokenizer.render_chat(
+            [message.for_template() for message in self.messages],
+            add_generation_prompt=self.add_generation_prompt is not False and not self.continue_final_message,
+            continue_final_message=bool(self.continue_final_message),
+            **template_variables(self.chat_template_kwargs, self.reasoning_effort, tokenizer.chat_variables),
+        )
+
+    def tokens(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Its tokens; special ones are those that the template wrote, unless more are asked for."""
+        return tokenizer.encode(text, add_special_tokens=bool(self.add_special_tokens))
+
+
+class ChatFields(SamplingFields, ConversationFields):
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
-    add_generation_prompt: bool | None = None
 
     def check_combinations(self) -> None:
         super().check_combinations()
+        self.check_conversation()
         if self.top_logprobs is None:
             return
         if not self.logprobs:
             raise RequestError("top_logprobs can only be given with logprobs: true.", param="top_logprobs")
-        if not 0 <= self.top_logprobs <= MAX_LOGPROBS:
-            raise RequestError(
-                f"top_logprobs must be in [0, {MAX_LOGPROBS}], not {self.top_logprobs}.", param="top_logprobs"
-            )
+        check_count("top_logprobs", self.top_logprobs)
 
     @property
     def scored(self) -> int | None:

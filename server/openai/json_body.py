@@ -8,13 +8,31 @@ import pydantic_core
 from starlette.requests import Request
 
 from decoding.errors import RequestError
+from server.errors import OverloadedError
 
-# A body over the limit is still read, up to this many times the limit, and thrown away: a client that is answered while
-# it sends would see a broken connection in place of the error.
+# A body of unknown length over the limit is still read, up to this many times the limit, and thrown away: a client that
+# is answered while it sends would see a broken connection in place of the error.
 _DISCARD_FACTOR = 4
 
 
-async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
+class BodyMemory:
+    """What all bodies together may take while they are read and parsed, in bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.held = 0
+
+    def take(self, size: int) -> None:
+        """Raises OverloadedError when there is no room for so many bytes more."""
+        if self.held + size > self._limit:
+            raise OverloadedError("The server is overloaded: too many large requests came at once. Try again later.")
+        self.held += size
+
+    def free(self, size: int) -> None:
+        self.held -= size
+
+
+async def read_json(request: Request, max_bytes: int, memory: BodyMemory) -> dict[str, Any]:
     """The request's JSON object.
 
     Lone surrogates, invalid UTF-8 and nesting deeper than 200 are errors. NaN and Infinity pass, as in Python: the
@@ -22,8 +40,22 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
 
     Raises:
         RequestError: its code is content_too_large, unsupported_media_type or invalid_json.
+        OverloadedError: all bodies together have become too large.
+        LateError: it did not arrive in time.
         ClientDisconnect: the client left while sending.
     """
+    _check_headers(request, max_bytes)
+    body = _Body(max_bytes, memory)
+    try:
+        async for chunk in request.stream():
+            if not body.add(chunk):
+                break
+        return _parse(body.content())
+    finally:
+        body.drop()
+
+
+def _check_headers(request: Request, max_bytes: int) -> None:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise RequestError(
@@ -34,28 +66,50 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
             "Send the body as it is: this server does not decompress, so leave the header Content-Encoding out.",
             code="unsupported_media_type",
         )
-    return _parse(await _read(request, max_bytes))
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:19]) > max_bytes:
+        raise _too_large(max_bytes)  # what is sent all the same is thrown away below the application
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
-    chunks: list[bytes] = []
-    received = 0
-    async for chunk in request.stream():
-        received += len(chunk)
-        if received > max_bytes:
-            chunks.clear()
-            if received > max_bytes * _DISCARD_FACTOR:
-                break
-        else:
-            chunks.append(chunk)
-    if received > max_bytes:
-        raise RequestError(
-            f"The request body is too large; this server takes {max_bytes} bytes.", code="content_too_large"
-        )
-    return b"".join(chunks)
+class _Body:
+    """Pieces of a body, counted in the memory of all."""
+
+    def __init__(self, max_bytes: int, memory: BodyMemory) -> None:
+        self._max_bytes = max_bytes
+        self._memory = memory
+        self._content = bytearray()  # not a list: pieces of one byte would take forty each
+        self._received = 0
+        self._held = 0
+
+    def add(self, chunk: bytes) -> bool:
+        """Take in a piece; False when enough of a body that is too large has been read."""
+        self._received += len(chunk)
+        if self._received > self._max_bytes:
+            self.drop()
+            return self._received <= self._max_bytes * _DISCARD_FACTOR
+        self._memory.take(len(chunk))
+        self._held += len(chunk)
+        self._content += chunk
+        return True
+
+    def content(self) -> bytearray:
+        """Raises RequestError when it is too large."""
+        if self._received > self._max_bytes:
+            raise _too_large(self._max_bytes)
+        return self._content
+
+    def drop(self) -> None:
+        self._content = bytearray()
+        self._memory.free(self._held)
+        self._held = 0
 
 
-def _parse(body: bytes) -> dict[str, Any]:
+def _too_large(max_bytes: int) -> RequestError:
+    message = f"The request body is too large; this server takes {max_bytes} bytes."
+    return RequestError(message, code="content_too_large")
+
+
+def _parse(body: bytearray) -> dict[str, Any]:
     if not body.strip():
         raise RequestError("The request body is empty; send a JSON object.", code="invalid_json")
     try:

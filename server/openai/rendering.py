@@ -24,6 +24,7 @@ class Head:
     model: str
     seed: int
     prefix: str  # "cmpl" or "chatcmpl"
+    fingerprint: str | None = None  # OpenAI's system_fingerprint
     created: int = field(default_factory=lambda: int(time.time()))
     token: str = field(default_factory=lambda: secrets.token_hex(16))
 
@@ -34,7 +35,7 @@ class Head:
     def payload(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """The answer's or the chunk's JSON, without usage."""
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "seed": self.seed}
-        return {**head, "choices": choices}
+        return {**head, "system_fingerprint": self.fingerprint, "choices": choices}
 
 
 def usage(generation: Generation) -> dict[str, Any]:
@@ -70,6 +71,12 @@ def usage(generation: Generation) -> dict[str, Any]:
     return account
 
 
+def usage_so_far(generation: Generation, index: int) -> dict[str, int]:
+    """What one choice has come to, as vLLM tells it in every chunk of a stream."""
+    prompt, completion = generation.so_far(index)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
 def _prediction_details(mine: DrafterStats) -> dict[str, int]:
     """OpenAI's: tokens of the text that were drafted from the prediction, and those that were drafted in vain."""
     return {"accepted_prediction_tokens": mine.accepted, "rejected_prediction_tokens": mine.drafted - mine.accepted}
@@ -80,21 +87,13 @@ class StreamUsage:
     """When a stream tells its usage."""
 
     final: bool = False  # in a chunk of its own at the end
-    continuous: bool = False  # in every chunk
+    continuous: bool = False  # in every chunk, that choice's own so far
 
     @classmethod
     def of(cls, options: StreamOptions | None) -> StreamUsage:
         if options is None:
             return cls()
         return cls(bool(options.include_usage), bool(options.include_usage and options.continuous_usage_stats))
-
-    def attach(self, chunk: dict[str, Any], generation: Generation) -> dict[str, Any]:
-        """The chunk as it goes out: with its usage, with null, or without the key."""
-        if self.continuous:
-            chunk["usage"] = usage(generation)
-        elif self.final:
-            chunk["usage"] = None
-        return chunk
 
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -14,34 +14,51 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from decoding.errors import SaccadeError
-from server.errors import reply_to
+from server.errors import deadline_exceeded, reply_to
 
 PING_SECONDS = 10.0  # proxies close connections that are silent for 60 s
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON in ASCII: U+2028 and U+0085 end a line for many clients of event streams."""
+    return _ENCODER.encode(value)
 
 
 def event_bytes(payload: dict[str, Any]) -> bytes:
-    """One event. ASCII only: U+2028 and U+0085 end a line for many clients."""
-    return b"data: " + json.dumps(payload, separators=(",", ":")).encode("ascii") + b"\n\n"
+    """One event."""
+    return f"data: {to_json(payload)}\n\n".encode("ascii")
 
 
 class EventStreamResponse(Response):
-    """Sends payloads as events, ``[DONE]`` at the end, and comments while there is nothing to send.
+    """Sends events, ``[DONE]`` at the end, and comments while there is nothing to send.
 
-    The status goes out with the first payload, so that an error before it is an ordinary error response (unless a
-    comment had to go out first). A later error becomes an event. When the client leaves, the payloads are closed.
+    The status goes out with the first event, so that an error before it is an ordinary error response (unless a
+    comment had to go out first). A later error becomes an event. When the client leaves, ``events`` is closed.
+
+    Args:
+        events: bytes of whole events, one or several at a time.
+        ping_seconds: of silence before a comment.
+        remaining: seconds to the deadline, None without one; raises LateError when it has passed.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, payloads: AsyncGenerator[dict[str, Any], None], ping_seconds: float = PING_SECONDS) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        ping_seconds: float = PING_SECONDS,
+        remaining: Callable[[], float | None] = lambda: None,
+    ) -> None:
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
-        self._payloads = payloads
+        self._events = events
         self._ping_seconds = ping_seconds
+        self._remaining = remaining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = _Sender(send, self.status_code, self.raw_headers)
@@ -49,28 +66,33 @@ class EventStreamResponse(Response):
         gone = asyncio.create_task(_disconnected(receive))
         ping = asyncio.create_task(self._ping(sender))
         try:
-            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({pump, gone}, timeout=self._remaining(), return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _end([gone, ping])
             if not pump.done():
                 await _end([pump])
-        if not pump.cancelled():
+        if not done:
+            await self._fail(sender, deadline_exceeded(), scope, receive, send)
+        elif not pump.cancelled():
             pump.result()
 
     async def _pump(self, sender: _Sender, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with aclosing(self._payloads) as payloads:
-                async for payload in payloads:
-                    await sender.send(event_bytes(payload))
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    await sender.send(event)
             await sender.end()
         except Exception as error:
-            if sender.started:
-                await sender.send(event_bytes(reply_to(error).body()))
-                await sender.end()
-            elif isinstance(error, SaccadeError):
-                await reply_to(error).response()(scope, receive, send)
+            await self._fail(sender, error, scope, receive, send)
             if not isinstance(error, SaccadeError):
                 raise  # to the log, and to a response if there was none
+
+    async def _fail(self, sender: _Sender, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+        if sender.started:
+            await sender.send(event_bytes(reply_to(error).body()))
+            await sender.end()
+        elif isinstance(error, SaccadeError):
+            await reply_to(error).response()(scope, receive, send)
 
     async def _ping(self, sender: _Sender) -> None:
         while True:
@@ -89,29 +111,38 @@ class _Sender:
         self.busy = False  # a send waits for a slow client
         self.last_sent = time.monotonic()
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes, more: bool = True) -> None:
         self.busy = True
         if not self.started:
             self.started = True
             await self._send(self._start)
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
         self.last_sent = time.monotonic()
         self.busy = False
 
     async def end(self) -> None:
-        await self.send(DONE)
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self.send(DONE, more=False)
 
 
-async def until_disconnect(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
+async def until_disconnect(
+    request: Request, answer: Coroutine[Any, Any, Response], seconds: float | None = None
+) -> Response:
     """The answer; when the client leaves first, ``answer`` is cancelled, and nobody reads the response (status 499).
 
     A plain handler would run to its end after the client has left.
+
+    Args:
+        seconds: in which the answer must be there.
+
+    Raises:
+        LateError: it was not.
     """
     work = asyncio.create_task(answer)
     gone = asyncio.create_task(_disconnected(request.receive))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({work, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise deadline_exceeded()
         return work.result() if work.done() else Response(status_code=499)
     finally:
         await _end([work, gone])

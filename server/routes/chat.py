@@ -14,9 +14,7 @@ from server.engine_client import check_ready
 from server.openai.chat import ChatRenderer
 from server.openai.chat_schema import ChatFields
 from server.openai.generation import PromptRequest
-from server.openai.json_body import read_json
 from server.openai.rendering import Head
-from server.openai.validation import parse_fields
 
 
 def chat_router(api: Api) -> APIRouter:
@@ -25,12 +23,12 @@ def chat_router(api: Api) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def create_chat_completion(request: Request) -> Response:
         arrived = time.monotonic()
-        fields = parse_fields(await read_json(request, api.settings.max_body_bytes), ChatFields)
-        fields.check_combinations()
-        head = Head(api.model_name(fields.model), fields.resolved_seed(api.settings.seed), "chatcmpl")
+        fields = await api.read(request, ChatFields)
+        model, seed = api.model_name(fields.model), fields.resolved_seed(api.settings.seed)
         check_ready(api.client.state)
+        head = Head(model, seed, "chatcmpl", api.fingerprint())
         prompt = await asyncio.to_thread(prepare_conversation, api, fields, head)
-        generation = api.generation([prompt], output_options(fields), arrived)
+        generation = api.generation(request, [prompt], output_options(fields), arrived)
         renderer = ChatRenderer(head, api.tokenizer, generation, fields.top_logprobs or 0)
         return await api.answer(request, renderer, fields)
 
@@ -54,15 +52,16 @@ def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> PromptRequ
 
 def _request(api: Api, fields: ChatFields, head: Head) -> GenerateRequest:
     info = api.client.info
-    messages = [message.for_template() for message in fields.messages]
-    text = api.tokenizer.render_chat(messages, add_generation_prompt=fields.add_generation_prompt is not False)
-    api.check_length(text)
-    ids = tuple(api.tokenizer.encode(text, add_special_tokens=False))  # the template wrote those there are
+    text = fields.rendered(api.tokenizer)
+    api.check_length(text, api.prompt_times(fields))
+    ids = fields.truncated(tuple(fields.tokens(api.tokenizer, text)), info.max_model_len - fields.token_limit(1))
+    api.check_tokens(ids)
     params = fields.sampling_params(
         info.default_sampling,
         max_tokens=fields.token_limit(info.max_model_len - len(ids)),
         seed=head.seed,
         logprobs=fields.scored,
+        bad_words=api.bad_word_ids(fields.bad_words),
     )
     request = GenerateRequest(
         request_id=f"{head.id}-0",

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 from starlette.testclient import TestClient
 
 from decoding.messages import EngineInfo, SpeculationStats, TokenEvent, TokenLogprobs
@@ -22,6 +21,7 @@ from decoding.text import Tokenizer
 from server.app import build_app
 from server.engine_client import EngineClient
 from server.fake_client import FakeEngineClient, Line, Script, echo_script
+from server.serve import http_server
 from server.settings import ServerSettings
 
 DEMO = Path(__file__).parents[2] / "demo" / "target"
@@ -109,10 +109,8 @@ def api(
 def live(client: EngineClient | Script = echo_script, settings: ServerSettings = SETTINGS) -> Iterator[str]:
     """The application behind uvicorn on a free port, in a thread; its base URL."""
     engine = client if not callable(client) else fake(client)
-    app = build_app(engine, tokenizer(), settings)
+    server = http_server(build_app(engine, tokenizer(), settings), settings.limits)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

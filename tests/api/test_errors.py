@@ -9,6 +9,7 @@ import pytest
 from starlette.requests import Request
 
 from server.engine_client import EngineState
+from server.limits import Limits
 from server.settings import ServerSettings
 from tests.api.harness import SETTINGS, api, fake, saying
 
@@ -99,9 +100,9 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
         )
     ),
     ({"prompt": "x", "speculation": {"coupling": 1}}, "speculation.coupling", "invalid_value"),
-    ({"prompt": "x", "suffix": "y"}, "suffix", "unsupported_parameter"),
-    ({"prompt": "x", "best_of": 2}, "best_of", "unsupported_parameter"),
-    ({"prompt": "x", "best_of": True}, "best_of", "unsupported_parameter"),
+    ({"prompt": "x", "suffix": 5}, "suffix", "invalid_value"),
+    ({"prompt": "x", "best_of": 0}, "best_of", "invalid_value"),
+    ({"prompt": "x", "best_of": True}, "best_of", "invalid_value"),
     ({"prompt": "x", "use_beam_search": True}, "use_beam_search", "unsupported_parameter"),
     ({"prompt": "x", "guided_json": {}}, "guided_json", "unsupported_parameter"),
     ({"prompt": "x", "temprature": 1}, "temprature", "unknown_parameter"),
@@ -130,7 +131,11 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": HELLO, "audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
     ({"messages": HELLO, "web_search_options": {}}, "web_search_options", "unsupported_parameter"),
     ({"messages": HELLO, "chat_template": "x"}, "chat_template", "unsupported_parameter"),
-    ({"messages": HELLO, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "unsupported_parameter"),
+    (
+        {"messages": HELLO, "chat_template_kwargs": {"tokenize": True}},
+        "chat_template_kwargs.tokenize",
+        "unknown_parameter",
+    ),
     ({"messages": HELLO, "prompt": "x"}, "prompt", "unknown_parameter"),
 ]
 
@@ -290,7 +295,7 @@ def test_a_charset_is_no_other_media_type() -> None:
 
 
 def test_body_limit() -> None:
-    with api(settings=ServerSettings(("demo",), max_body_bytes=1000)) as client:
+    with api(settings=ServerSettings(("demo",), limits=Limits(max_body_size=1000))) as client:
         check_error(client.post(COMPLETIONS, json={"prompt": "x" * 1000}), 413, "content_too_large", None)
         check_error(client.post(COMPLETIONS, json={"prompt": "x" * 100_000}), 413, "content_too_large", None)
         assert client.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 1}).status_code == 200
@@ -370,6 +375,7 @@ def test_admission_can_refuse_any_request() -> None:
     from starlette.testclient import TestClient
 
     from decoding.errors import RequestError
+    from server.admission import Room, Ticket
     from server.app import build_app
     from tests.api.harness import tokenizer
 
@@ -377,7 +383,7 @@ def test_admission_can_refuse_any_request() -> None:
         def admit(self, scope: Any) -> Any:
             if Request(scope).scope["path"] == CHAT:
                 raise RequestError("No chat today.", code="not_found")
-            return nullcontext()
+            return nullcontext(Ticket(Room(1, 1)))
 
     client = TestClient(build_app(fake(), tokenizer(), SETTINGS, NoChat()))
     check_error(client.post(CHAT, json={"messages": HELLO}), 404, "not_found", None)

@@ -13,6 +13,7 @@ import pytest
 from decoding.messages import TokenEvent
 from decoding.request import GenerateRequest
 from server.fake_client import Death, FakeEngineClient, Line, Pause
+from server.limits import Limits
 from server.settings import ServerSettings
 from tests.api.harness import INFO, api, events, eventually, fake, ids, live, saying
 
@@ -178,6 +179,6 @@ def test_a_long_prompt_does_not_stop_other_answers() -> None:
 
 
 def test_a_body_over_the_limit_gets_its_answer_while_it_is_sent() -> None:
-    with live(settings=ServerSettings(("demo",), max_body_bytes=100_000)) as url:
+    with live(settings=ServerSettings(("demo",), limits=Limits(max_body_size=100_000))) as url:
         for size in (150_000, 390_000):
             assert httpx.post(url + URL, json={"prompt": "x" * size}).status_code == 413

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from dataclasses import dataclass
@@ -11,11 +12,7 @@ from decoding.errors import ModelError
 from decoding.messages import EngineInfo, EngineStats, FinishReason, SpeculationStats, TokenEvent
 from decoding.request import GenerateRequest
 
-CRASH, FAIL, REJECT_SALT = (
-    13,
-    14,
-    "reject",
-)  # token ids at which it crashes or fails the request; a salt that it refuses
+CRASH, FAIL, HANG = 13, 14, 15  # token ids at which it crashes, fails the request, or never comes back
 
 
 @dataclass
@@ -31,6 +28,8 @@ class CountingEngine:
     def __init__(self, config: EngineConfig) -> None:
         self.info = EngineInfo(config.model, 1000, 100, (0,), (), "float32", "cpu")
         self._open: dict[tuple[str, int], _Choice] = {}
+        self._choices: dict[str, int] = {}  # of each request that is not over
+        self._rows = config.max_num_seqs
         self._finished = 0
         self._steps = 0
 
@@ -50,20 +49,30 @@ class CountingEngine:
 
     def submit(self, request: GenerateRequest) -> None:
         request.validate(self.info.vocab_size, self.info.max_model_len, self.info.drafters)
+        self._choices[request.request_id] = request.params.n
         for choice in range(request.params.n):
             self._open[request.request_id, choice] = _Choice(request, choice)
 
     def cancel(self, request_id: str, choice: int | None = None) -> list[TokenEvent]:
-        found = [c for (rid, number), c in self._open.items() if rid == request_id and choice in (None, number)]
+        numbers = range(self._choices.get(request_id, 0)) if choice is None else (choice,)
+        found = [self._open[request_id, number] for number in numbers if (request_id, number) in self._open]
         return [self._end(each, (), "cancelled") for each in found]
 
     def step(self) -> list[TokenEvent]:
         time.sleep(0.002)
         self._steps += 1
-        return [self._advance(choice) for choice in list(self._open.values())]
+        return [self._advance(choice) for choice in list(itertools.islice(self._open.values(), self._rows))]
 
     def stats(self) -> EngineStats:
-        return EngineStats(running=len(self._open), steps=self._steps, requests_finished=self._finished, pages_total=7)
+        running = min(len(self._open), self._rows)
+        return EngineStats(
+            running=running,
+            waiting=len(self._open) - running,
+            pages_total=7,
+            pages_free=7,
+            steps=self._steps,
+            requests_finished=self._finished,
+        )
 
     def close(self) -> None:
         self._open.clear()
@@ -74,6 +83,8 @@ class CountingEngine:
         choice.made += 1
         if token == CRASH:
             raise RuntimeError("the engine met its crash token")
+        if token == HANG:
+            time.sleep(3600)
         if token == FAIL:
             return self._end(choice, (), "error")
         if choice.made == choice.request.params.max_tokens:
@@ -86,6 +97,8 @@ class CountingEngine:
     def _end(self, choice: _Choice, tokens: tuple[int, ...], reason: FinishReason) -> TokenEvent:
         del self._open[choice.request.request_id, choice.choice]
         self._finished += 1
+        if not any((choice.request.request_id, other) in self._open for other in range(choice.request.params.n)):
+            del self._choices[choice.request.request_id]
         return TokenEvent(
             choice.request.request_id,
             choice.choice,

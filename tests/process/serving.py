@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import httpx
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "server.cli")
+COUNTING = (sys.executable, "-m", "tests.process.counting_server", "demo/target")  # a program for ``serving``
 # fixed trees: what an auto plan drafts depends on the clock
 DRAFTERS = ("--speculate", "draft=demo/draft", "--speculate", "ngram", "--plan", "fixed")
 DEMO = ("demo/target", *DRAFTERS, "--kv-cache-memory", "64MiB")
@@ -63,9 +64,9 @@ def run(*args: str, seconds: float = START_SECONDS) -> subprocess.CompletedProce
 
 
 @contextlib.contextmanager
-def serving(*args: str, **environment: str) -> Iterator[Served]:
+def serving(*args: str, program: Sequence[str] = (*COMMAND, "serve"), **environment: str) -> Iterator[Served]:
     """A server on a free port, ready for requests; ended at the latest when the context is left."""
-    command = [*COMMAND, "serve", *args, "--port", "0"]
+    command = [*program, *args, "--port", "0"]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -80,7 +81,7 @@ def serving(*args: str, **environment: str) -> Iterator[Served]:
         assert process.stderr is not None
         for line in process.stderr:
             served.log.append(line)
-            if found := re.search(r"ready +(http://\S+)/v1", line):
+            if found := re.search(r"ready +(https?://\S+)/v1", line):
                 served.url = found[1]
                 ready.set()
         ready.set()

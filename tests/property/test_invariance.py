@@ -122,6 +122,7 @@ prompts = st.builds(
     st.integers(0, 70),
     st.lists(token, min_size=1, max_size=8),
 )
+words = st.lists(token, min_size=1, max_size=3).map(tuple)
 sampling = st.builds(
     SamplingParams,
     max_tokens=st.integers(1, 24),
@@ -135,6 +136,10 @@ sampling = st.builds(
     logit_bias=st.one_of(st.just({}), st.dictionaries(token, st.floats(-5, 5), max_size=3)),
     ignore_eos=st.booleans(),
     stop_token_ids=st.one_of(st.just(()), st.tuples(token)),
+    allowed_token_ids=st.one_of(
+        st.just(()), st.just(()), st.lists(token, min_size=9, max_size=20, unique=True).map(tuple)
+    ),
+    bad_words=st.one_of(st.just(()), st.lists(words, max_size=3).map(tuple)),
     seed=st.integers(-(2**63), 2**64 - 1),
     n=st.sampled_from([1, 1, 1, 2, 3]),
     logprobs=st.sampled_from([None, None, 0, 2]),
@@ -147,6 +152,7 @@ speculation = st.builds(
     max_depth=st.sampled_from([None, None, 1, 3]),
     acceptance=st.sampled_from([None, None, None, TYPICAL, replace(TYPICAL, bonus="argmax")]),
     coupling=st.sampled_from([None, None, True, False]),
+    trace=st.sampled_from([False, False, True]),
 )
 
 
@@ -275,6 +281,12 @@ def is_lossy(request: GenerateRequest) -> bool:
     return typical and request.params.temperature >= GREEDY_TEMPERATURE
 
 
+def assert_bans_hold(params: SamplingParams, output: list[int]) -> None:
+    assert not params.allowed_token_ids or set(output) <= set(params.allowed_token_ids)
+    for word in params.bad_words:
+        assert word not in {tuple(output[i : i + len(word)]) for i in range(len(output))}
+
+
 @given(requests=workloads(), setup=setups)
 @settings(
     max_examples=CASES,
@@ -326,6 +338,9 @@ def test_text_depends_on_the_request_alone(requests: list[GenerateRequest], setu
             np.testing.assert_allclose(
                 [e.logprob for e in ours if e], [e.logprob for e in theirs if e], rtol=0, atol=1e-9
             )
+    for request in requests:
+        for choice in range(request.params.n):
+            assert_bans_hold(request.params, together[request.request_id, choice].tokens)
     stats = engine.stats()
     assert stats.pages_free + stats.pages_cached == stats.pages_total
 
