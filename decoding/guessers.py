@@ -51,7 +51,8 @@ class Guessers:
     """All of them. ``members`` are in the order of their bits."""
 
     def __init__(self, drafters: list[Drafter], costs: CostModel, ops: ProposalOps, depth: int) -> None:
-        hosts = [(bit, drafter) for bit, drafter in enumerate(drafters) if drafter.needs.host]
+        weighed = [(bit, drafter) for bit, drafter in enumerate(drafters) if not drafter.needs.automatic]
+        hosts = [(bit, drafter) for bit, drafter in weighed if drafter.needs.host]
         self.members = [Guesser(bit, drafter.name, drafter.needs.pins) for bit, drafter in hosts]
         self.pinning = [member for member in self.members if member.pins]
         self.names = frozenset(member.name for member in self.members)
