@@ -20,7 +20,7 @@ from benchmarks.paced_engine import ENGINE, Pace
 from decoding.text import Tokenizer
 from server.app import build_app
 from server.listening import Address, listen
-from server.serve import http_server, new_event_loop
+from server.serve import http_server
 from server.settings import ServerSettings
 from server.socket_client import SocketEngineClient
 from server.supervisor import Supervisor
@@ -56,13 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(serve: Callable[[], Coroutine[Any, Any, None]], profile: str | None) -> None:
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        if profile is None:
-            runner.run(serve())
-            return
-        with cProfile.Profile() as profiler:
-            runner.run(serve())
-        profiler.dump_stats(profile)
+    if profile is None:
+        asyncio.run(serve())
+        return
+    with cProfile.Profile() as profiler:
+        asyncio.run(serve())
+    profiler.dump_stats(profile)
 
 
 if __name__ == "__main__":

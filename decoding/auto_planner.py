@@ -140,7 +140,7 @@ class AutoPlanner:
             light = self._step = self._light_step
             light.plan, light.crowd, light.pinned = plan, crowd, []
             light.guesses.clear()
-            return self.guessers.ask_pinning(self._light_limits.reserved(plan, share), plan.chain_tokens)
+            return self.guessers.ask_lightly(self._light_limits.reserved(plan, share), plan.chain_tokens)
         if self._number % DRIFT_STEP == 0:
             self.forecast.drift(self._slots(crowd), crowd.modes)
         extra = self.costs.extra(len(plan.rows), sum(row.end for row in plan.rows))
@@ -159,8 +159,7 @@ class AutoPlanner:
         if self.guessers.pinning:
             step.pinned = self.guessers.pinned(step.guesses, limits)
         if self._gear == LIGHT:
-            if self.guessers.pinning:
-                self._judge_guesses(step, limits)
+            self.guessers.judge_lightly(plan, step.guesses, limits, self._floor)
             return limits if guesses else self._no_quota(len(limits.rows))
         scene = self._scene(step)
         terms = [self._terms(member, step, limits) for member in self.members]
@@ -306,7 +305,7 @@ class AutoPlanner:
         )
 
     def _judge_guesses(self, step: _Step, limits: Quota) -> None:
-        """Whether the guessers earn their time; in a light step, those that pin nodes."""
+        """Whether the guessers earn their time."""
         asked = self.guessers.asked(limits)
         if step.deal is not None:
             parts = zip(step.deal.parts[::2], step.deal.parts[1::2], strict=True)

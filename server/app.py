@@ -22,6 +22,7 @@ from server.routes.completions import completions_router
 from server.routes.document import document_router
 from server.routes.models import models_router
 from server.routes.operations import operations_router
+from server.routes.responses import responses_router
 from server.routes.tokenize import tokenize_router
 from server.routes.version import version_router
 from server.settings import ServerSettings
@@ -29,6 +30,7 @@ from server.settings import ServerSettings
 ROUTES = (
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/responses",
     "/v1/models",
     "/tokenize",
     "/detokenize",
@@ -64,6 +66,7 @@ def build_app(
     routers = (
         completions_router(api),
         chat_router(api),
+        responses_router(api),
         models_router(api),
         operations_router(api, guard),
         tokenize_router(api),

@@ -151,9 +151,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refused = True
         self._await("nothing")
         self._unset_keepalive_if_required()
-        if not self._answered():  # an answer is on its way: it must not be mixed with another
-            self.transport.close()
-            return
+        if not self._answered():
+            if self.pipeline or self.cycle.response_started:  # an answer is on its way: another must not get into it
+                self.transport.close()
+                return
+            self.cycle.disconnected = True  # to the application the client has left
+            self.cycle.message_event.set()
         self.transport.write(reply.raw(new_id()))
         if self.transport.can_write_eof():
             self.transport.write_eof()

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import uvicorn
-import uvloop
 from starlette.types import ASGIApp
 
 from decoding.acceptance import LOSSY, Acceptance
@@ -49,6 +48,7 @@ def http_server(app: ASGIApp, limits: Limits, tls: ssl.SSLContext | None = None)
     """The HTTP server of ``app``."""
     config = uvicorn.Config(
         app,
+        loop="asyncio",  # uvloop, measured with benchmarks/http_stream.py, brought nothing here
         http=http_protocol(limits),
         ws="none",
         log_config=None,
@@ -66,11 +66,6 @@ def http_server(app: ASGIApp, limits: Limits, tls: ssl.SSLContext | None = None)
 
 def _ready_made(context: ssl.SSLContext, *_: object) -> ssl.SSLContext:
     return context
-
-
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """The event loop that the HTTP process runs on."""
-    return uvloop.new_event_loop()
 
 
 class Service:
@@ -193,7 +188,6 @@ def serve(
         await Service(config, settings, chat_template, listener, tls=context, engine=engine).run()
 
     try:
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(run())
+        asyncio.run(run())
     finally:
         listener.close()

@@ -38,6 +38,15 @@ class Needs:
     automatic: bool = False  # it is there without being asked for, for requests with a grammar
 
 
+@runtime_checkable
+class BoundedOptions(Protocol):
+    """Options of a drafter that remembers past texts."""
+
+    def memory_bound(self, vocab_size: int) -> int:
+        """Bytes that this may take at most, beside what rows under way take."""
+        ...
+
+
 @dataclass(frozen=True)
 class DrafterContext:
     """What a drafter is built from."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -23,6 +24,7 @@ class OutputOptions:
     skip_special_tokens: bool = True
     echo: bool = False
     prompt_only: bool = False  # the engine's one token is not wanted
+    kept: frozenset[int] = frozenset()  # special tokens that are not skipped
     scored: bool = True  # logprobs are told, where the engine was asked for them
     token_ids: bool = False  # told beside the text
     prompt_logprobs: int | None = None  # told of the prompt: how many alternatives a token
@@ -81,6 +83,7 @@ class ChoiceOutput:
         finished: the last delta was returned.
         speculation: the engine's account; with its terminal event.
         cached_tokens: prompt tokens that came from the prefix cache; with its first event.
+        reasoning_tokens: returned tokens before the answer, closing tag included; None: nobody tells the two apart.
         trace: of its first steps, when asked for.
     """
 
@@ -88,7 +91,12 @@ class ChoiceOutput:
         self.index = index
         self._options = options
         self._text = TextStream(
-            tokenizer, request.prompt_ids, options.stop, options.skip_special_tokens, options.include_stop
+            tokenizer,
+            request.prompt_ids,
+            options.stop,
+            options.skip_special_tokens,
+            options.include_stop,
+            options.kept,
         )
         self._prompt_ids = request.prompt_ids if options.token_ids else None  # to be told
         self._scored = request.params.logprobs is not None
@@ -100,7 +108,12 @@ class ChoiceOutput:
         self.finished = False
         self.speculation: SpeculationStats | None = None
         self.cached_tokens = 0
+        self.reasoning_tokens: int | None = None
         self.trace: list[StepTrace] = []
+
+    def tokens_before(self, place: int | None) -> int:
+        """Returned tokens whose text begins before that place of the output, in characters; None: all."""
+        return self.returned if place is None else min(bisect_left(self._text.offsets, place), self.returned)
 
     @property
     def mean_logprob(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass, replace
 
 from fastapi import APIRouter, Request, Response
 
@@ -13,9 +14,12 @@ from server.api import Api, output_options
 from server.engine_client import check_ready
 from server.openai.chat import ChatRenderer
 from server.openai.chat_schema import ChatFields
+from server.openai.choice_output import OutputOptions
 from server.openai.generation import PromptRequest
+from server.openai.output_parser import Reading
 from server.openai.rendering import Head
 from server.openai.structured import checked_grammar
+from server.openai.tools.plan import ToolPlan
 
 
 def chat_router(api: Api) -> APIRouter:
@@ -27,34 +31,67 @@ def chat_router(api: Api) -> APIRouter:
         fields = await api.read(request, ChatFields)
         model, seed = api.model_name(fields.model), fields.resolved_seed(api.settings.seed)
         check_ready(api.client.state)
-        grammar = await checked_grammar(fields, api.grammars)
         head = Head(model, seed, "chatcmpl", api.fingerprint())
-        prompt = await asyncio.to_thread(prepare_conversation, api, fields, head, grammar)
-        generation = api.generation(request, [prompt], output_options(fields), arrived)
-        renderer = ChatRenderer(head, api.tokenizer, generation, fields.top_logprobs or 0)
+        conversation = await prepare_conversation(api, fields, head)
+        options = conversation.options(output_options(fields))
+        generation = api.generation(request, [conversation.prompt], options, arrived)
+        renderer = ChatRenderer(head, api.tokenizer, generation, fields.top_logprobs or 0, conversation.reading)
         return await api.answer(request, renderer, fields)
 
     return router
 
 
-def prepare_conversation(api: Api, fields: ChatFields, head: Head, grammar: Grammar | None) -> PromptRequest:
-    """Render, tokenize and check the messages; runs in a worker thread.
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, ready for the engine, and how its answer is to be read."""
+
+    prompt: PromptRequest
+    reading: Reading | None
+
+    def options(self, asked: OutputOptions) -> OutputOptions:
+        """How the tokens are returned; the special ones that mark calls and reasoning are kept for the reading."""
+        return asked if self.reading is None else replace(asked, kept=self.reading.kept)
+
+
+async def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> Conversation:
+    """Render, tokenize and check the messages, in a worker thread, and what the answer is to be held to.
 
     Raises:
-        RequestError: naming the field at fault by the name that the client used; what is wrong with the prompt is wrong
-            with the messages.
+        RequestError: naming the field at fault by the name that the client used.
+        UnavailableError: too many grammars wait to be checked.
     """
+    plan = await asyncio.to_thread(fields.tool_plan, api.formats.tools, shows_tools=api.shows_tools)
+    if plan.grammar is not None:
+        await api.grammars.check(plan.grammar, "tools")
+    grammar = _held_to(plan, await checked_grammar(fields, api.grammars))
+    return await asyncio.to_thread(_named_as_sent, api, fields, head, plan, grammar)
+
+
+def _held_to(plan: ToolPlan, grammar: Grammar | None) -> Grammar | None:
+    """What the output must be: calls that are demanded, else the text as it is asked for.
+
+    Raises:
+        RequestError: the model is to choose between calls and a text, and one grammar would keep it from calling.
+    """
+    if grammar is not None and plan.names and plan.grammar is None:
+        message = 'A form of the output goes with tools only where tool_choice is "none", "required" or a function.'
+        raise RequestError(message, param="tool_choice", code="unsupported_value")
+    return plan.grammar or grammar
+
+
+def _named_as_sent(api: Api, fields: ChatFields, head: Head, plan: ToolPlan, grammar: Grammar | None) -> Conversation:
+    """What is wrong with the prompt is wrong with the messages, and a limit has two names."""
     try:
-        return PromptRequest(_request(api, fields, head, grammar))
+        return _prepared(api, fields, head, plan, grammar)
     except RequestError as error:
         renamed = {"prompt": "messages", "max_tokens": fields.limit_field}
         message = error.message.replace("max_tokens", fields.limit_field)
         raise RequestError(message, param=renamed.get(error.param or "", error.param), code=error.code) from None
 
 
-def _request(api: Api, fields: ChatFields, head: Head, grammar: Grammar | None) -> GenerateRequest:
+def _prepared(api: Api, fields: ChatFields, head: Head, plan: ToolPlan, grammar: Grammar | None) -> Conversation:
     info = api.client.info
-    text = fields.rendered(api.tokenizer)
+    text = fields.rendered(api.tokenizer, plan.shown, api.formats.template_id)
     api.check_length(text, api.prompt_times(fields))
     ids = fields.truncated(tuple(fields.tokens(api.tokenizer, text)), info.max_model_len - fields.token_limit(1))
     api.check_tokens(ids)
@@ -75,4 +112,7 @@ def _request(api: Api, fields: ChatFields, head: Head, grammar: Grammar | None) 
         grammar=grammar,
     )
     request.validate(info.vocab_size, info.max_model_len, info.drafters)
-    return request
+    shows_special = fields.skip_special_tokens is False
+    constrained = request.grammar is not None
+    reading = api.formats.reading(plan, text, shows_special=shows_special, constrained=constrained)
+    return Conversation(PromptRequest(request), reading)

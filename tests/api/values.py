@@ -14,6 +14,7 @@ MAX_DEPTH = 12  # of places: schemas may contain themselves
 UNKNOWN = "no_such_field"
 OVERFLOW = "@1e400@"  # stands for a number that Python's floats cannot hold, and JSON can
 NO_JSON = object()  # stands for what JSON cannot hold: no schema with a type accepts it
+MAX_ITEMS = 10_000  # more take seconds to judge
 KEY = "5"  # of objects that may have any key: logit_bias has token ids
 
 Schema = dict[str, Any]
@@ -91,7 +92,7 @@ class Schemas:
                 yield variant["minimum"] - 1
             if "exclusiveMinimum" in variant:
                 yield variant["exclusiveMinimum"]
-            if "maxItems" in variant:
+            if variant.get("maxItems", MAX_ITEMS) < MAX_ITEMS:
                 yield [self.example(variant.get("items", {}))] * (variant["maxItems"] + 1)
             if "maxProperties" in variant:
                 example = self.example(variant.get("additionalProperties", {}))
