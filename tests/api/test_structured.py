@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -327,9 +329,33 @@ def test_negated_classes_are_read_without_nul(pattern: str, read: str) -> None:
     assert json.loads(schema_source(named, "f")) == {"pattern": read, "patternProperties": {read: {}}}
 
 
-def test_times_have_sixty_seconds() -> None:
-    read = json.loads(schema_source({"format": "time", "allOf": [{"maxLength": 20}]}, "f"))
-    assert read == {"format": "time", "allOf": [{"maxLength": 20}, {"pattern": ":[0-5][0-9]:[0-5][0-9]"}]}
+@pytest.mark.parametrize(
+    ("name", "text", "fits"),
+    [
+        ("time", "23:59:59Z", True),
+        ("time", "09:05:00.125-03:30", True),
+        ("time", "23:59:60Z", False),
+        ("time", "24:00:00Z", False),
+        ("time", "12:00:00", False),
+        ("date-time", "2026-11-30T00:00:00+01:00", True),
+        ("date-time", "2026-11-31T00:00:00Z", False),
+        ("date-time", "2024-02-30T00:00:00Z", False),
+        ("date-time", "2024-02-28T12:30:00.5Z", True),
+        ("date-time", "2024-02-28 12:30:00Z", False),
+    ],
+)
+def test_times_are_such_as_readers_take(name: str, text: str, fits: bool) -> None:
+    read = json.loads(schema_source({"format": name, "maxLength": 40}, "f"))
+    assert set(read) == {"pattern", "maxLength"}
+    assert (re.search(read["pattern"], text) is not None) is fits
+    if fits:
+        datetime.datetime.fromisoformat(text if name == "date-time" else f"2024-01-01T{text}")
+
+
+def test_a_time_with_a_pattern_has_both() -> None:
+    read = json.loads(schema_source({"format": "time", "pattern": "^1", "allOf": [{"maxLength": 20}]}, "f"))
+    assert read["pattern"] == "^1"
+    assert [set(part) for part in read["allOf"]] == [{"maxLength"}, {"pattern"}]
 
 
 def test_references_have_one_spelling() -> None:

@@ -49,7 +49,7 @@ PLAIN: dict[str, Schema] = {
         **{"x/y": DIGIT, "x~y": BOOL, "x%y": NULL},
     ),
     "with spaces and umlauts": with_defs(
-        closed({"a": {"$ref": "#/$defs/my%20type"}, "b": {"$ref": "#/$defs/größe"}}),
+        closed({"a": {"$ref": "#/$defs/my%20type"}, "b": {"$ref": "#/$defs/gr%C3%B6%C3%9Fe"}}),
         **{"my type": DIGIT, "größe": one_of("S", "M", "L")},
     ),
     "inside of definitions": with_defs(

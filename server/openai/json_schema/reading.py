@@ -68,7 +68,11 @@ class _Reader:
         """Say more exactly what the compiler would take too loosely."""
         for schema in self._schemas.values():
             if isinstance(schema, dict) and schema.get("format") in keywords.TIMES:
-                schema["allOf"] = [*schema.get("allOf", ()), keywords.NO_LEAP_SECOND]
+                spelled = keywords.TIMES[schema.pop("format")]
+                if "pattern" in schema:
+                    schema["allOf"] = [*schema.get("allOf", ()), {"pattern": spelled}]
+                else:
+                    schema["pattern"] = spelled
 
     def _text(self, value: Any) -> str:
         try:
