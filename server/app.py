@@ -14,6 +14,7 @@ from server.api import Api
 from server.auth import ApiKeys
 from server.engine_client import EngineClient
 from server.errors import ErrorReply, reply_to
+from server.grammar_worker import GrammarCheck, SizeCheck
 from server.metrics import Metrics
 from server.middleware import REQUEST_ID, AdmissionMiddleware, RequestMiddleware, assign_id
 from server.routes.chat import chat_router
@@ -21,6 +22,7 @@ from server.routes.completions import completions_router
 from server.routes.document import document_router
 from server.routes.models import models_router
 from server.routes.operations import operations_router
+from server.routes.responses import responses_router
 from server.routes.tokenize import tokenize_router
 from server.routes.version import version_router
 from server.settings import ServerSettings
@@ -28,6 +30,7 @@ from server.settings import ServerSettings
 ROUTES = (
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/responses",
     "/v1/models",
     "/tokenize",
     "/detokenize",
@@ -41,15 +44,20 @@ ROUTES = (
 
 
 def build_app(
-    client: EngineClient, tokenizer: Tokenizer, settings: ServerSettings, admission: Admission | None = None
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    settings: ServerSettings,
+    admission: Admission | None = None,
+    grammars: GrammarCheck | None = None,
 ) -> FastAPI:
-    """The application that serves ``client``; starting and closing the client is the caller's.
+    """The application that serves ``client``; starting and closing the client, and ``grammars``, is the caller's.
 
     Args:
         admission: in place of the one that ``settings`` describe.
+        grammars: checks those of requests; default: by their size alone.
     """
     metrics = Metrics(client.stats, lambda: client.state)
-    api = Api(client, tokenizer, settings, metrics)
+    api = Api(client, tokenizer, settings, metrics, grammars or SizeCheck())
     security = settings.security
     keys = ApiKeys(security.api_keys, metrics_public=security.metrics_public)
     guard = Guard(settings.limits, keys, settings.rows)
@@ -58,6 +66,7 @@ def build_app(
     routers = (
         completions_router(api),
         chat_router(api),
+        responses_router(api),
         models_router(api),
         operations_router(api, guard),
         tokenize_router(api),

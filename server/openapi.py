@@ -15,6 +15,8 @@ from server.openai import answers
 from server.openai.chat_schema import ChatFields
 from server.openai.completion_schema import CompletionFields
 from server.openai.fingerprint import server_version
+from server.openai.responses import answers as response_answers
+from server.openai.responses.schema import ResponsesFields
 from server.openai.tokenize_schema import DetokenizeFields, TokenizeChatFields, TokenizeFields
 from server.openai.validation import IGNORED, UNSUPPORTED
 
@@ -92,6 +94,15 @@ OPERATIONS = (
         answers.ChatCompletion,
         (ChatFields,),
         answers.ChatCompletionChunk,
+        _BODY_ERRORS,
+    ),
+    Operation(
+        "post",
+        "/v1/responses",
+        "Answer items",
+        response_answers.Response,
+        (ResponsesFields,),
+        response_answers.ResponseEvent,
         _BODY_ERRORS,
     ),
     Operation("get", "/v1/models", "What is served", answers.ModelList, errors=(*_ERRORS, 503)),

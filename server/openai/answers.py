@@ -35,10 +35,11 @@ class PromptTokensDetails(TypedDict):
 
 @with_config(_CLOSED)
 class CompletionTokensDetails(TypedDict):
-    """With a prediction: its tokens that were accepted, and those that were drafted in vain."""
+    """Tokens before the answer; of a prediction those that were accepted, and those that were drafted in vain."""
 
-    accepted_prediction_tokens: int
-    rejected_prediction_tokens: int
+    reasoning_tokens: NotRequired[int]
+    accepted_prediction_tokens: NotRequired[int]
+    rejected_prediction_tokens: NotRequired[int]
 
 
 @with_config(_CLOSED)
@@ -108,6 +109,7 @@ class PromptLogprob(TypedDict):
 
 PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id; the first token has none
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @with_config(_CLOSED)
@@ -189,10 +191,42 @@ class ChatLogprobs(TypedDict):
 
 
 @with_config(_CLOSED)
+class CalledFunction(TypedDict):
+    name: str
+    arguments: str
+
+
+@with_config(_CLOSED)
+class CalledTool(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+@with_config(_CLOSED)
+class FunctionFragment(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+@with_config(_CLOSED)
+class ToolCallFragment(TypedDict):
+    """The first of a call has its id, its type and its name, the others more of its arguments."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionFragment
+
+
+@with_config(_CLOSED)
 class AssistantMessage(TypedDict):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
+    tool_calls: NotRequired[list[CalledTool]]
 
 
 @with_config(_CLOSED)
@@ -200,7 +234,7 @@ class ChatChoice(TypedDict):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     token_ids: NotRequired[list[int]]
 
 
@@ -210,6 +244,9 @@ class ChatChunkDelta(TypedDict):
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallFragment]]
 
 
 @with_config(_CLOSED)
@@ -217,7 +254,7 @@ class ChatChunkChoice(TypedDict):
     index: int
     delta: ChatChunkDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     token_ids: NotRequired[list[int]]
 
 

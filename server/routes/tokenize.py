@@ -40,7 +40,7 @@ def tokenized(api: Api, fields: TokenizeFields | TokenizeChatFields) -> dict[str
     Raises:
         RequestError: naming the field at fault.
     """
-    text = fields.text(api.tokenizer)
+    text = fields.text(api.tokenizer, api.formats.template_id)
     api.check_length(text, LONGEST_CUT, param="prompt" if isinstance(fields, TokenizeFields) else "messages")
     ids = fields.tokens(api.tokenizer, text)
     return {

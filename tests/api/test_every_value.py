@@ -20,6 +20,7 @@ from tests.api.values import UNKNOWN, Place, Schemas, written
 RIGHT: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": "x"}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ("/v1/responses", {"input": "x"}),
     ("/tokenize", {"prompt": "x"}),
     ("/tokenize", {"messages": [{"role": "user", "content": "x"}]}),
     ("/detokenize", {"tokens": [5]}),
@@ -121,8 +122,8 @@ def test_lone_surrogates_are_no_json(path: str, body: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("path", "body"), STREAMING)
 def test_of_two_fields_of_one_name_one_counts(path: str, body: dict[str, Any]) -> None:
     begin = written(body)[:-1]
-    twice = begin + b', "max_tokens": 1, "max_tokens": 0.5}'
-    once = begin + b', "max_tokens": 0.5, "max_tokens": 1}'
+    twice = begin + b', "top_k": 1, "top_k": 0.5}'
+    once = begin + b', "top_k": 0.5, "top_k": 1}'
     assert sorted(answer.status for answer in answers(path, [twice, once])) == [200, 400]
 
 
