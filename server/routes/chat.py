@@ -73,7 +73,7 @@ def _held_to(plan: ToolPlan, grammar: Grammar | None) -> Grammar | None:
     Raises:
         RequestError: the model is to choose between calls and a text, and one grammar would keep it from calling.
     """
-    if grammar is not None and plan.names and plan.grammar is None:
+    if grammar is not None and plan.schemas and plan.grammar is None:
         message = 'A form of the output goes with tools only where tool_choice is "none", "required" or a function.'
         raise RequestError(message, param="tool_choice", code="unsupported_value")
     return plan.grammar or grammar
