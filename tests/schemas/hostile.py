@@ -19,6 +19,7 @@ class Hostile:
     body: dict[str, Any] | bytes
     param: str | None  # at fault; of a request that is served, the field that it is about
     code: str | None  # None: it is odd, and served
+    heavy: bool = False  # what is served by a fast machine may be too complex for a slow one
 
 
 def formatted(schema: Any) -> dict[str, Any]:
@@ -191,11 +192,12 @@ def requests() -> Iterator[Hostile]:
     for name, (source, code) in WRONG_EXPRESSIONS.items():
         yield Hostile(f"regex: {name}", {"guided_regex": source}, "guided_regex", code)
     for name, source in ODD_EXPRESSIONS.items():
-        yield Hostile(f"regex: {name}", {"structured_outputs": {"regex": source}}, "structured_outputs.regex", None)
+        body = {"structured_outputs": {"regex": source}}
+        yield Hostile(f"regex: {name}", body, "structured_outputs.regex", None, heavy=True)
     for name, (source, code) in WRONG_GRAMMARS.items():
         yield Hostile(f"grammar: {name}", {"guided_grammar": source}, "guided_grammar", code)
     for name, source in ODD_GRAMMARS.items():
-        yield Hostile(f"grammar: {name}", {"guided_grammar": source}, "guided_grammar", None)
+        yield Hostile(f"grammar: {name}", {"guided_grammar": source}, "guided_grammar", None, heavy=True)
     for name, (body, param, code) in FIELDS.items():
         yield Hostile(f"field: {name}", body, param, code)
     whole = json.dumps({"prompt": "x", **formatted({"type": "integer", "minimum": 12345})})
