@@ -6,13 +6,14 @@ import itertools
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from decoding.config import EngineConfig
 from decoding.errors import ModelError
 from decoding.messages import EngineInfo, EngineStats, FinishReason, SpeculationStats, TokenEvent
 from decoding.request import GenerateRequest
 
-CRASH, FAIL, HANG = 13, 14, 15  # token ids at which it crashes, fails the request, or never comes back
+CRASH, FAIL, HANG, SLOW = 13, 14, 15, 16  # tokens at which it crashes, fails the request, hangs, or takes its time
 
 
 @dataclass
@@ -23,7 +24,9 @@ class _Choice:
 
 
 class CountingEngine:
-    """Implements SteppedEngine. The model's name says how loading goes: "missing", "broken", "exits" or anything."""
+    """Implements SteppedEngine. The model's name says how loading goes: "missing", "broken", "slow", "exits" or
+    anything.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self.info = EngineInfo(config.model, 1000, 100, (0,), (), "float32", "cpu")
@@ -39,6 +42,8 @@ class CountingEngine:
             raise ModelError("there is no folder 'missing'; give another")
         if config.model == "broken":
             raise RuntimeError("a mistake")
+        if Path(config.model).name == "slow":
+            time.sleep(2.0)
         if config.model == "exits":
             os._exit(3)
         return cls(config)
@@ -83,6 +88,8 @@ class CountingEngine:
         choice.made += 1
         if token == CRASH:
             raise RuntimeError("the engine met its crash token")
+        if token == SLOW:
+            time.sleep(0.05)
         if token == HANG:
             time.sleep(3600)
         if token == FAIL:
