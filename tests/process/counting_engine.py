@@ -10,7 +10,7 @@ from pathlib import Path
 
 from decoding.config import EngineConfig
 from decoding.errors import ModelError
-from decoding.messages import EngineInfo, EngineStats, FinishReason, SpeculationStats, TokenEvent
+from decoding.messages import EngineInfo, EngineStats, FinishReason, SpeculationStats, TokenEvent, TokenLogprobs
 from decoding.request import GenerateRequest
 
 CRASH, FAIL, HANG, SLOW = 13, 14, 15, 16  # tokens at which it crashes, fails the request, hangs, or takes its time
@@ -98,7 +98,11 @@ class CountingEngine:
             return self._end(choice, (token,), "length")
         first = choice.made == 1
         return TokenEvent(
-            choice.request.request_id, choice.choice, (token,), seed=choice.request.params.seed if first else None
+            choice.request.request_id,
+            choice.choice,
+            (token,),
+            logprobs=_scored(choice, (token,)),
+            seed=choice.request.params.seed if first else None,
         )
 
     def _end(self, choice: _Choice, tokens: tuple[int, ...], reason: FinishReason) -> TokenEvent:
@@ -110,7 +114,16 @@ class CountingEngine:
             choice.request.request_id,
             choice.choice,
             tokens,
+            logprobs=_scored(choice, tokens),
             finish_reason=reason,
             error="the request failed" if reason == "error" else None,
             speculation=SpeculationStats(steps=choice.made),
         )
+
+
+def _scored(choice: _Choice, tokens: tuple[int, ...]) -> tuple[TokenLogprobs, ...] | None:
+    """The next ids as alternatives."""
+    count = choice.request.params.logprobs
+    if count is None:
+        return None
+    return tuple(TokenLogprobs(token, -0.5, tuple((token + i, -0.5 - i) for i in range(count))) for token in tokens)
