@@ -6,6 +6,7 @@ PORT ?= 8000
 MODEL ?= demo/target
 SPECULATE ?= --speculate draft=demo/draft --speculate ngram --speculate prediction
 ARGS ?=
+CLIENTS ?=
 FAMILY ?= demo
 # a family under build/ is inflated to the shape that its name says
 INFLATED = $(patsubst %,%/inflate.json,$(filter build/%,$(FAMILY)))
@@ -20,8 +21,8 @@ LLAMA_SOURCES := build/llama-source
 KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kernels/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench-quick bench-matrix bench-offline bench-compare bench-drafters bench-gpu bench-report \
-    llama-cpp clean
+.PHONY: help setup serve test lint bench-quick bench-matrix bench-offline bench-compare bench-drafters bench-gpu bench-http \
+    bench-report clients llama-cpp clean
 
 help:
 	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
@@ -29,12 +30,14 @@ help:
 	@echo "                   (HOST, PORT, MODEL, SPECULATE and ARGS change what is served)"
 	@echo "make test          set up, then lint, types and all tests; this is what CI runs"
 	@echo "make lint          set up, then lint and types only"
+	@echo "make clients       set up, then run real clients of OpenAI's API, each in an environment of its own (CLIENTS=\"NAME ...\")"
 	@echo "make bench-quick   set up, then measure the demo model against plain decoding and transformers"
 	@echo "make bench-matrix  set up, then compare auto with plain decoding and fixed trees (FAMILY=demo)"
 	@echo "make bench-offline set up, then measure one request at a time, and what its step is made of (FAMILY=demo)"
 	@echo "make bench-compare set up, then compare with transformers and llama.cpp (FAMILY=demo)"
 	@echo "make bench-drafters set up, then measure drafters without training, and write their page (FAMILY=demo)"
 	@echo "make bench-gpu     set up, then measure an 8B-shaped target on a CUDA device, in under 8 minutes"
+	@echo "make bench-http    set up, then measure how many tokens a second the HTTP process streams on one core"
 	@echo "make bench-report  set up, then write docs/benchmarks.md from benchmarks/results"
 	@echo "make llama-cpp     set up, then build llama.cpp's server, which benchmarks compare with"
 	@echo "make clean         remove $(VENV) and everything that was built"
@@ -71,6 +74,9 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+clients: setup
+	$(BIN)/python -m tests.clients.run $(CLIENTS)
+
 bench-quick: setup
 	$(BIN)/python -m benchmarks.quick $(ARGS)
 
@@ -93,6 +99,9 @@ build/%/inflate.json: | setup
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+bench-http: setup
+	$(BIN)/python -m benchmarks.http_stream --out benchmarks/results/http-stream.json $(ARGS)
 
 bench-report: setup
 	$(BIN)/python -m benchmarks.speed_report $(RESULTS) $(ARGS)

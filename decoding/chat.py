@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from decoding.errors import ModelError, RequestError
+
+_OPEN_END = "\ue000the text goes on here\ue000"  # of private use: no template says it
 
 
 class ChatTemplate:
@@ -24,6 +27,10 @@ class ChatTemplate:
         sources: jinja templates by name; "default" is the one to use.
         special_tokens: what templates may name, as ``{"bos_token": "<s>", ...}``.
 
+    Attributes:
+        source: all templates, one after the other.
+        variables: names that the templates read, and take from whoever renders them.
+
     Raises:
         ModelError: when a template does not compile.
     """
@@ -32,12 +39,26 @@ class ChatTemplate:
         environment = _environment()
         self._special_tokens = dict(special_tokens)
         self._templates = {name: _compile(environment, name, source) for name, source in sources.items()}
+        read = [meta.find_undeclared_variables(environment.parse(source)) for source in sources.values()]
+        self.variables: frozenset[str] = frozenset().union(*read)
+        self.source = "\n".join(sources.values())
 
     def __bool__(self) -> bool:
         return bool(self._templates)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **variables: Any) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
         """The prompt's text. ``tools``, ``documents`` and further ``variables`` are the template's.
+
+        Args:
+            continue_final_message: the text ends where the last message's content does, so that what is generated
+                continues it.
 
         Raises:
             RequestError: when the model has no template, or the template refuses the messages.
@@ -47,12 +68,15 @@ class ChatTemplate:
         template = self._choose(tools=given["tools"])
         # many templates print the word None for a key that is there and null
         present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        if continue_final_message:
+            present = _open_ended(present)
         try:
-            return template.render(messages=present, add_generation_prompt=add_generation_prompt, **given)
+            text = template.render(messages=present, add_generation_prompt=add_generation_prompt, **given)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise RequestError(
                 f"The model's chat template cannot render these messages: {error}", param="messages"
             ) from error
+        return _cut_at_open_end(text) if continue_final_message else text
 
     def _choose(self, *, tools: object) -> jinja2.Template:
         if tools and "tool_use" in self._templates:
@@ -71,6 +95,27 @@ class ChatTemplate:
         )
 
 
+def _open_ended(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with a mark where the last one's content ends: templates may trim it, and always add something."""
+    content = messages[-1].get("content") if messages else None
+    if not isinstance(content, str):
+        raise RequestError(
+            "continue_final_message continues the text of the last message, and that has none.",
+            param="continue_final_message",
+        )
+    return [*messages[:-1], {**messages[-1], "content": content + _OPEN_END}]
+
+
+def _cut_at_open_end(text: str) -> str:
+    before, mark, _ = text.rpartition(_OPEN_END)
+    if not mark or _OPEN_END in before:
+        raise RequestError(
+            "The model's chat template does not show the last message as it is, so it cannot be continued.",
+            param="continue_final_message",
+        )
+    return before
+
+
 def find_templates(folder: Path, config: Mapping[str, Any], chosen: str | None) -> dict[str, str]:
     """Template sources by name: ``chosen`` if given, else those of the folder (.jinja before .json before the config).
 
@@ -84,7 +129,7 @@ def find_templates(folder: Path, config: Mapping[str, Any], chosen: str | None) 
     own = _own_templates(folder, config)
     if chosen is None:
         return own
-    if "\n" not in chosen and len(chosen) < 4096 and Path(chosen).is_file():
+    if os.path.isfile(chosen):  # Path.is_file raises for a name too long to be one, as a template is
         return {"default": Path(chosen).read_text(encoding="utf-8")}
     if "{" in chosen:
         return {"default": chosen}

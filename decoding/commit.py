@@ -12,17 +12,20 @@ from decoding.batcher import Nodes
 from decoding.cache import SequenceCache
 from decoding.drafters.team import DrafterTeam
 from decoding.logprobs import by_row, node_logprobs, prompt_logprobs, wishes_of
-from decoding.messages import FinishReason, TokenEvent, TokenLogprobs
+from decoding.messages import FinishReason, StepTrace, TokenEvent, TokenLogprobs
 from decoding.plan import Plan, PlannedRow
 from decoding.planner import Planner
 from decoding.sampler import Sampler
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence, SpeculationCounter
+from decoding.trace import TracedTrees, is_traced, wanted_of
 from decoding.verify import Verdict
 from models.target import CausalModel, ForwardOutput
 from models.transfer import fetch, upload
 from models.tree import GUESSED, PINS
 from models.tree_ops import ChosenTrees
+
+TOO_COMPLEX = "At this point of the text its grammar became too complex to follow; simplify the grammar."
 
 
 @dataclass
@@ -42,7 +45,33 @@ class Results:
     """A step's results on their way to the host."""
 
     wishes: dict[int, int]  # deciding rows that asked for logprobs
-    fetched: Callable[[], list[np.ndarray]]  # waits for tokens; paths and sources if there are nodes; logprobs
+    with_nodes: bool  # there are drafted nodes: paths and sources are fetched
+    traced: bool  # the trees are fetched, too
+    fetched: Callable[[], list[np.ndarray]]  # waits for all of it
+
+    def read(self) -> HostResults:
+        """Wait for them."""
+        tokens, *rest = self.fetched()
+        path: list[list[int]] = [[]] * len(tokens)
+        source = [[0]] * len(tokens)
+        if self.with_nodes:
+            path, source, rest = rest[0].tolist(), rest[1].tolist(), rest[2:]
+        trees = TracedTrees()
+        if self.traced:
+            trees, rest = TracedTrees(*rest[:3]), rest[3:]
+        logprobs = by_row(self.wishes, rest) if self.wishes else {}
+        return HostResults(tokens.tolist(), path, source, trees, logprobs)
+
+
+@dataclass(frozen=True)
+class HostResults:
+    """A step's results, by deciding row."""
+
+    tokens: list[list[int]]  # accepted tokens and the bonus, padded with -1
+    path: list[list[int]]  # columns of the accepted nodes, padded with -1
+    source: list[list[int]]  # of the tree's nodes
+    trees: TracedTrees
+    logprobs: dict[int, list[TokenLogprobs]]  # of rows that asked
 
 
 class Committer:
@@ -70,6 +99,7 @@ class Committer:
         self._drafters = drafters
         self._planner = planner
         self._names = drafters.names
+        self._sources = drafters.sources
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
         self.totals = Totals()
@@ -79,51 +109,61 @@ class Committer:
         wishes = wishes_of(plan)
         asked = node_logprobs(wishes, nodes, verdict, logits, self._vocab_size).tensors if wishes else ()
         trees = (verdict.path, chosen.trees.source) if chosen.trees.width > 1 else ()
-        return Results(wishes, fetch(verdict.tokens, *trees, *asked))
+        traced = wanted_of(plan, chosen.trees)
+        return Results(wishes, bool(trees), bool(traced), fetch(verdict.tokens, *trees, *traced, *asked))
 
     def commit(self, plan: Plan, chosen: ChosenTrees, results: Results, out: ForwardOutput) -> list[TokenEvent]:
         """Apply a step's verdict: here the tokens reach the host."""
         self.totals.steps += 1
         self._prompt_logprobs(plan, chosen, out)
-        drawn_by_row, *fetched = results.fetched()
-        tokens = drawn_by_row.tolist()
-        path: list[list[int]] = [[]] * len(tokens)
-        source = [[0]] * len(tokens)
-        if chosen.trees.width > 1:
-            path, source, fetched = fetched[0].tolist(), fetched[1].tolist(), fetched[2:]
-        logprobs = by_row(results.wishes, fetched) if results.wishes else {}
+        found = results.read()
         events = []
         for index, row in enumerate(plan.deciding):
-            sequence, drawn = row.sequence, tokens[index]
+            sequence, drawn = row.sequence, found.tokens[index]
             while drawn[-1] < 0:  # padding
                 drawn.pop()
             count = len(drawn) - 1
             kept, reason = self._append(sequence, drawn)
             sequence.cached = min(row.end + count, sequence.length)  # the text may end within the accepted path
-            self._account(sequence, source[index], path[index][: min(count, kept)], kept)
-            events.append(self._event(sequence, drawn[:kept], reason, logprobs.get(index)))
+            taken = found.path[index][: min(count, kept)]
+            self._account(sequence, found.source[index], taken, kept)
+            trace: tuple[StepTrace, ...] = ()
+            if is_traced(sequence):
+                trace = (self._trace(row, index, found, taken, drawn[count] if kept > count else None),)
+            failed = (TOO_COMPLEX, "grammar_too_complex") if reason == "error" else (None, None)
+            events.append(self._event(sequence, drawn[:kept], reason, found.logprobs.get(index), trace, *failed))
             self._settle(sequence, reason)
         for row in plan.rows[len(plan.deciding) :]:
             row.sequence.cached = row.end
             self._cache.register(row.sequence)
         return events
 
-    def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> TokenEvent:
-        """End a sequence from outside a step: cancelled, or failed."""
-        event = self._event(sequence, [], reason, None, error=error)
+    def end(
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: str | None = None
+    ) -> TokenEvent:
+        """End a sequence from outside a step: cancelled, or failed, by its own fault if there is a code for it."""
+        event = self._event(sequence, [], reason, None, error=error, code=code)
         self._settle(sequence, reason)
         return event
 
     def _append(self, sequence: Sequence, tokens: list[int]) -> tuple[int, FinishReason | None]:
         """Append until the sequence ends; (tokens appended, why it ended)."""
-        params = sequence.params
+        params, ending = sequence.params, None
+        ignored = params.ignore_eos
+        if sequence.matcher is not None:  # the grammar knows where the text ends, and where it cannot go on
+            own, ending = sequence.matcher.commit(tokens)
+            tokens, ignored = tokens[:own], True
         for kept, token in enumerate(tokens, start=1):
             sequence.append(token)
-            if (token in self._eos_ids and not params.ignore_eos) or token in params.stop_token_ids:
+            if (token in self._eos_ids and not ignored) or token in params.stop_token_ids:
                 return kept, "stop"
-            if sequence.length == sequence.limit:
+            if sequence.length == sequence.limit and (kept < len(tokens) or ending != "stop"):
                 return kept, "length"
-        return len(tokens), None
+        return len(tokens), ending
+
+    def _is_end(self, sequence: Sequence, token: int) -> bool:
+        """Whether the token stands for an end: a grammar may end a text of a model that has no such token."""
+        return token in self._eos_ids or token in sequence.params.stop_token_ids
 
     def _account(self, sequence: Sequence, source: list[int], path: list[int], kept: int) -> None:
         """Count a row's step: the sources of its tree's columns, the columns of those that were accepted."""
@@ -142,7 +182,7 @@ class Committer:
                 drafted = accepted  # what is only pinned was not drafted, unless it proved right
             names = [
                 (name, drafted if guessed >> bit & 1 else accepted)
-                for bit, name in enumerate(self._names)
+                for bit, name in enumerate(self._sources)
                 if (guessed | pinned) >> bit & 1
             ]
             for counter in counters:
@@ -152,13 +192,24 @@ class Committer:
                     counter.drafted_by[name] += own
                     counter.accepted_by[name] += accepted
 
+    def _trace(self, row: PlannedRow, index: int, found: HostResults, taken: list[int], bonus: int | None) -> StepTrace:
+        root = row.end - 1
+        step = found.trees.step(
+            index, root, int(row.sequence.tokens[root]), found.source[index], self._sources, taken, bonus
+        )
+        row.sequence.traced.steps += 1
+        row.sequence.traced.nodes += len(step.tokens)
+        return step
+
     def _event(
         self,
         sequence: Sequence,
         new: list[int],
         reason: FinishReason | None,
         logprobs: list[TokenLogprobs] | None,
+        trace: tuple[StepTrace, ...] = (),
         error: str | None = None,
+        code: str | None = None,
     ) -> TokenEvent:
         first = not sequence.started
         sequence.started = True
@@ -168,12 +219,14 @@ class Committer:
             token_ids=tuple(new),
             logprobs=tuple(logprobs[: len(new)]) if logprobs is not None else None,
             finish_reason=reason,
-            stop_token=new[-1] if reason == "stop" else None,
+            stop_token=new[-1] if reason == "stop" and self._is_end(sequence, new[-1]) else None,
             error=error,
+            error_code=code,
             seed=sequence.seed if first else None,
             cached_tokens=sequence.cached_prompt_tokens if first else 0,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
             speculation=sequence.counter.stats(self._names, sequence.acceptance.rule) if reason else None,
+            trace=trace,
         )
 
     def _settle(self, sequence: Sequence, reason: FinishReason | None) -> None:

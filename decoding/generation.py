@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from decoding.messages import FinishReason, SpeculationStats, TokenEvent, TokenLogprobs
+from decoding.messages import FinishReason, SpeculationStats, StepTrace, TokenEvent, TokenLogprobs
 from decoding.request import GenerateRequest
 from decoding.text import TextDelta, TextStream, Tokenizer
 
@@ -24,6 +24,8 @@ class Generation:
     logprobs: list[TokenLogprobs] | None
     prompt_logprobs: list[TokenLogprobs | None] | None
     speculation: SpeculationStats
+    trace: tuple[StepTrace, ...] = ()  # of its first steps, when asked for
+    error: str | None = None  # what went wrong, when finish_reason is "error"
 
 
 @dataclass
@@ -46,6 +48,7 @@ class GenerationBuilder:
         self._choices = [_Choice(TextStream(tokenizer, prompt, stop)) for _ in range(request.params.n)]
         self._tokens: list[list[int]] = [[] for _ in self._choices]
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in self._choices]
+        self._traces: list[list[StepTrace]] = [[] for _ in self._choices]
         self._prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.deltas: deque[TextDelta] = deque()  # new text of all choices, for whoever streams
 
@@ -66,6 +69,7 @@ class GenerationBuilder:
         self._prompt_logprobs = event.prompt_logprobs or self._prompt_logprobs
         self._tokens[event.choice].extend(event.token_ids)
         self._logprobs[event.choice].extend(event.logprobs or ())
+        self._traces[event.choice].extend(event.trace)
         deltas = [choice.stream.push(event.token_ids)]
         if event.finish_reason is not None and not deltas[0].stopped:
             deltas.append(choice.stream.finish())
@@ -94,4 +98,6 @@ class GenerationBuilder:
             logprobs=logprobs,
             prompt_logprobs=list(self._prompt_logprobs) if self._prompt_logprobs is not None else None,
             speculation=choice.last.speculation or SpeculationStats(),
+            trace=tuple(self._traces[index]),
+            error=choice.last.error,
         )

@@ -24,6 +24,7 @@ class Logprobs:
 
     tokens: Tensor  # [M] int64; -1 where there is none
     chosen: Tensor  # [M] the tokens' own
+    rank: Tensor  # [M] int64, 1 and how many tokens are more probable
     top_ids: Tensor  # [M, K] int64, the most probable tokens
     top: Tensor  # [M, K] theirs
 
@@ -32,19 +33,21 @@ class Logprobs:
         """From logits [M, V] before the tokens [M]."""
         logprobs = logits.log_softmax(dim=-1)
         best = logprobs.topk(min(top, logprobs.shape[1]), dim=1)
-        return Logprobs(tokens, logprobs.gather(1, tokens[:, None]).squeeze(1), best.indices, best.values)
+        chosen = logprobs.gather(1, tokens[:, None])
+        rank = 1 + (logprobs > chosen).sum(dim=1)
+        return Logprobs(tokens, chosen.squeeze(1), rank, best.indices, best.values)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What is to be fetched for ``entries``."""
-        return self.tokens, self.chosen, self.top_ids, self.top
+        return self.tokens, self.chosen, self.rank, self.top_ids, self.top
 
 
 def entries(fetched: list[np.ndarray]) -> list[TokenLogprobs]:
     """One for each token, from ``Logprobs.tensors`` on the host."""
     return [
-        TokenLogprobs(token, logprob, tuple(zip(ids, values, strict=True)))
-        for token, logprob, ids, values in zip(*(each.tolist() for each in fetched), strict=True)
+        TokenLogprobs(token, logprob, tuple(zip(ids, values, strict=True)), rank)
+        for token, logprob, rank, ids, values in zip(*(each.tolist() for each in fetched), strict=True)
     ]
 
 
@@ -76,9 +79,13 @@ def by_row(wishes: dict[int, int], fetched: list[np.ndarray]) -> dict[int, list[
     known = entries(fetched)
     size = len(known) // len(wishes)
     return {
-        row: [TokenLogprobs(e.token_id, e.logprob, e.top[:top]) for e in known[i * size :][:size] if e.token_id >= 0]
+        row: [_cut(entry, top) for entry in known[i * size :][:size] if entry.token_id >= 0]
         for i, (row, top) in enumerate(wishes.items())
     }
+
+
+def _cut(entry: TokenLogprobs, top: int) -> TokenLogprobs:
+    return TokenLogprobs(entry.token_id, entry.logprob, entry.top[:top], entry.rank)
 
 
 def prompt_logprobs(

@@ -22,6 +22,7 @@ class TokenLogprobs:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
+    rank: int = 0  # of the token among all of the vocabulary; 1: none is more probable
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,29 @@ class SpeculationStats:
 
 
 @dataclass(frozen=True)
+class StepTrace:
+    """What a step did for one choice: the tree that was verified and what came of it. Node 0 is the tree's root.
+
+    Attributes:
+        position: of the root's token in prompt and output, from 0.
+        tokens: of the nodes.
+        parents: the node above each; -1 for the root. A parent stands before its children.
+        confidence: the estimate by which a node was bought, that its token is drawn if its parent is reached.
+        drafters: the names of those that proposed each node, or that have it verified for their own sake.
+        accepted: the nodes whose tokens became text, from the root down, without it.
+        bonus: the token that ended the step; None: the text ended on the accepted path.
+    """
+
+    position: int
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    confidence: tuple[float, ...]
+    drafters: tuple[tuple[str, ...], ...]
+    accepted: tuple[int, ...]
+    bonus: int | None
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """Tokens of one choice from one step. Every choice ends with exactly one event that has a finish reason."""
 
@@ -52,10 +76,12 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the token id that ended it, when finish_reason is "stop"
     error: str | None = None  # when finish_reason is "error"
+    error_code: str | None = None  # with an error that is the request's own fault: the code of its RequestError
     seed: int | None = None  # on the first event of a choice
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache; on the first event of a choice
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # first event of choice 0, when asked for
     speculation: SpeculationStats | None = None  # on the last event of a choice
+    trace: tuple[StepTrace, ...] = ()  # when asked for
 
 
 @dataclass(frozen=True)
@@ -71,6 +97,7 @@ class EngineInfo:
     device: str
     default_sampling: dict[str, float] = field(default_factory=dict)  # from generation_config.json
     quantization: str = "none"  # of the weights of linear layers
+    acceptance: str = "exact"  # the rule of requests that name none, as --acceptance takes it
 
 
 @dataclass(frozen=True)

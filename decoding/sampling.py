@@ -1,6 +1,6 @@
 """From logits to tokens, by the request's parameters: ``process`` (what the logits become) and ``draw`` (the token).
 
-    x = logits + bias, minimum-length bans, penalties          token = argmax(x)                   T < 1e-5
+    x = logits + bias, bans, penalties, grammar masks          token = argmax(x)                   T < 1e-5
     F = top-k, then top-p, then min-p of x / T                 token = argmax(F(x / T) + g)        else
 
 Both serve the target and every drafter, so a drafter guesses under the same rules as the target draws. Nothing here
@@ -19,12 +19,15 @@ from torch import Tensor
 
 from decoding.filtered_draw import TRIED
 from decoding.filters import Filters, kept
+from decoding.grammar.masks import GrammarMasks
 from decoding.noise import NoiseBank
 from decoding.rule_table import RuleTable, make_rule_table
 from decoding.sampling_ops import SamplingOps
 from decoding.sequence import Sequence
+from decoding.word_bans import WordBans, forbid, make_word_bans, output_tails
 from models.target import Top
-from models.transfer import upload
+from models.transfer import fetch, upload
+from models.tree import Trees
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class SamplingTable:
     filters: Filters  # of S sequences
     all_greedy: bool  # host
     filtered: tuple[int, ...]  # host: sampled sequences with a filter
-    bias: Tensor | None  # [S, V] float32, if any sequence has a bias
+    bias: Tensor | None  # [S, V] float32, if any has a bias or allowed tokens; -inf for all others
     stops: Tensor | None  # [S, V] bool, ids banned before min_tokens, if any sequence has min_tokens
+    words: WordBans | None  # if any sequence has bad words
     min_tokens: Tensor  # [S] int64
     repetition: Tensor  # [S, 1] float32
     presence: Tensor  # [S, 1]
@@ -46,11 +50,12 @@ class SamplingTable:
     penalised: tuple[int, ...]  # host: sequences with a penalty
     prompt: Tensor | None  # [S, V] bool, ids that occur in the prompt of a penalised sequence, if there is any
     rules: RuleTable
+    grammars: GrammarMasks | None = None  # if any sequence has one
 
     @property
     def is_counted(self) -> bool:
-        """Whether a sequence has min_tokens or a penalty."""
-        return self.stops is not None or bool(self.penalised)
+        """Whether a sequence has min_tokens, bad words or a penalty."""
+        return self.stops is not None or self.words is not None or bool(self.penalised)
 
 
 def make_table(
@@ -87,6 +92,7 @@ def make_table(
         filtered=filtered,
         bias=_bias(sequences, vocab_size, device),
         stops=_stops(sequences, vocab_size, eos_ids, device),
+        words=make_word_bans(sequences, device),
         min_tokens=column([p.min_tokens for p in params], torch.int64),
         repetition=repetition,
         presence=presence,
@@ -94,16 +100,20 @@ def make_table(
         penalised=penalised,
         prompt=_prompt(sequences, penalised, vocab_size, device),
         rules=make_rule_table(sequences, device),
+        grammars=_grammars(sequences, vocab_size, device),
     )
 
 
 def _bias(sequences: list[Sequence], vocab_size: int, device: torch.device) -> Tensor | None:
-    if not any(s.params.logit_bias for s in sequences):
+    if not any(s.params.logit_bias or s.params.allowed_token_ids for s in sequences):
         return None
     bias = torch.zeros(len(sequences), vocab_size)
     for i, sequence in enumerate(sequences):
+        if len(sequence.allowed):
+            bias[i] = -torch.inf
+            bias[i, torch.from_numpy(sequence.allowed)] = 0.0
         for token, value in sequence.params.logit_bias.items():
-            bias[i, token] = value
+            bias[i, token] += value
     return upload(device, bias.numpy())[0]
 
 
@@ -112,8 +122,18 @@ def _stops(sequences: list[Sequence], vocab_size: int, eos: tuple[int, ...], dev
         return None
     stops = torch.zeros(len(sequences), vocab_size, dtype=torch.bool)
     for i, sequence in enumerate(sequences):
+        if sequence.matcher is not None:  # its mask says where it may end, and knows when it must
+            continue
         stops[i, [*eos, *sequence.params.stop_token_ids]] = True
     return upload(device, stops.numpy())[0]
+
+
+def _grammars(sequences: list[Sequence], vocab_size: int, device: torch.device) -> GrammarMasks | None:
+    matchers = [s.matcher for s in sequences]
+    if not any(matcher is not None for matcher in matchers):
+        return None
+    contested = any(s.params.allowed_token_ids or s.params.bad_words for s in sequences)
+    return GrammarMasks(matchers, vocab_size, device, contested=contested)
 
 
 def _prompt(
@@ -129,10 +149,11 @@ def _prompt(
 
 @dataclass(frozen=True)
 class Counts:
-    """Token counts of S sequences at the root of this step's tree, for penalties and min_tokens."""
+    """What S sequences have written when they stand at the root of this step's tree, for penalties and bans."""
 
     generated: Tensor | None  # [S] int64, tokens generated so far; None if no sequence has min_tokens
     output: Tensor | None  # [S, V] float32, how often a penalised sequence has each id; None if there is none
+    tails: Tensor | None = None  # [S, M] int64, ends of the outputs, for bad words; None if there are none
 
 
 NOT_COUNTED = Counts(None, None)
@@ -145,13 +166,14 @@ def count(sequences: list[Sequence], table: SamplingTable, vocab_size: int, devi
     generated = None
     if table.stops is not None:
         [generated] = upload(device, np.array([s.generated for s in sequences]))
+    tails = None if table.words is None else output_tails(sequences, table.words.reach, device)
     if not table.penalised:
-        return Counts(generated, None)
+        return Counts(generated, None, tails)
     output = torch.zeros(len(sequences), vocab_size)
     for i in table.penalised:
         written = torch.from_numpy(sequences[i].tokens[sequences[i].prompt_len :])
         output[i] = torch.bincount(written, minlength=vocab_size)
-    return Counts(generated, upload(device, output.numpy())[0])
+    return Counts(generated, upload(device, output.numpy())[0], tails)
 
 
 @dataclass(frozen=True)
@@ -166,12 +188,20 @@ class Sampling:
     ops: SamplingOps
 
     def needs_paths(self) -> bool:
-        return bool(self.table.penalised)
+        """Whether ``process`` must know what stands between the root and a node."""
+        table = self.table
+        return bool(table.penalised) or table.words is not None or table.grammars is not None
 
     def process(
-        self, logits: Tensor, row: Tensor, depth: Tensor, paths: Tensor | None, ids: Tensor | None = None
+        self,
+        logits: Tensor,
+        row: Tensor,
+        depth: Tensor,
+        paths: Tensor | None,
+        ids: Tensor | None = None,
+        masks: Tensor | None = None,
     ) -> Tensor:
-        """What the logits become: bias, bans before min_tokens, penalties, each for the node's own path.
+        """What the logits become: bias, bans, penalties, grammars, each for the node's own path.
 
         Args:
             logits: [W, V'] raw logits of W nodes; not changed.
@@ -179,6 +209,7 @@ class Sampling:
             depth: [W] int64, tokens on the path from the root (excluded) to the node.
             paths: [W, D] int64, those tokens, padded with -1; needed only if ``needs_paths()``.
             ids: [V'] int64, the target's id of each column; rising. None: columns are ids.
+            masks: what grammars allow at these nodes, see ``GrammarMasks.fill``; None: it is filled here.
         Returns:
             [W, V] with V = vocab_size; with ``ids`` [W, V'], where ids of padding have -inf.
         """
@@ -192,9 +223,21 @@ class Sampling:
         if table.stops is not None and self.counts.generated is not None:
             too_early = self.counts.generated[row] + depth < table.min_tokens[row]
             x = x.masked_fill(_at(table.stops, row, ids) & too_early[:, None], -torch.inf)
+        if table.words is not None and self.counts.tails is not None:
+            assert paths is not None  # needs_paths() said so
+            x = forbid(x, table.words, self.counts.tails, row, depth, paths, ids)
         if table.penalised:
             x = self._penalise(x, row, paths, ids)
+        if table.grammars is not None:
+            if masks is None:
+                assert paths is not None  # needs_paths() said so
+                masks = table.grammars.fill(*fetch(row, depth, paths)())
+            x = table.grammars.apply(x, masks, ids, logits)
         return x
+
+    def permitted(self, trees: Trees) -> Trees:
+        """A drafter's trees of the step's rows without the nodes that their grammars refuse."""
+        return trees if self.table.grammars is None else self.table.grammars.permitted(trees)
 
     def draw(self, x: Tensor, row: Tensor, depth: Tensor) -> Tensor:
         """The token of each node, [W] int64, from processed logits [W, V]."""

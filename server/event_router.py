@@ -164,4 +164,5 @@ def _merge(events: list[TokenEvent]) -> TokenEvent:
         seed=first.seed,
         cached_tokens=first.cached_tokens,
         prompt_logprobs=first.prompt_logprobs,
+        trace=tuple(step for event in events for step in event.trace),
     )

@@ -2,54 +2,88 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
 from decoding.errors import RequestError
-from decoding.request import MAX_LOGPROBS
-from server.openai.fields import MAX_TEXT_PARTS, Fields, Integer, Name, SamplingFields, TextPart, as_parts
+from decoding.text import Tokenizer
+from server.openai.fields import Fields, Integer, SamplingFields, check_count
+from server.openai.messages import Message
+from server.openai.template_kwargs import Effort, TemplateKwargs, template_variables
+from server.openai.tools.fields import ToolChoice, Tools, check_choice, check_tools
+from server.openai.tools.plan import ToolPlan, plan_tools
+from server.openai.tools.table import ToolFormat
 
 MAX_MESSAGES = 4096
 
 
-class Message(Fields):
-    """One message. Its text may come as a string or in text parts."""
+class ConversationFields(Fields):
+    """What becomes a prompt through the chat template."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], Field(min_length=1, max_length=MAX_TEXT_PARTS), BeforeValidator(as_parts)]
-    name: Name | None = None
-    refusal: None = None
-    audio: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    function_call: None = None
-
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates know it; "developer" is OpenAI's newer word for "system"."""
-        role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": "\n".join(part.text for part in self.content)}
-        return message if self.name is None else {**message, "name": self.name}
-
-
-class ChatFields(SamplingFields):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    tools: Tools | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    reasoning_effort: Effort | None = None
+
+    def check_conversation(self) -> None:
+        """Check what no single field shows.
+
+        Raises:
+            RequestError: fields that do not go together.
+        """
+        for place, message in enumerate(self.messages):
+            message.check(f"messages.{place}")
+        check_tools(self.tools)
+        if self.continue_final_message and self.add_generation_prompt:
+            why = "continue_final_message and add_generation_prompt cannot both be true."
+            raise RequestError(why, param="continue_final_message")
+
+    def rendered(
+        self, tokenizer: Tokenizer, shown: list[dict[str, Any]] | None, template_id: Callable[[str], str]
+    ) -> str:
+        """The prompt's text.
+
+        Args:
+            shown: the tools that the model is to know.
+            template_id: makes a call's id one that the template takes.
+
+        Raises:
+            RequestError: there is no template, or it cannot render this.
+        """
+        return tokenizer.render_chat(
+            [message.for_template(template_id) for message in self.messages],
+            add_generation_prompt=self.add_generation_prompt is not False and not self.continue_final_message,
+            continue_final_message=bool(self.continue_final_message),
+            tools=shown,
+            **template_variables(self.chat_template_kwargs, self.reasoning_effort, tokenizer.chat_variables),
+        )
+
+    def tokens(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Its tokens; special ones are those that the template wrote, unless more are asked for."""
+        return tokenizer.encode(text, add_special_tokens=bool(self.add_special_tokens))
+
+
+class ChatFields(SamplingFields, ConversationFields):
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
-    add_generation_prompt: bool | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     def check_combinations(self) -> None:
         super().check_combinations()
+        self.check_conversation()
+        check_choice(self.tools, self.tool_choice)
         if self.top_logprobs is None:
             return
         if not self.logprobs:
             raise RequestError("top_logprobs can only be given with logprobs: true.", param="top_logprobs")
-        if not 0 <= self.top_logprobs <= MAX_LOGPROBS:
-            raise RequestError(
-                f"top_logprobs must be in [0, {MAX_LOGPROBS}], not {self.top_logprobs}.", param="top_logprobs"
-            )
+        check_count("top_logprobs", self.top_logprobs)
 
     @property
     def scored(self) -> int | None:
@@ -65,3 +99,13 @@ class ChatFields(SamplingFields):
         """max_tokens, by its new or its old name; by default what the context still holds."""
         given = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return max(room, 1) if given is None else given
+
+    def tool_plan(self, tool_format: ToolFormat | None, *, shows_tools: bool) -> ToolPlan:
+        """How the tools are used; see ``plan_tools``."""
+        return plan_tools(
+            self.tools,
+            self.tool_choice,
+            tool_format,
+            parallel=self.parallel_tool_calls is not False,
+            template_shows_tools=shows_tools,
+        )

@@ -6,8 +6,11 @@ does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from server.openai.generation import Generation
-from server.openai.rendering import Head, StreamUsage, usage
+from server.openai.rendering import Head, StreamUsage, usage, usage_so_far
 from server.openai.sse import to_json
 
 _CHOICES = '"choices":['
@@ -33,16 +36,30 @@ class Chunks:
         self._stream_usage = stream_usage
         self._generation = generation
 
-    def chunk(self, choice: str) -> bytes:
-        """The event of one choice, which is given as JSON in ASCII."""
+    def chunk(self, choice: str, index: int, beside: Mapping[str, Any] | None = None) -> bytes:
+        """The event of one choice.
+
+        Args:
+            choice: JSON in ASCII.
+            index: of the choice.
+            beside: further fields of the chunk.
+        """
         if self._stream_usage.continuous:
-            return self._with_usage(choice)
-        return f"{self._begin}{choice}{self._end}".encode("ascii")
+            beside = {**(beside or {}), "usage": usage_so_far(self._generation, index)}
+        elif beside:
+            beside = {**beside, "usage": None} if self._stream_usage.final else beside
+        else:
+            return f"{self._begin}{choice}{self._end}".encode("ascii")
+        return self._with_fields(choice, beside)
 
-    def last(self) -> bytes:
-        """The event after those of all choices: it has none, and tells the usage."""
-        return self._with_usage("")
+    def last(self, beside: Mapping[str, Any]) -> bytes:
+        """The event after those of all choices: it has none, and tells the usage if that is wanted.
 
-    def _with_usage(self, choice: str) -> bytes:
-        told = to_json(usage(self._generation))
-        return f'{self._begin}{choice}{self._close},"usage":{told}}}\n\n'.encode("ascii")
+        Args:
+            beside: what else is told of the whole answer.
+        """
+        told = {"usage": usage(self._generation)} if self._stream_usage.final else {}
+        return self._with_fields("", {**told, **beside})
+
+    def _with_fields(self, choice: str, fields: Mapping[str, Any]) -> bytes:
+        return f"{self._begin}{choice}{self._close},{to_json(fields)[1:]}\n\n".encode("ascii")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from decoding.errors import RequestError
-from decoding.request import MAX_LOGPROBS
-from server.openai.fields import Integer, SamplingFields
+from server.openai.fields import Integer, SamplingFields, check_count
 
 MAX_PROMPTS = 1024
-MAX_CHOICES = 1024  # prompts x n
+MAX_CHOICES = 1024  # prompts x n, or best_of
+MAX_BEST_OF = 128  # as n
 DEFAULT_MAX_TOKENS = 16
 
 PromptForm = str | list[int]
+_TokenIds = Annotated[list[int], Field(min_length=1)]
+_SeveralTexts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+_SeveralTokenIds = Annotated[list[_TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+AnyPrompt = str | _TokenIds | _SeveralTexts | _SeveralTokenIds  # as clients may write it
 
 
 def _parse_prompt(value: Any) -> list[PromptForm]:
@@ -45,7 +49,8 @@ def _not_a_prompt() -> PydanticCustomError:
 
 
 class CompletionFields(SamplingFields):
-    prompt: Annotated[list[PromptForm], PlainValidator(_parse_prompt)]
+    prompt: Annotated[list[PromptForm], PlainValidator(_parse_prompt, json_schema_input_type=AnyPrompt)]
+    best_of: Integer | None = None
     echo: bool | None = None
     logprobs: Integer | None = None
     suffix: str | None = None
@@ -53,16 +58,45 @@ class CompletionFields(SamplingFields):
 
     def check_combinations(self) -> None:
         super().check_combinations()
-        if self.suffix is not None:
-            raise RequestError(
-                "This model cannot fill in text before a suffix; leave suffix out.",
-                param="suffix",
-                code="unsupported_parameter",
-            )
-        if self.choices * len(self.prompt) > MAX_CHOICES:
-            raise RequestError(f"A request can have at most {MAX_CHOICES} choices (prompts times n).", param="n")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise RequestError(f"logprobs must be in [0, {MAX_LOGPROBS}], not {self.logprobs}.", param="logprobs")
+        self._check_best_of()
+        if self.suffix:
+            for name in ("echo", "truncate_prompt_tokens"):
+                if getattr(self, name):
+                    raise RequestError(f"{name} cannot be given with suffix; leave one of them out.", param=name)
+        if self.drawn * self.prompts > MAX_CHOICES:
+            name = "best_of" if self.ranked else "n"
+            raise RequestError(f"A request can have at most {MAX_CHOICES} choices (prompts times {name}).", param=name)
+        check_count("logprobs", self.logprobs)
+
+    def _check_best_of(self) -> None:
+        if self.best_of is None:
+            return
+        if self.choices < 1:
+            raise RequestError(f"n must be at least 1, not {self.choices}.", param="n")
+        if not self.choices <= self.best_of <= MAX_BEST_OF:
+            message = f"best_of must be in [n, {MAX_BEST_OF}], not {self.best_of}; n is {self.choices}."
+            raise RequestError(message, param="best_of")
+        if self.ranked and self.stream:
+            message = "best_of cannot be streamed: which choices are the best shows at their end. Leave stream out."
+            raise RequestError(message, param="best_of")
+
+    @property
+    def ranked(self) -> bool:
+        """More choices may be made than are returned: the best ones, best first."""
+        return self.best_of is not None and self.best_of > 1
+
+    @property
+    def drawn(self) -> int:
+        return self.choices if self.best_of is None else self.best_of
+
+    @property
+    def prompts(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def engine_logprobs(self) -> int | None:
+        """What the engine is asked for: choices are ranked by their logprobs."""
+        return 0 if self.logprobs is None and self.ranked else self.logprobs
 
     @property
     def prompt_only(self) -> bool:

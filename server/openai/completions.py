@@ -10,6 +10,7 @@ from typing import Any
 from decoding.text import Tokenizer
 from server.openai.choice_output import Delta, ScoredToken
 from server.openai.chunks import Chunks
+from server.openai.extras import prompt_ids, prompt_logprobs, token_ids, trace
 from server.openai.generation import Generation
 from server.openai.rendering import Head, StreamUsage, finite, token_name, usage
 from server.openai.sse import to_json
@@ -26,17 +27,22 @@ class CompletionRenderer:
     async def whole(self) -> dict[str, Any]:
         """The answer to a request without ``stream``."""
         choices = [self._choice(delta) for delta in await self._generation.collected()]
+        if (scored := await prompt_logprobs(self._tokenizer, self._generation)) is not None:
+            for choice in choices:
+                choice["prompt_logprobs"] = scored[choice["index"] * len(scored) // len(choices)]
         payload = self._head.payload(KIND, choices)
-        return {**payload, "usage": usage(self._generation)}
+        told = await trace(self._tokenizer, self._generation)
+        return {**payload, "usage": usage(self._generation), **told}
 
     async def chunks(self, stream_usage: StreamUsage) -> AsyncGenerator[bytes, None]:
         """The events of a streamed answer."""
         chunks = Chunks(self._head, KIND, stream_usage, self._generation)
         async with aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:
-                yield chunks.chunk(self._choice_json(delta))
-        if stream_usage.final:
-            yield chunks.last()
+                yield chunks.chunk(self._choice_json(delta), delta.index)
+        told = await trace(self._tokenizer, self._generation)
+        if stream_usage.final or told:
+            yield chunks.last(told)
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         return {
@@ -44,11 +50,13 @@ class CompletionRenderer:
             "text": delta.text,
             "logprobs": None if delta.scored is None else completion_logprobs(self._tokenizer, delta.scored),
             "finish_reason": delta.finish_reason,
+            **prompt_ids(delta),
+            **token_ids(delta),
         }
 
     def _choice_json(self, delta: Delta) -> str:
         """``_choice`` in JSON; text alone, which most chunks are, without making the dict."""
-        if delta.scored is not None:
+        if delta.scored is not None or delta.token_ids is not None:
             return to_json(self._choice(delta))
         reason = "null" if delta.finish_reason is None else f'"{delta.finish_reason}"'
         text = json.dumps(delta.text)

@@ -17,8 +17,10 @@ def check_limits(fields: SamplingFields, limits: Limits) -> None:
     asked = getattr(fields, alternatives, None)
     for name, count, most in (
         ("n", fields.choices, limits.max_n),
+        ("best_of", fields.drawn, limits.max_n),
         ("stop", len(fields.stop or ()), limits.max_stop),
         (alternatives, asked if isinstance(asked, int) else 0, limits.max_logprobs),
+        ("prompt_logprobs", fields.prompt_logprobs or 0, limits.max_logprobs),
     ):
         if count > most:
             raise RequestError(f"{name}: this server allows at most {most}.", param=name)

@@ -13,13 +13,17 @@ from pydantic_core import PydanticCustomError
 
 from decoding.acceptance import Acceptance
 from decoding.errors import RequestError
-from decoding.request import SamplingParams, SpeculationParams
+from decoding.request import MAX_LOGPROBS, SamplingParams, SpeculationParams
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 4096
 MAX_NAME_CHARS = 256
 MAX_TEXT_PARTS = 1024
+MAX_ALLOWED_TOKENS = 2**16
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARS = 256
+MAX_TRACED_CHOICES = 8  # a trace is some hundred times as long as the text
 SEED_BITS = 53  # of seeds drawn here: they come back in JSON, and JavaScript's numbers hold no more
 
 Integer = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
@@ -32,10 +36,13 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Stop = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-    Field(max_length=MAX_STOP_STRINGS),
-    BeforeValidator(_as_list),
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+Stop = Annotated[StopStrings, BeforeValidator(_as_list, json_schema_input_type=StopString | StopStrings)]
+
+
+BadWords = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]], Field(max_length=MAX_BAD_WORDS)
 ]
 
 
@@ -63,20 +70,24 @@ class AcceptanceFields(Fields):
 
 
 class SpeculationFields(Fields):
+    enabled: bool | None = None
     drafters: Annotated[list[Name], Field(max_length=64)] | None = None
     max_nodes: Integer | None = None
     max_depth: Integer | None = None
     acceptance: AcceptanceFields | None = None
     coupling: bool | None = None
+    trace: bool | None = None
 
     def params(self) -> SpeculationParams:
         """The engine's parameters."""
         return SpeculationParams(
+            enabled=self.enabled is not False,
             drafters=None if self.drafters is None else tuple(self.drafters),
             max_nodes=self.max_nodes,
             max_depth=self.max_depth,
             acceptance=None if self.acceptance is None else self.acceptance.acceptance(),
             coupling=self.coupling,
+            trace=bool(self.trace),
         )
 
 
@@ -92,11 +103,14 @@ def as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+PredictedParts = Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS)]
+
+
 class PredictionFields(Fields):
     """The text that the client expects; parts are put together as they are."""
 
     type: Literal["content"]
-    content: Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS), BeforeValidator(as_parts)]
+    content: Annotated[PredictedParts, BeforeValidator(as_parts, json_schema_input_type=str | PredictedParts)]
 
     @property
     def text(self) -> str:
@@ -137,10 +151,16 @@ class SamplingFields(Fields):
     ignore_eos: bool | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[Integer], Field(max_length=1024)] | None = None
+    allowed_token_ids: Annotated[list[Integer], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
+    bad_words: BadWords | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     seed: Integer | None = None
     n: Integer | None = None
+    prompt_logprobs: Integer | None = None
+    truncate_prompt_tokens: Integer | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    return_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     speculation: Speculation | None = None
@@ -151,10 +171,39 @@ class SamplingFields(Fields):
         """Check what no single field shows.
 
         Raises:
-            RequestError: stream_options without stream.
+            RequestError: fields that do not go together.
         """
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options can only be given with stream: true.", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            message = "prompt_logprobs cannot be streamed; leave stream out, or use echo with logprobs."
+            raise RequestError(message, param="prompt_logprobs")
+        check_count("prompt_logprobs", self.prompt_logprobs)
+        self._check_truncation()
+        if self.speculation_params().trace and self.drawn * self.prompts > MAX_TRACED_CHOICES:
+            message = f"A trace can be told of {MAX_TRACED_CHOICES} choices at most (prompts times n)."
+            raise RequestError(message, param="speculation.trace")
+
+    def _check_truncation(self) -> None:
+        wanted = self.truncate_prompt_tokens
+        if wanted is None and self.truncation_side is not None:
+            message = "truncation_side can only be given with truncate_prompt_tokens."
+            raise RequestError(message, param="truncation_side")
+        if wanted is not None and wanted != -1 and wanted < 1:
+            message = f"truncate_prompt_tokens must be -1 (what the context holds) or at least 1, not {wanted}."
+            raise RequestError(message, param="truncate_prompt_tokens")
+
+    def truncated(self, ids: tuple[int, ...], room: int) -> tuple[int, ...]:
+        """A prompt's tokens without those that truncate_prompt_tokens cuts off.
+
+        Args:
+            room: tokens that the context has for a prompt.
+        """
+        wanted = self.truncate_prompt_tokens
+        if wanted is None:
+            return ids
+        kept = max(room, 1) if wanted == -1 else wanted
+        return ids[:kept] if self.truncation_side == "right" else ids[-kept:]
 
     def sampling_params(
         self,
@@ -164,13 +213,20 @@ class SamplingFields(Fields):
         seed: int,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
+        bad_words: tuple[tuple[int, ...], ...] = (),
+        stop_token_ids: tuple[int, ...] = (),
     ) -> SamplingParams:
         """The engine's parameters; ``defaults`` (of the model) fill what the client left out.
+
+        Args:
+            prompt_logprobs: of a prompt that is echoed.
+            bad_words: the tokens of the client's.
+            stop_token_ids: beside the client's.
 
         Raises:
             RequestError: a key of logit_bias is no token id.
         """
-        neutral = SamplingParams()
+        neutral, scored = SamplingParams(), (prompt_logprobs, self.prompt_logprobs)
 
         def chosen(name: str) -> float:
             given = getattr(self, name)
@@ -188,16 +244,29 @@ class SamplingFields(Fields):
             logit_bias=_token_keys(self.logit_bias or {}),
             min_tokens=self.min_tokens or 0,
             ignore_eos=bool(self.ignore_eos),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
+            stop_token_ids=(*(self.stop_token_ids or ()), *stop_token_ids),
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            bad_words=bad_words,
             seed=seed,
-            n=self.choices,
+            n=self.drawn,
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=max([each for each in scored if each is not None], default=None),
         )
 
     @property
     def choices(self) -> int:
+        """How many are returned for each prompt."""
         return 1 if self.n is None else self.n
+
+    @property
+    def drawn(self) -> int:
+        """How many the engine makes for each prompt."""
+        return self.choices
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts there are."""
+        return 1
 
     def resolved_seed(self, default: int | None) -> int:
         """The client's seed, else the server's, else a random one; one for all choices and prompts of a request."""
@@ -212,8 +281,18 @@ class SamplingFields(Fields):
         return given.params()
 
 
+def check_count(name: str, value: int | None) -> None:
+    """Check how many logprobs are asked for.
+
+    Raises:
+        RequestError: naming the field.
+    """
+    if value is not None and not 0 <= value <= MAX_LOGPROBS:
+        raise RequestError(f"{name} must be in [0, {MAX_LOGPROBS}], not {value}.", param=name)
+
+
 def _token_keys(logit_bias: dict[str, float]) -> dict[int, float]:
     for key in logit_bias:
-        if not key.isascii() or not key.isdigit() or len(key) > 19:
+        if not key.isascii() or not key.isdigit() or len(key) > 19 or key != str(int(key)):
             raise RequestError('the keys of logit_bias must be token ids, as in {"50256": -100}.', param="logit_bias")
     return {int(key): bias for key, bias in logit_bias.items()}

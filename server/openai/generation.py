@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from decoding.messages import SpeculationStats, TokenEvent, TokenLogprobs
 from decoding.request import GenerateRequest
@@ -38,9 +38,10 @@ class Generation:
         options: OutputOptions,
         on_first: Callable[[], None],
     ) -> None:
+        self.options = options
         self._on_first = on_first
-        self._runs = [
-            _PromptRun(client, tokenizer, prompt, options, place * prompt.request.params.n)
+        self.prompts = [
+            PromptRun(client, tokenizer, prompt, options, place * prompt.request.params.n)
             for place, prompt in enumerate(prompts)
         ]
 
@@ -52,10 +53,10 @@ class Generation:
         Raises:
             RequestError, UnavailableError, EngineDeadError, GenerationError: the first that any prompt meets.
         """
-        if len(self._runs) == 1:
-            source = self._runs[0].deltas()
+        if len(self.prompts) == 1:
+            source = self.prompts[0].deltas()
         else:
-            source = _merge([run.deltas() for run in self._runs])
+            source = _merge([run.deltas() for run in self.prompts])
         async with aclosing(source) as deltas:
             first = True
             async for delta in deltas:
@@ -66,25 +67,40 @@ class Generation:
                     yield delta
 
     async def collected(self) -> list[Delta]:
-        """Each choice's whole output, in order; raises as ``deltas`` does."""
+        """Each returned choice's whole output, in order; raises as ``deltas`` does."""
         parts: dict[int, list[Delta]] = {}
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
                 parts.setdefault(delta.index, []).append(delta)
-        return [concatenated(parts[index]) for index in sorted(parts)]
+        wholes = {index: concatenated(each) for index, each in parts.items()}
+        if self.options.best is None:
+            return [wholes[index] for index in sorted(wholes)]
+        return [replace(wholes[choice.index], index=place) for place, choice in enumerate(self.returned)]
+
+    @property
+    def returned(self) -> list[ChoiceOutput]:
+        """The choices of the answer, by their index there; those of ``best_of`` when all have ended."""
+        best = self.options.best
+        return self.choices if best is None else [choice for run in self.prompts for choice in run.ranked()[:best]]
+
+    def so_far(self, index: int) -> tuple[int, int]:
+        """Prompt tokens and returned tokens of one of ``choices``."""
+        each = len(self.prompts[0].choices)
+        run = self.prompts[index // each]
+        return run.prompt_tokens, run.choices[index % each].returned
 
     @property
     def choices(self) -> list[ChoiceOutput]:
-        return [choice for run in self._runs for choice in run.choices]
+        return [choice for run in self.prompts for choice in run.choices]
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(run.prompt_tokens for run in self._runs)
+        return sum(run.prompt_tokens for run in self.prompts)
 
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens from the prefix cache; choices of one prompt share its tokens, so its first one counts."""
-        return sum(run.choices[0].cached_tokens for run in self._runs)
+        return sum(run.choices[0].cached_tokens for run in self.prompts)
 
     @property
     def completion_tokens(self) -> int:
@@ -93,7 +109,7 @@ class Generation:
     @property
     def predicted(self) -> bool:
         """The request brought a prediction."""
-        return any(run.predicted for run in self._runs)
+        return any(run.predicted for run in self.prompts)
 
     def speculation(self) -> SpeculationStats | None:
         """The account of all choices; None until the first of them has ended."""
@@ -101,7 +117,14 @@ class Generation:
         return _total(ended) if ended else None
 
 
-class _PromptRun:
+class PromptRun:
+    """One prompt of a request.
+
+    Attributes:
+        choices: those that are made, more than are returned if the best are.
+        logprobs: of the prompt's tokens, when they were asked for; with the first choice's first event.
+    """
+
     def __init__(
         self, client: EngineClient, tokenizer: Tokenizer, prompt: PromptRequest, options: OutputOptions, first: int
     ) -> None:
@@ -114,6 +137,12 @@ class _PromptRun:
         self.choices = [ChoiceOutput(first + j, tokenizer, prompt.request, options) for j in range(count)]
         self.prompt_tokens = len(prompt.request.prompt_ids)
         self.predicted = bool(prompt.request.prediction_ids)
+        self.request = prompt.request
+        self.logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+    def ranked(self) -> list[ChoiceOutput]:
+        """The choices, the likeliest for its length first; of equals the first one made."""
+        return sorted(self.choices, key=lambda choice: choice.mean_logprob, reverse=True)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         waiting: list[TokenEvent] = []  # for the prompt's logprobs, which come with the first choice
@@ -125,15 +154,21 @@ class _PromptRun:
                     waiting.append(event)
                     continue
                 if unscored and event.prompt_logprobs is not None:
-                    scores, unscored = await self._score(event.prompt_logprobs), False
+                    self.logprobs, unscored = event.prompt_logprobs, False
+                    scores = await self._score(event.prompt_logprobs)
                 for each in (event, *waiting):
                     yield self._take(each, scores)
                 waiting.clear()
         if waiting:
             raise GenerationError("The engine did not score the prompt.")
 
-    async def _score(self, logprobs: tuple[TokenLogprobs | None, ...]) -> tuple[ScoredToken, ...]:
-        return await asyncio.to_thread(score_prompt, self._tokenizer, self._prompt.request.prompt_ids, logprobs)
+    async def _score(self, logprobs: tuple[TokenLogprobs | None, ...]) -> tuple[ScoredToken, ...] | None:
+        """The prompt's tokens as an echo tells them, if it does."""
+        top = self.request.params.logprobs
+        if not self._options.echo or not self._options.scored or top is None:
+            return None
+        ids, text = self.request.prompt_ids, self._prompt.text
+        return await asyncio.to_thread(score_prompt, self._tokenizer, ids, logprobs, top, text)
 
     def _take(self, event: TokenEvent, scores: tuple[ScoredToken, ...] | None) -> Delta:
         choice = self.choices[event.choice]

@@ -24,6 +24,7 @@ class Head:
     model: str
     seed: int
     prefix: str  # "cmpl" or "chatcmpl"
+    fingerprint: str | None = None  # OpenAI's system_fingerprint
     created: int = field(default_factory=lambda: int(time.time()))
     token: str = field(default_factory=lambda: secrets.token_hex(16))
 
@@ -34,7 +35,7 @@ class Head:
     def payload(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """The answer's or the chunk's JSON, without usage."""
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "seed": self.seed}
-        return {**head, "choices": choices}
+        return {**head, "system_fingerprint": self.fingerprint, "choices": choices}
 
 
 def usage(generation: Generation) -> dict[str, Any]:
@@ -65,9 +66,22 @@ def usage(generation: Generation) -> dict[str, Any]:
             "acceptance": stats.acceptance,
             "lossy": stats.acceptance in LOSSY,
         }
+    details = _reasoning_details(generation)
     if stats is not None and generation.predicted:
-        account["completion_tokens_details"] = _prediction_details(stats.by_drafter.get(PREDICTION, DrafterStats()))
-    return account
+        details |= _prediction_details(stats.by_drafter.get(PREDICTION, DrafterStats()))
+    return {**account, "completion_tokens_details": details} if details else account
+
+
+def _reasoning_details(generation: Generation) -> dict[str, int]:
+    """OpenAI's count of the tokens that came before the answers, where they can be told from them."""
+    counts = [choice.reasoning_tokens for choice in generation.choices if choice.reasoning_tokens is not None]
+    return {"reasoning_tokens": sum(counts)} if counts else {}
+
+
+def usage_so_far(generation: Generation, index: int) -> dict[str, int]:
+    """What one choice has come to, as vLLM tells it in every chunk of a stream."""
+    prompt, completion = generation.so_far(index)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _prediction_details(mine: DrafterStats) -> dict[str, int]:
@@ -80,7 +94,7 @@ class StreamUsage:
     """When a stream tells its usage."""
 
     final: bool = False  # in a chunk of its own at the end
-    continuous: bool = False  # in every chunk
+    continuous: bool = False  # in every chunk, that choice's own so far
 
     @classmethod
     def of(cls, options: StreamOptions | None) -> StreamUsage:

@@ -10,18 +10,19 @@ from pydantic_core import ErrorDetails
 
 from decoding.errors import RequestError, nearest
 from server.openai.fields import AcceptanceFields, PredictionFields, SpeculationFields, StreamOptions
+from server.openai.responses.items import ITEM_TAGS
+from server.openai.template_kwargs import TemplateKwargs
+from server.openai.tools.fields import CHOICE_TAGS
 
 # Fields without an effect on the answer: accepted, so that clients which always send them work.
 IGNORED = frozenset(
     {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"}
-    | {"prompt_cache_retention", "parallel_tool_calls"}
+    | {"prompt_cache_retention", "prompt_cache_options", "parallel_tool_calls", "session_id"}
 )
 
 # Fields that would change the answer and that this server does not have, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": ([],),
     "audio": (),
-    "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
@@ -29,30 +30,47 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "detokenize": (True,),
     "documents": ([],),
     "early_stopping": (False,),
+    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
+    "kv_transfer_params": (),
     "length_penalty": (1.0,),
+    "logprob_token_ids": (),
     "logits_processors": ([],),
     "modalities": (["text"],),
     "mm_processor_kwargs": (),
     "moderation": (),
     "priority": (0,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
+    "repetition_detection": (),
+    "request_id": (),
     "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
+    "return_token_offsets": (False,),
+    "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
+    "suffix": (),
+    "thinking_token_budget": (-1,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "truncate_prompt_tokens": (-1,),
     "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
     "web_search_options": (),
+}
+
+# What to do instead, where it is not just to leave the field out.
+_INSTEAD = {
+    "chat_template": "templates come with the model, or by the server's --chat-template",
+    "documents": "put their text into the messages",
+    "function_call": "send tool_choice",
+    "functions": "send tools",
+    "use_beam_search": "best_of draws several answers and returns the likeliest",
 }
 
 # pydantic's error types in the words of people who write JSON; the other types keep pydantic's own
@@ -80,8 +98,9 @@ _NESTED: dict[str, type[BaseModel]] = {
     "speculation": SpeculationFields,
     "speculation.acceptance": AcceptanceFields,
     "prediction": PredictionFields,
+    "chat_template_kwargs": TemplateKwargs,
 }
-_UNION_TAGS = frozenset({"switch", "limits"})
+_UNION_TAGS = frozenset({"switch", "limits"}) | CHOICE_TAGS | ITEM_TAGS
 _MAX_NAME_CHARS = 60
 
 F = TypeVar("F", bound=BaseModel)
@@ -112,9 +131,9 @@ def _check_unsupported(name: str, value: Any, valid: Iterable[str]) -> None:
     if value is not None and not any(
         type(value) is type(neutral) and value == neutral for neutral in UNSUPPORTED[name]
     ):
-        raise RequestError(
-            f"This server does not support {name}; leave it out.", param=name, code="unsupported_parameter"
-        )
+        instead = _INSTEAD.get(name, "leave it out")
+        message = f"This server does not support {name}; {instead}."
+        raise RequestError(message, param=name, code="unsupported_parameter")
 
 
 def _unknown(name: str, valid: Iterable[str], inside: str = "") -> RequestError:
@@ -134,7 +153,7 @@ def _request_error(details: ErrorDetails) -> RequestError:
     if kind == "extra_forbidden":
         return _unknown_nested(place)
     if kind == "literal_error" and place[-1] == "type" and "content" in place:
-        message = f"{param}: this model reads text only, so the content's type must be 'text'."
+        message = f"{param}: this model reads text only, so it must be {details['ctx']['expected']}."
         return RequestError(message, param=param, code="unsupported_value")
     return RequestError(f"{param}: {_words(details)}.", param=param)
 

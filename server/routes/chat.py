@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass, replace
 
 from fastapi import APIRouter, Request, Response
 
@@ -13,8 +14,11 @@ from server.api import Api, output_options
 from server.engine_client import check_ready
 from server.openai.chat import ChatRenderer
 from server.openai.chat_schema import ChatFields
+from server.openai.choice_output import OutputOptions
 from server.openai.generation import PromptRequest
+from server.openai.output_parser import Reading
 from server.openai.rendering import Head
+from server.openai.tools.plan import ToolPlan
 
 
 def chat_router(api: Api) -> APIRouter:
@@ -24,43 +28,65 @@ def chat_router(api: Api) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         arrived = time.monotonic()
         fields = await api.read(request, ChatFields)
-        head = Head(api.model_name(fields.model), fields.resolved_seed(api.settings.seed), "chatcmpl")
+        model, seed = api.model_name(fields.model), fields.resolved_seed(api.settings.seed)
         check_ready(api.client.state)
-        prompt = await asyncio.to_thread(prepare_conversation, api, fields, head)
-        generation = api.generation(request, [prompt], output_options(fields), arrived)
-        renderer = ChatRenderer(head, api.tokenizer, generation, fields.top_logprobs or 0)
+        head = Head(model, seed, "chatcmpl", api.fingerprint())
+        conversation = await prepare_conversation(api, fields, head)
+        options = conversation.options(output_options(fields))
+        generation = api.generation(request, [conversation.prompt], options, arrived)
+        renderer = ChatRenderer(head, api.tokenizer, generation, fields.top_logprobs or 0, conversation.reading)
         return await api.answer(request, renderer, fields)
 
     return router
 
 
-def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> PromptRequest:
-    """Render, tokenize and check the messages; runs in a worker thread.
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, ready for the engine, and how its answer is to be read."""
+
+    prompt: PromptRequest
+    reading: Reading | None
+
+    def options(self, asked: OutputOptions) -> OutputOptions:
+        """How the tokens are returned; the special ones that mark calls and reasoning are kept for the reading."""
+        return asked if self.reading is None else replace(asked, kept=self.reading.kept)
+
+
+async def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> Conversation:
+    """Render, tokenize and check the messages, in a worker thread, and what the answer is to be held to.
 
     Raises:
-        RequestError: naming the field at fault by the name that the client used; what is wrong with the prompt is wrong
-            with the messages.
+        RequestError: naming the field at fault by the name that the client used.
+        UnavailableError: too many grammars wait to be checked.
     """
+    plan = await asyncio.to_thread(fields.tool_plan, api.formats.tools, shows_tools=api.shows_tools)
+    if plan.grammar is not None:
+        await api.grammars.check(plan.grammar, "tools")
+    return await asyncio.to_thread(_named_as_sent, api, fields, head, plan)
+
+
+def _named_as_sent(api: Api, fields: ChatFields, head: Head, plan: ToolPlan) -> Conversation:
+    """What is wrong with the prompt is wrong with the messages, and a limit has two names."""
     try:
-        return PromptRequest(_request(api, fields, head))
+        return _prepared(api, fields, head, plan)
     except RequestError as error:
         renamed = {"prompt": "messages", "max_tokens": fields.limit_field}
         message = error.message.replace("max_tokens", fields.limit_field)
         raise RequestError(message, param=renamed.get(error.param or "", error.param), code=error.code) from None
 
 
-def _request(api: Api, fields: ChatFields, head: Head) -> GenerateRequest:
+def _prepared(api: Api, fields: ChatFields, head: Head, plan: ToolPlan) -> Conversation:
     info = api.client.info
-    messages = [message.for_template() for message in fields.messages]
-    text = api.tokenizer.render_chat(messages, add_generation_prompt=fields.add_generation_prompt is not False)
-    api.check_length(text)
-    ids = tuple(api.tokenizer.encode(text, add_special_tokens=False))  # the template wrote those there are
+    text = fields.rendered(api.tokenizer, plan.shown, api.formats.template_id)
+    api.check_length(text, api.prompt_times(fields))
+    ids = fields.truncated(tuple(fields.tokens(api.tokenizer, text)), info.max_model_len - fields.token_limit(1))
     api.check_tokens(ids)
     params = fields.sampling_params(
         info.default_sampling,
         max_tokens=fields.token_limit(info.max_model_len - len(ids)),
         seed=head.seed,
         logprobs=fields.scored,
+        bad_words=api.bad_word_ids(fields.bad_words),
     )
     request = GenerateRequest(
         request_id=f"{head.id}-0",
@@ -69,6 +95,10 @@ def _request(api: Api, fields: ChatFields, head: Head) -> GenerateRequest:
         speculation=fields.speculation_params(),
         cache_salt=fields.cache_salt or "",
         prediction_ids=api.prediction_ids(fields.prediction),
+        grammar=plan.grammar,
     )
     request.validate(info.vocab_size, info.max_model_len, info.drafters)
-    return request
+    shows_special = fields.skip_special_tokens is False
+    constrained = request.grammar is not None
+    reading = api.formats.reading(plan, text, shows_special=shows_special, constrained=constrained)
+    return Conversation(PromptRequest(request), reading)

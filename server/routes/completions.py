@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 
+from decoding.errors import RequestError
 from decoding.request import GenerateRequest
 from server.api import Api, output_options
 from server.engine_client import check_ready
+from server.openai.choice_output import OutputOptions
 from server.openai.completion_schema import CompletionFields
 from server.openai.completions import CompletionRenderer
+from server.openai.fim import Infill
 from server.openai.generation import PromptRequest
 from server.openai.rendering import Head
 
@@ -23,14 +28,25 @@ def completions_router(api: Api) -> APIRouter:
     async def create_completion(request: Request) -> Response:
         arrived = time.monotonic()
         fields = await api.read(request, CompletionFields)
-        head = Head(api.model_name(fields.model), fields.resolved_seed(api.settings.seed), "cmpl")
+        model, seed = api.model_name(fields.model), fields.resolved_seed(api.settings.seed)
         check_ready(api.client.state)
+        head = Head(model, seed, "cmpl", api.fingerprint())
         prompts = await asyncio.to_thread(prepare_prompts, api, fields, head)
-        options = output_options(fields, echo=bool(fields.echo), prompt_only=fields.prompt_only)
-        generation = api.generation(request, prompts, options, arrived)
+        generation = api.generation(request, prompts, completion_options(fields), arrived)
         return await api.answer(request, CompletionRenderer(head, api.tokenizer, generation), fields)
 
     return router
+
+
+def completion_options(fields: CompletionFields) -> OutputOptions:
+    """How the client wants the tokens returned."""
+    return replace(
+        output_options(fields),
+        echo=bool(fields.echo),
+        prompt_only=fields.prompt_only,
+        scored=fields.logprobs is not None,
+        best=fields.choices if fields.ranked else None,
+    )
 
 
 def prepare_prompts(api: Api, fields: CompletionFields, head: Head) -> list[PromptRequest]:
@@ -40,33 +56,59 @@ def prepare_prompts(api: Api, fields: CompletionFields, head: Head) -> list[Prom
         RequestError: naming the field at fault.
     """
     info = api.client.info
+    infill = _infill(api, fields)
     params = fields.sampling_params(
         info.default_sampling,
         max_tokens=fields.token_limit(),
         seed=head.seed,
-        logprobs=fields.logprobs,
+        logprobs=fields.engine_logprobs,
         prompt_logprobs=fields.logprobs if fields.echo else None,
+        bad_words=api.bad_word_ids(fields.bad_words),
+        stop_token_ids=() if infill is None or fields.ignore_eos else infill.ends,
     )
     prediction = api.prediction_ids(fields.prediction)
     prepared = []
     for place, prompt in enumerate(fields.prompt):
-        if isinstance(prompt, str):
-            api.check_length(prompt)
-            ids = tuple(api.tokenizer.encode(prompt, add_special_tokens=fields.add_special_tokens is not False))
-        else:
-            ids = tuple(prompt)
-        api.check_tokens(ids)
+        ids = _prompt_ids(api, fields, prompt, infill)
+        cut = fields.truncated(ids, info.max_model_len - params.max_tokens)
+        api.check_tokens(cut)
         request = GenerateRequest(
             request_id=f"{head.id}-{place}",
-            prompt_ids=ids,
+            prompt_ids=cut,
             params=params,
             speculation=fields.speculation_params(),
             cache_salt=fields.cache_salt or "",
             prediction_ids=prediction,
         )
         request.validate(info.vocab_size, info.max_model_len, info.drafters)
-        prepared.append(PromptRequest(request, _echo_text(api, fields, prompt)))
+        shown = prompt if len(cut) == len(ids) else list(cut)
+        prepared.append(PromptRequest(request, _echo_text(api, fields, shown)))
     return prepared
+
+
+def _infill(api: Api, fields: CompletionFields) -> Infill | None:
+    """How text before the suffix is filled in, if there is one; an empty one asks for nothing."""
+    if not fields.suffix:
+        return None
+    if api.infill is None:
+        raise RequestError(
+            "This model cannot fill in text before a suffix: its tokenizer has no tokens for it. Leave suffix out.",
+            param="suffix",
+            code="unsupported_parameter",
+        )
+    return api.infill
+
+
+def _prompt_ids(
+    api: Api, fields: CompletionFields, prompt: str | Sequence[int], infill: Infill | None
+) -> tuple[int, ...]:
+    special = fields.add_special_tokens is not False
+    if isinstance(prompt, str):
+        api.check_length(prompt, api.prompt_times(fields))
+    if infill is not None and fields.suffix:
+        api.check_length(fields.suffix, param="suffix")
+        return infill.prompt(api.tokenizer, prompt, fields.suffix, special)
+    return tuple(api.tokenizer.encode(prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt)
 
 
 def _echo_text(api: Api, fields: CompletionFields, prompt: str | list[int]) -> str:

@@ -15,6 +15,7 @@ def test_whole_answer_has_exactly_openais_fields_and_ours() -> None:
         body = client.post(URL, json={"model": "alias", "messages": HELLO, "seed": 9}).json()
     assert body.pop("id").startswith("chatcmpl-")
     assert isinstance(body.pop("created"), int)
+    assert body.pop("system_fingerprint").startswith("fp_")
     prompt = len(tokenizer().apply_chat_template(HELLO))
     usage = body.pop("usage")
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompt, 3)

@@ -19,6 +19,7 @@ def test_whole_answer_has_exactly_openais_fields_and_ours() -> None:
     assert response.headers["content-type"] == "application/json"
     assert body.pop("id").startswith("cmpl-")
     assert isinstance(body.pop("created"), int)
+    assert body.pop("system_fingerprint").startswith("fp_")
     prompt, completion = len(ids("def f(n): ")), len(ids("return n")) + len(ids("\n"))
     assert body == {
         "object": "text_completion",
@@ -49,7 +50,9 @@ def test_stream_has_one_id_and_a_finish_reason_in_the_last_chunk_only() -> None:
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert [chunk["choices"][0]["text"] for chunk in chunks] == ["return", " n", "\n"]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "length"]
-    assert all(set(chunk) == {"id", "object", "created", "model", "seed", "choices"} for chunk in chunks)
+    assert all(
+        set(chunk) == {"id", "object", "created", "model", "seed", "system_fingerprint", "choices"} for chunk in chunks
+    )
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
     assert {chunk["seed"] for chunk in chunks} == {3}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -101,6 +102,42 @@ def test_openai_client_on_both_endpoints(server: Served) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in deltas) == chat.choices[0].message.content
 
 
+def test_a_forced_call_follows_its_schema_whatever_drafts(server: Served) -> None:
+    cities = {"city": {"enum": ["Oslo", "Rome"]}}
+    schema = {"type": "object", "properties": cities, "required": ["city"], "additionalProperties": False}
+    asked: dict[str, Any] = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "Rain?"}],
+        "tools": [{"type": "function", "function": {"name": "weather", "parameters": schema}}],
+        "parallel_tool_calls": False,
+        "seed": 3,
+        "max_tokens": 100,
+    }
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        told = []
+        for speculation in (True, False):
+            done = client.chat.completions.create(**asked, tool_choice=choice, extra_body={"speculation": speculation})
+            assert done.choices[0].finish_reason == "tool_calls"
+            (call,) = done.choices[0].message.tool_calls
+            assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
+            told.append(call.function.arguments)
+        chunks = list(client.chat.completions.create(**asked, tool_choice=choice, stream=True))
+        parts = [part.function for chunk in chunks for part in chunk.choices[0].delta.tool_calls or ()]
+        assert told == ["".join(part.arguments for part in parts)] * 2
+
+
+def test_responses_of_the_real_engine(server: Served) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0, _strict_response_validation=True)
+    asked: dict[str, Any] = {"model": "demo", "input": PROMPT, "max_output_tokens": 16, "temperature": 0}
+    whole = client.responses.create(**asked)
+    with client.responses.stream(**asked) as stream:
+        *_, last = stream
+    assert last.type == "response.incomplete"
+    assert whole.output_text == last.response.output_text != ""
+    assert whole.usage.output_tokens == 16
+
+
 def test_choices_echo_and_logprobs_of_the_real_engine(server: Served) -> None:
     answer = complete(server, n=3, echo=True, logprobs=2, max_tokens=6, seed=2, ignore_eos=True)
     first = complete(server, max_tokens=6, seed=2, ignore_eos=True)["choices"][0]["text"]
@@ -113,6 +150,25 @@ def test_choices_echo_and_logprobs_of_the_real_engine(server: Served) -> None:
         assert all(value <= 0 for value in logprobs["token_logprobs"][1:])
         starts = [choice["text"][at:].startswith(t) for at, t in zip(logprobs["text_offset"], logprobs["tokens"])]
         assert all(starts)
+
+
+def test_what_is_told_of_a_text_beside_it(server: Served) -> None:
+    """Over the engine's socket: token ids, the prompt's ranks, bans, the trace of the steps."""
+    ask: dict[str, Any] = {"max_tokens": 24, "seed": 5, "return_token_ids": True, "speculation": {"trace": True}}
+    first = complete(server, **ask, prompt_logprobs=1)
+    [choice], steps = first["choices"], first["speculation_trace"][0]["steps"]
+    assert len(steps) == first["usage"]["speculation"]["steps"]
+    made = []
+    for step in steps:
+        made += [step["tokens"][node] for node in step["accepted"]] + [step["bonus"]]
+    assert [token for token in made if token is not None] == choice["token_ids"]
+    assert len(choice["prompt_logprobs"]) == len(choice["prompt_token_ids"])
+    assert all(entry["rank"] >= 1 for told in choice["prompt_logprobs"][1:] for entry in told.values())
+
+    bans = {**ask, "allowed_token_ids": sorted({*choice["token_ids"][::2], 200, 201, 202})}
+    texts = [complete(server, **{**bans, "speculation": on})["choices"][0] for on in (True, False)]
+    assert texts[0] == texts[1]
+    assert set(texts[0]["token_ids"]) <= set(bans["allowed_token_ids"])
 
 
 def test_a_stop_string_ends_the_request_in_the_engine(server: Served) -> None:

@@ -41,8 +41,9 @@ from models.heads.mtp import MTPModel
 from models.heads.parallel_heads import ParallelHeads
 from tests.doubles import AlternatingDrafter, GarbageDrafter, OracleDrafter
 from tests.eagle import fitted_eagle, fitted_eagle3
-from tests.engines import VOCAB, BuildDrafter, device_ops, make_engine, run, tiny_decoder
+from tests.engines import EOS, VOCAB, BuildDrafter, device_ops, make_engine, run, tiny_decoder
 from tests.feature_doubles import ToyFeatureModel
+from tests.grammars import GRAMMARS, fulfils, spelled
 from tests.medusa import fit_weights, make_heads
 from tests.moods import make_moody
 from tests.mtp import fitted_model, random_heads
@@ -113,6 +114,7 @@ class Setup:
     mood: int  # of the prices that an auto plan is told; 0: those that it is born with
 
 
+OFF = SpeculationParams(enabled=False)
 TYPICAL = Acceptance("typical", epsilon=0.05)
 token = st.integers(0, VOCAB - 1)
 salted_prefixes = [np.random.default_rng(i).integers(0, VOCAB, 80).tolist() for i in range(3)]
@@ -122,6 +124,7 @@ prompts = st.builds(
     st.integers(0, 70),
     st.lists(token, min_size=1, max_size=8),
 )
+words = st.lists(token, min_size=1, max_size=3).map(tuple)
 sampling = st.builds(
     SamplingParams,
     max_tokens=st.integers(1, 24),
@@ -135,6 +138,10 @@ sampling = st.builds(
     logit_bias=st.one_of(st.just({}), st.dictionaries(token, st.floats(-5, 5), max_size=3)),
     ignore_eos=st.booleans(),
     stop_token_ids=st.one_of(st.just(()), st.tuples(token)),
+    allowed_token_ids=st.one_of(
+        st.just(()), st.just(()), st.lists(token, min_size=9, max_size=20, unique=True).map(tuple)
+    ),
+    bad_words=st.one_of(st.just(()), st.lists(words, max_size=3).map(tuple)),
     seed=st.integers(-(2**63), 2**64 - 1),
     n=st.sampled_from([1, 1, 1, 2, 3]),
     logprobs=st.sampled_from([None, None, 0, 2]),
@@ -147,6 +154,7 @@ speculation = st.builds(
     max_depth=st.sampled_from([None, None, 1, 3]),
     acceptance=st.sampled_from([None, None, None, TYPICAL, replace(TYPICAL, bonus="argmax")]),
     coupling=st.sampled_from([None, None, True, False]),
+    trace=st.sampled_from([False, False, True]),
 )
 
 
@@ -157,7 +165,9 @@ def workloads(draw: st.DrawFn) -> list[GenerateRequest]:
         params = draw(sampling)
         params = SamplingParams(**{**vars(params), "min_tokens": draw(st.integers(0, params.max_tokens))})
         salt = draw(st.sampled_from(["", "", "tenant"]))
-        requests.append(GenerateRequest(f"r{number}", tuple(draw(prompts)), params, draw(speculation), salt))
+        grammar = draw(st.sampled_from([*[None] * 14, *GRAMMARS]))
+        given = tuple(draw(prompts)), params, draw(speculation), salt
+        requests.append(GenerateRequest(f"r{number}", *given, grammar=grammar))
     return requests
 
 
@@ -275,6 +285,12 @@ def is_lossy(request: GenerateRequest) -> bool:
     return typical and request.params.temperature >= GREEDY_TEMPERATURE
 
 
+def assert_bans_hold(params: SamplingParams, output: list[int]) -> None:
+    assert not params.allowed_token_ids or set(output) <= set(params.allowed_token_ids)
+    for word in params.bad_words:
+        assert word not in {tuple(output[i : i + len(word)]) for i in range(len(output))}
+
+
 @given(requests=workloads(), setup=setups)
 @settings(
     max_examples=CASES,
@@ -286,7 +302,8 @@ def is_lossy(request: GenerateRequest) -> bool:
 def test_text_depends_on_the_request_alone(requests: list[GenerateRequest], setup: Setup) -> None:
     alone = {}
     for request in requests:
-        alone.update(run(plain_engine(), [GenerateRequest(request.request_id, request.prompt_ids, request.params)]))
+        plain = GenerateRequest(request.request_id, request.prompt_ids, request.params, OFF, grammar=request.grammar)
+        alone.update(run(plain_engine(), [plain]))
     prompt_of = {request.request_id: list(request.prompt_ids) for request in requests}
     texts = {key: prompt_of[key[0]] + outcome.tokens for key, outcome in alone.items()}
 
@@ -308,8 +325,11 @@ def test_text_depends_on_the_request_alone(requests: list[GenerateRequest], setu
         make_moody(engine, setup.mood)
     together = run(engine, [predicting(request, texts) for request in requests])
     lossy = {request.request_id for request in requests if is_lossy(request)}
+    grammars = {request.request_id: request.grammar for request in requests}
     for key, outcome in together.items():
-        judge = alone[key]
+        judge, grammar = alone[key], grammars[key[0]]
+        if grammar is not None and outcome.last.finish_reason == "stop" and outcome.tokens[-1] == EOS:
+            assert fulfils(spelled(outcome.tokens), grammar)
         assert outcome.last.speculation is not None
         assert outcome.last.speculation.acceptance == ("typical" if key[0] in lossy else "exact")
         if key[0] in lossy:  # has a text of its own, and changes nobody else's
@@ -326,6 +346,9 @@ def test_text_depends_on_the_request_alone(requests: list[GenerateRequest], setu
             np.testing.assert_allclose(
                 [e.logprob for e in ours if e], [e.logprob for e in theirs if e], rtol=0, atol=1e-9
             )
+    for request in requests:
+        for choice in range(request.params.n):
+            assert_bans_hold(request.params, together[request.request_id, choice].tokens)
     stats = engine.stats()
     assert stats.pages_free + stats.pages_cached == stats.pages_total
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decoding.request import GenerateRequest
-from server.openai.chat import ChatDelta, ChatRenderer
+from server.openai.chat import ChatRenderer
+from server.openai.chat_deltas import ChatDelta
 from server.openai.choice_output import Delta, OutputOptions, ScoredToken
 from server.openai.chunks import Chunks
 from server.openai.completions import CompletionRenderer
@@ -104,14 +105,25 @@ def test_logprobs_are_those_of_the_whole_answer(chat: bool) -> None:
 @pytest.mark.parametrize(("stream_usage", "told"), [(NONE, {}), (FINAL, {"usage": None})])
 def test_usage_of_a_chunk_is_absent_or_null(stream_usage: StreamUsage, told: dict[str, None]) -> None:
     chunks = Chunks(HEAD, "k", stream_usage, Scripted())
-    assert chunks.chunk('{"index":0}') == payload("k", {"index": 0}, **told)
+    assert chunks.chunk('{"index":0}', 0) == payload("k", {"index": 0}, **told)
 
 
 def test_continuous_usage_is_in_every_chunk() -> None:
-    generation = Scripted()
+    request = PromptRequest(GenerateRequest("r", (1, 2)))
+    generation = Generation(fake(), tokenizer(), [request], OutputOptions(), lambda: None)
     chunks = Chunks(HEAD, "k", CONTINUOUS, generation)
-    assert chunks.chunk('{"index":0}') == payload("k", {"index": 0}, usage=usage(generation))
-    assert chunks.last() == event_bytes({**HEAD.payload("k", []), "usage": usage(generation)})
+    own = {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+    assert chunks.chunk('{"index":0}', 0) == payload("k", {"index": 0}, usage=own)
+    assert chunks.chunk('{"index":0}', 0, {"x": 1}) == payload("k", {"index": 0}, x=1, usage=own)
+    assert chunks.last({}) == event_bytes({**HEAD.payload("k", []), "usage": usage(generation)})
+
+
+def test_other_fields_stand_beside_the_choice() -> None:
+    for stream_usage, told in ((NONE, {}), (FINAL, {"usage": None})):
+        chunks = Chunks(HEAD, "k", stream_usage, Scripted())
+        assert chunks.chunk('{"index":0}', 0, {"x": ["\u2028"]}) == payload("k", {"index": 0}, x=["\u2028"], **told)
+        assert chunks.chunk('{"index":0}', 0, {}) == payload("k", {"index": 0}, **told)
+    assert Chunks(HEAD, "k", NONE, Scripted()).last({"x": 1}) == event_bytes({**HEAD.payload("k", []), "x": 1})
 
 
 def test_a_script_through_an_engine_is_the_same_text() -> None:

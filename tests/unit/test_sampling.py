@@ -311,6 +311,8 @@ parameters = st.builds(
     logit_bias=st.sampled_from([{}, {4: 2.0, 5: -3.0}]),
     min_tokens=st.integers(0, 6),
     stop_token_ids=st.sampled_from([(), (6, 7)]),
+    allowed_token_ids=st.sampled_from([(), (0, 3, 5, 6, 9)]),
+    bad_words=st.sampled_from([(), ((6,), (4, 5), (2, 2, 4))]),
     seed=st.integers(0, 2**64 - 1),
 )
 row = st.tuples(parameters, tree_rows(), st.lists(st.integers(0, VOCAB - 1), max_size=5).map(tuple))
