@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
 
 from decoding.request import GenerateRequest
 from server.fake_client import Death, Line
+from tests.api import families
 from tests.api.harness import live, saying
 
 
@@ -136,3 +138,19 @@ def test_an_engine_that_dies_on_the_way_is_an_api_error() -> None:
         with pytest.raises(openai.InternalServerError) as dead:
             lax(base + "/v1").completions.create(model="demo", prompt="x")
         assert dead.value.code == "engine_dead"
+
+
+def test_a_conversation_with_tools_goes_on_with_what_the_client_was_given() -> None:
+    call = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
+    tools: Any = [families.WEATHER]
+    messages: list[Any] = [{"role": "user", "content": "Rain in Oslo?"}]
+    with live(saying("Hm. ", call, reason="stop"), template=families.HERMES) as base:
+        client = strict(base + "/v1")
+        with client.chat.completions.stream(model="demo", messages=messages, tools=tools) as stream:
+            message = stream.get_final_completion().choices[0].message
+        assert message.content == "Hm. "
+        assert message.tool_calls is not None
+        result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "yes"}
+        for form in (message, message.model_dump(), message.to_dict()):
+            done = client.chat.completions.create(model="demo", messages=[*messages, form, result], tools=tools)
+            assert done.choices[0].finish_reason == "tool_calls"
