@@ -36,11 +36,16 @@ class ToolPlan:
     new_id: Callable[[], str] = new_call_id
     parallel: bool = True
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The functions that may be called."""
+        return frozenset(self.schemas)
+
     def new_parser(self, hidden: frozenset[str]) -> ToolParser | None:
         """A parser for one output; ``hidden`` are the markers that are special tokens."""
         if self.parser is None:
             return None
-        return self.parser(Offer(frozenset(self.schemas), self.new_id, hidden, self.schemas))
+        return self.parser(Offer(self.names, self.new_id, hidden, self.schemas))
 
 
 def plan_tools(
