@@ -184,8 +184,8 @@ def _bounded(source: str, most: int, param: str) -> str:
     return source
 
 
-async def checked_grammar(fields: StructuredFields, grammars: GrammarCheck) -> Grammar | None:
-    """The grammar that a request asks for, after everything that can be wrong with it was looked for.
+async def checked_constraint(fields: StructuredFields, grammars: GrammarCheck) -> Constraint | None:
+    """What a request's output must match, after everything that can be wrong with that was looked for.
 
     Raises:
         RequestError: naming the field at fault.
@@ -194,7 +194,6 @@ async def checked_grammar(fields: StructuredFields, grammars: GrammarCheck) -> G
     if not fields.model_fields_set & StructuredFields.model_fields.keys():
         return None
     constraint = await asyncio.to_thread(fields.constraint)
-    if constraint is None:
-        return None
-    await grammars.check(constraint.grammar, constraint.param)
-    return constraint.grammar
+    if constraint is not None:
+        await grammars.check(constraint.grammar, constraint.param)
+    return constraint

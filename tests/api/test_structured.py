@@ -12,7 +12,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from decoding.errors import RequestError
-from decoding.request import Grammar
+from decoding.messages import TokenEvent
+from decoding.request import GenerateRequest, Grammar
 from server.app import build_app
 from server.fake_client import FakeEngineClient
 from server.openai.json_schema.reading import MAX_NESTING, schema_source
@@ -367,3 +368,38 @@ def test_references_have_one_spelling() -> None:
 def test_a_cut_off_expression_is_refused() -> None:
     response, _, _ = post({"guided_regex": "a\\"})
     check_error(response, 400, "invalid_grammar", "guided_regex")
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {}}}}}
+
+
+@pytest.mark.parametrize("rule", [{"guided_regex": "a"}, formatted({}), {"response_format": {"type": "json_object"}}])
+def test_beside_tools_a_form_holds_where_there_is_no_choice(rule: dict[str, Any]) -> None:
+    def held(choice: str) -> Grammar | None:
+        response, engine, _ = post({"tools": [TOOL], "tool_choice": choice, **rule}, CHAT)
+        assert response.status_code == 200, response.text
+        return engine.requests[0].grammar
+
+    none, required = held("none"), held("required")
+    assert none is not None
+    assert required is not None
+    assert '"name":{"const":"add"}' in required.source
+    assert none.source != required.source
+
+
+def test_what_a_tool_may_be_given_is_read_like_any_schema() -> None:
+    parameters = {"type": "object", "properties": {"a": {"not": {}}}}
+    tool = {"type": "function", "function": {"name": "add", "parameters": parameters}}
+    response, _, _ = post({"tools": [tool], "tool_choice": "required"}, CHAT)
+    assert "properties/a/not'" in check_error(response, 400, "invalid_grammar", "tools")
+
+
+@pytest.mark.parametrize("url", [COMPLETIONS, CHAT])
+def test_a_grammar_that_becomes_too_complex_is_told_by_its_field(url: str) -> None:
+    def gives_up(request: GenerateRequest) -> list[TokenEvent]:
+        error = {"error": "It became too complex.", "error_code": "grammar_too_complex"}
+        return [TokenEvent(request.request_id, 0, (), finish_reason="error", **error)]  # type: ignore[arg-type]
+
+    whole = {"prompt": "x"} if url == COMPLETIONS else {"messages": HELLO}
+    response = client(fake(gives_up), Checker()).post(url, json={**whole, "guided_regex": "a"})
+    check_error(response, 400, "grammar_too_complex", "guided_regex")
