@@ -45,6 +45,29 @@ def test_completions(url: str) -> None:
     assert done.model_extra["seed"] == 5
 
 
+def test_fields_beyond_the_core_are_where_the_client_keeps_them(url: str) -> None:
+    more = {"return_token_ids": True, "prompt_logprobs": 1, "speculation": {"trace": True}}
+    told = strict(url).completions.create(model="demo", prompt="return x", best_of=2, suffix="y", extra_body=more)
+    assert told.system_fingerprint is not None
+    extra = told.choices[0].model_extra
+    assert extra is not None
+    assert told.usage is not None
+    assert len(extra["prompt_token_ids"]) == len(extra["prompt_logprobs"]) == told.usage.prompt_tokens
+    assert told.model_extra is not None
+    assert [trace["index"] for trace in told.model_extra["speculation_trace"]] == [0]
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y ="}]
+    chat = strict(url).chat.completions.create(
+        model="demo",
+        messages=messages,  # type: ignore[arg-type]
+        reasoning_effort="none",
+        service_tier="flex",
+        extra_body={"continue_final_message": True, "return_token_ids": True, "prompt_logprobs": 0},
+    )
+    assert chat.system_fingerprint == told.system_fingerprint
+    assert chat.model_extra is not None
+    assert len(chat.model_extra["prompt_logprobs"]) == len(chat.model_extra["prompt_token_ids"])
+
+
 def test_completions_stream(url: str) -> None:  # its type has no finish_reason null, so that strict cannot work
     stream = lax(url).completions.create(model="demo", prompt="x", stream=True, stream_options={"include_usage": True})
     chunks = list(stream)
