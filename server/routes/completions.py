@@ -81,7 +81,7 @@ def prepare_prompts(
             request_id=f"{head.id}-{place}",
             prompt_ids=cut,
             params=params,
-            speculation=fields.speculation_params(),
+            speculation=api.speculation(fields),
             cache_salt=fields.cache_salt or "",
             prediction_ids=prediction,
             grammar=constraint.grammar if constraint else None,
