@@ -28,6 +28,8 @@ class Message(Fields):
     reasoning_content: str | None = None
     reasoning: str | None = None
     function_call: None = None
+    annotations: Any = None  # of an earlier answer, sent back; they say nothing to a model
+    parsed: Any = None  # likewise, by the official client
 
     def check(self, place: str) -> None:
         """Check what no single field shows; ``place`` is where the message stands in the request.

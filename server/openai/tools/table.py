@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from decoding.errors import ConfigError, nearest
-from server.openai.tools import hermes, llama3_json, mistral
+from server.openai.tools import hermes, llama3_json, mistral, qwen3_coder
 from server.openai.tools.base import Offer, ToolParser
 
 
@@ -46,12 +46,21 @@ class ToolFormat:
 
 TOOL_FORMATS: dict[str, ToolFormat] = {
     "hermes": ToolFormat(
-        hermes.HermesParser, (hermes.OPEN,), foreign=("<function=", "<arg_key>"), markers=(hermes.OPEN, hermes.CLOSE)
+        hermes.HermesParser,
+        (hermes.OPEN,),
+        foreign=(qwen3_coder.FUNCTION, "<arg_key>"),
+        markers=(hermes.OPEN, hermes.CLOSE),
     ),
     "llama3_json": ToolFormat(
         llama3_json.Llama3JsonParser,
         (llama3_json.PYTHON_TAG, '"parameters": dictionary of argument name'),
         markers=(llama3_json.PYTHON_TAG,),
+    ),
+    "qwen3_coder": ToolFormat(
+        qwen3_coder.Qwen3CoderParser,
+        (qwen3_coder.FUNCTION,),
+        foreign=("<arg_key>",),
+        markers=(qwen3_coder.OPEN, qwen3_coder.CLOSE),
     ),
     "mistral": ToolFormat(
         mistral.MistralParser,
