@@ -30,11 +30,8 @@ class FunctionDefinition(Fields):
 
     def for_template(self) -> dict[str, Any]:
         """The definition as transformers makes it of a Python function, which is what templates expect."""
-        return {
-            "name": self.name,
-            **({} if self.description is None else {"description": self.description}),
-            "parameters": self.parameters or {"type": "object", "properties": {}},
-        }
+        parameters = self.parameters or {"type": "object", "properties": {}}
+        return {"name": self.name, "description": self.description or "", "parameters": parameters}
 
 
 class Tool(Fields):
