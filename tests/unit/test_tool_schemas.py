@@ -28,7 +28,7 @@ def check(calls: object, *, parallel: bool = True) -> bool:
     [
         [{"name": "weather", "parameters": {"city": "Oslo"}}],
         [{"name": "weather", "parameters": {"city": {"$ref": "#"}}}],
-        [{"name": "now", "parameters": {}}, {"name": "now", "parameters": {"a": 1}}],
+        [{"name": "now", "parameters": {}}, {"name": "weather", "parameters": {"city": "Oslo", "a": 1}}],
         [{"name": "tree", "parameters": {"root": {"next": {"next": {}}}, "default": {}}}],
         [{"name": "tree", "parameters": {"root": {}, "self": {"root": {}}}}],
     ],
@@ -43,6 +43,8 @@ def test_right_calls(calls: object) -> None:
         [],
         {"name": "now", "parameters": {}},
         [{"name": "now"}],
+        [{"name": "now", "parameters": {"a": 1}}],
+        [{"name": "weather", "parameters": []}],
         [{"name": "then", "parameters": {}}],
         [{"name": "now", "parameters": {}, "id": 1}],
         [{"name": "weather", "parameters": {"city": "Rome"}}],

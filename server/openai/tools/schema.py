@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _DATA = frozenset({"const", "enum", "default", "examples"})  # keywords whose values are not schemas
 _BY_NAME = frozenset(
     {"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"}
@@ -23,7 +22,7 @@ def calls_schema(functions: Sequence[tuple[str, dict[str, Any] | None]], *, para
     forms = []
     for number, (name, parameters) in enumerate(functions):
         key = f"parameters_{number}"
-        definitions[key] = _moved(parameters or _ANY_OBJECT, f"#/$defs/{key}")
+        definitions[key] = _moved(arguments_schema(parameters), f"#/$defs/{key}")
         members = {"name": {"const": name}, "parameters": {"$ref": f"#/$defs/{key}"}}
         forms.append(
             {"type": "object", "properties": members, "required": list(members), "additionalProperties": False}
@@ -34,8 +33,8 @@ def calls_schema(functions: Sequence[tuple[str, dict[str, Any] | None]], *, para
 
 
 def arguments_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
-    """The arguments of one function."""
-    return parameters or _ANY_OBJECT
+    """The arguments of one function, an object; one that says nothing of parameters has none, as OpenAI defines it."""
+    return {"type": "object", **(parameters or {"properties": {}, "additionalProperties": False})}
 
 
 def _moved(schema: Any, root: str) -> Any:
