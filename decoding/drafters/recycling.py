@@ -83,7 +83,7 @@ class RecyclingDrafter(TokenDrafter):
                 "use another drafter, such as ngram"
             )
         self.name = context.name
-        self.needs = Needs(host=True, top=options.top_k)
+        self.needs = Needs(host=True, top=options.top_k, recalls=True)
         self._bit = context.bit
         self._options = options
         self._matrices = Matrices(vocab_size, options.top_k, options.salts)
