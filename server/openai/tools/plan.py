@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from decoding.errors import RequestError
 from decoding.request import Grammar
+from server.openai.json_schema.reading import schema_source
 from server.openai.tools.base import Offer, ToolParser
 from server.openai.tools.fields import AllowedChoice, NamedChoice, Tool, ToolChoice, shown_tools
 from server.openai.tools.forced import ForcedArgumentsParser, ForcedCallsParser
@@ -93,7 +93,7 @@ def _offered(tools: Sequence[Tool], choice: ToolChoice | None) -> tuple[Sequence
 
 
 def _held_to(schema: dict[str, Any]) -> Grammar:
-    return Grammar("json_schema", json.dumps(schema))
+    return Grammar("json_schema", schema_source(schema, "tools"))
 
 
 def _cannot_choose(template_shows_tools: bool) -> RequestError:
