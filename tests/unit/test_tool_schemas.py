@@ -5,7 +5,7 @@ from __future__ import annotations
 import jsonschema
 import pytest
 
-from server.openai.tools.schema import calls_schema
+from server.openai.tools.schema import arguments_schema, calls_schema
 
 TREE = {
     "type": "object",
@@ -19,7 +19,8 @@ CITY = {"type": "object", "properties": {"city": {"enum": ["Oslo", {"$ref": "#"}
 
 
 def check(calls: object, *, parallel: bool = True) -> bool:
-    schema = calls_schema([("tree", TREE), ("weather", CITY), ("now", None)], parallel=parallel)
+    functions = {"tree": TREE, "weather": CITY, "now": None}
+    schema = calls_schema({name: arguments_schema(each) for name, each in functions.items()}, parallel=parallel)
     return bool(jsonschema.Draft202012Validator(schema).is_valid(calls))
 
 
