@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import jsonschema
 import pytest
 
+from decoding.request import Grammar
 from server.openai.tools.schema import arguments_schema, calls_schema
+from tests.engines import demo_tokenizer
+from tests.grammars import matcher
 
 TREE = {
     "type": "object",
@@ -57,6 +62,24 @@ def test_right_calls(calls: object) -> None:
 )
 def test_wrong_calls(calls: object) -> None:
     assert not check(calls)
+
+
+@pytest.mark.parametrize(
+    ("calls", "right"),
+    [
+        ([{"name": "tree", "parameters": {"root": {"next": {"next": {}}}, "self": {"root": {}}}}], True),
+        ([{"name": "weather", "parameters": {"city": "Oslo"}}, {"name": "now", "parameters": {}}], True),
+        ([{"name": "tree", "parameters": {"root": {"next": 1}}}], False),
+        ([{"name": "weather", "parameters": {"root": {}}}], False),
+        ([{"name": "now", "parameters": {"a": 1}}], False),
+        ([], False),
+    ],
+)
+def test_the_engines_library_takes_them_alike(calls: object, right: bool) -> None:
+    functions = {name: arguments_schema(each) for name, each in {"tree": TREE, "weather": CITY, "now": None}.items()}
+    grammar = Grammar("json_schema", json.dumps(calls_schema(functions, parallel=True)))
+    tokens = demo_tokenizer().encode(json.dumps(calls, separators=(",", ":")))
+    assert matcher(grammar, 8192).allows((*tokens, 0)) is right
 
 
 def test_one_call_where_parallel_ones_are_not_wanted() -> None:
