@@ -1,8 +1,8 @@
 """Where one text stands in its grammar, and what may follow it and every path of a tree that hangs on its end.
 
-The library's matcher walks forward by tokens and back again. Here it visits the paths of a tree depth first, so that a
-node costs one token forward, one back, and its mask. What may follow is a function of the grammar and the tokens alone,
-so the text cannot depend on which paths were visited.
+The library's matcher walks forward by tokens. Here it visits the paths of a tree depth first: a node costs one token
+forward and its mask, a branch a copy of the matcher at the text. What may follow is a function of the grammar and the
+tokens alone, so the text cannot depend on which paths were visited.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Matcher:
 
     def __init__(self, compiled: Compiled, ends: tuple[int, ...], min_tokens: int = 0, goes_on: bool = False) -> None:
         self._start = compiled.start
-        self._inner = compiled.start.deep_copy()
+        self._at_text = compiled.start.deep_copy()  # stands at the text, and is never asked for a mask
+        self._inner = self._at_text.deep_copy()  # visits paths
         self._vocab_size = compiled.vocab_size
         self._ends = ends
         self._end_words = np.zeros(words_of(compiled.vocab_size), dtype=np.int32)
@@ -90,7 +91,7 @@ class Matcher:
 
     def commit(self, tokens: Sequence[int]) -> tuple[int, Ending | None]:
         """Move the text on by the tokens that were drawn: (how many of them are its own, why it ends there)."""
-        self._walk(())
+        self._inner, self._path = self._at_text, []
         kept = 0
         ending: Ending | None = None
         while kept < len(tokens) and ending is None:
@@ -101,7 +102,8 @@ class Matcher:
                 kept += ending != "error"
         self._follow_forced(tokens[:kept])
         self._text += self._path
-        self._path = []
+        self._at_text = self._inner
+        self._begin()
         self._masks.clear()
         self._failed.clear()
         return kept, ending
@@ -136,15 +138,20 @@ class Matcher:
         while shared < min(len(path), len(self._path)) and path[shared] == self._path[shared]:
             shared += 1
         if shared < len(self._path):
-            back = len(self._path) - shared
-            del self._path[shared:]
-            if not self._inner.rollback(back):
-                self._mend()
+            self._begin()
         for token in path[len(self._path) :]:
             if not self._take(token):
                 return False
             self._path.append(token)
         return True
+
+    def _begin(self) -> None:
+        """Stand at the text again. By a copy (some microseconds), not by the library's rollback.
+
+        llguidance 1.9.1 keeps its last mask through a rollback, and returns it for a state that only looks the same.
+        """
+        self._inner = self._at_text.deep_copy()
+        self._path = []
 
     def _take(self, token: int) -> bool:
         if self._inner.is_stopped():  # complete, or beyond repair
@@ -179,7 +186,7 @@ class Matcher:
 
     def _mend(self) -> None:
         """Begin anew at the committed text: after an error the library's matcher does nothing more."""
-        self._inner = self._start.deep_copy()
-        self._path = []
+        self._at_text = self._start.deep_copy()
         if self._text:
-            self._inner.consume_tokens(self._text)
+            self._at_text.consume_tokens(self._text)
+        self._begin()
