@@ -21,8 +21,8 @@ LLAMA_SOURCES := build/llama-source
 KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kernels/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench-quick bench-matrix bench-offline bench-compare bench-drafters bench-gpu bench-report \
-    clients llama-cpp clean
+.PHONY: help setup serve test lint bench-quick bench-matrix bench-offline bench-compare bench-drafters bench-gpu bench-http \
+    bench-report clients llama-cpp clean
 
 help:
 	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
@@ -37,6 +37,7 @@ help:
 	@echo "make bench-compare set up, then compare with transformers and llama.cpp (FAMILY=demo)"
 	@echo "make bench-drafters set up, then measure drafters without training, and write their page (FAMILY=demo)"
 	@echo "make bench-gpu     set up, then measure an 8B-shaped target on a CUDA device, in under 8 minutes"
+	@echo "make bench-http    set up, then measure how many tokens a second the HTTP process streams on one core"
 	@echo "make bench-report  set up, then write docs/benchmarks.md from benchmarks/results"
 	@echo "make llama-cpp     set up, then build llama.cpp's server, which benchmarks compare with"
 	@echo "make clean         remove $(VENV) and everything that was built"
@@ -98,6 +99,9 @@ build/%/inflate.json: | setup
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+bench-http: setup
+	$(BIN)/python -m benchmarks.http_stream --out benchmarks/results/http-stream.json $(ARGS)
 
 bench-report: setup
 	$(BIN)/python -m benchmarks.speed_report $(RESULTS) $(ARGS)

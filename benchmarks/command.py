@@ -6,6 +6,7 @@ import datetime
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +16,28 @@ from decoding.config import Dtype, EngineConfig
 from decoding.errors import ConfigError, SaccadeError, nearest
 from server.engine_launch import engine_environment
 from server.flags import Parser, positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseOptions:
+    """What ``base_parser`` knows, and ``read`` adds to."""
+
+    family: Path
+    drafters: tuple[str, ...]
+    temperatures: tuple[float, ...]
+    dtype: Dtype
+    device: str
+    threads: int
+    resume: bool
+    out: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(BaseOptions):
+    """The same of ``bench_parser``."""
+
+    prompts: int
+    prompt_tokens: int  # of each, the last ones
 
 
 def base_parser(name: str, description: str, epilog: str | None = None) -> Parser:

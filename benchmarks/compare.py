@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.command import begin_again, bench_parser, carried_out, opened, read
+from benchmarks.command import BenchOptions, begin_again, bench_parser, carried_out, opened, read
 from benchmarks.family import Family, load_prompts
 from benchmarks.measure import Case, Run, Task, groups
 from benchmarks.settings import AUTO, PLAIN, load_engines
-from decoding.config import Dtype, EngineConfig
+from decoding.config import EngineConfig
 from server.flags import positive
 
 if TYPE_CHECKING:
@@ -37,13 +37,10 @@ TRIED = 4  # prompts that settings are tried on, and systems warmed up with
 WARM_UPS = 2  # rounds
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchOptions):
     """The command line."""
 
-    family: Path
-    drafters: tuple[str, ...]
-    temperatures: tuple[float, ...]
     peers: tuple[str, ...]
     concurrency: tuple[int, ...]
     http_threads: int | None
@@ -51,13 +48,6 @@ class Options:
     tune: bool
     rounds: int
     tokens: int
-    prompts: int
-    prompt_tokens: int
-    dtype: Dtype
-    device: str
-    threads: int
-    resume: bool
-    out: Path
 
 
 def parse(argv: Sequence[str]) -> Options:

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import workload_files
-from benchmarks.command import base_parser, begin_again, carried_out, opened, read
+from benchmarks.command import BaseOptions, base_parser, begin_again, carried_out, opened, read
 from benchmarks.compare import in_turns
 from benchmarks.family import Family
 from benchmarks.measure import Run, Task
 from benchmarks.settings import AUTO, PLAIN, Engines, load_engines
 from benchmarks.workload_files import Workload
-from decoding.config import Dtype, EngineConfig
+from decoding.config import EngineConfig
 from server.flags import positive, whole
 
 if TYPE_CHECKING:
@@ -45,13 +45,10 @@ TREE_SLOTS = 64  # of a request, beside prompt and answer
 OWN, EDITED = "own", "edited"  # predictions that are made of the target's answers
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(BaseOptions):
     """The command line."""
 
-    family: Path
-    drafters: tuple[str, ...]
-    temperatures: tuple[float, ...]
     workloads: tuple[str, ...]
     peers: tuple[str, ...]
     plan: str
@@ -62,11 +59,6 @@ class Options:
     rounds: int
     requests: int | None
     tokens: int | None
-    dtype: Dtype
-    device: str
-    threads: int
-    resume: bool
-    out: Path
 
 
 def parse(argv: Sequence[str]) -> Options:

@@ -20,13 +20,12 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.command import base_parser, begin_again, carried_out, opened, read
+from benchmarks.command import BaseOptions, base_parser, begin_again, carried_out, opened, read
 from benchmarks.family import Family
 from benchmarks.settings import AUTO, PLAIN, Engines, load_engines
-from decoding.config import Dtype, EngineConfig
+from decoding.config import EngineConfig
 from decoding.request import GenerateRequest, SamplingParams
 from server.flags import positive
 
@@ -38,23 +37,15 @@ KIND = "idle-cost"
 TREE_SLOTS = 64  # of a request, beside prompt and text
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(BaseOptions):
     """The command line."""
 
-    family: Path
-    drafters: tuple[str, ...]
-    temperatures: tuple[float, ...]
     plan: str
     rounds: int
     requests: int
     tokens: int
     prompt_tokens: int
-    dtype: Dtype
-    device: str
-    threads: int
-    resume: bool
-    out: Path
 
 
 @dataclass(frozen=True)

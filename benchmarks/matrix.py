@@ -24,17 +24,16 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 from benchmarks.cells import Cell, Stage, Turn, best_fixed, from_json, never_slower, rates, systems, to_json
 from benchmarks.closed_loop import Load, run_loop
-from benchmarks.command import begin_again, bench_parser, carried_out, known, opened, read
+from benchmarks.command import BenchOptions, begin_again, bench_parser, carried_out, known, opened, read
 from benchmarks.family import Family, load_prompts
 from benchmarks.measure import Case
 from benchmarks.settings import AUTO, FIXED, PLAIN, SETTINGS, Engines, load_engines
-from decoding.config import Dtype, EngineConfig
+from decoding.config import EngineConfig
 from decoding.request import GenerateRequest, SamplingParams
 from server.flags import positive
 
@@ -47,27 +46,17 @@ PATIENCE = 3  # a run closes after so many times its seconds, whatever has come 
 LEAST_TOKENS = 16  # of a run, each row
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchOptions):
     """The command line."""
 
-    family: Path
     systems: tuple[str, ...]
-    drafters: tuple[str, ...]
     concurrency: tuple[int, ...]
-    temperatures: tuple[float, ...]
     seconds: float
     warm_up: float
     select_runs: int
     runs: int
     tokens: int
-    prompts: int
-    prompt_tokens: int
-    dtype: Dtype
-    device: str
-    threads: int
-    resume: bool
-    out: Path
 
 
 def parse(argv: Sequence[str]) -> Options:

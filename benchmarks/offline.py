@@ -19,15 +19,14 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.closed_loop import Load, Window, run_loop
-from benchmarks.command import begin_again, bench_parser, carried_out, opened, read
+from benchmarks.command import BenchOptions, begin_again, bench_parser, carried_out, opened, read
 from benchmarks.family import Family, load_prompts
 from benchmarks.measure import Case
 from benchmarks.settings import AUTO, FIXED, PLAIN, Engines, load_engines
-from decoding.config import Dtype, EngineConfig
+from decoding.config import EngineConfig
 from server.flags import positive
 
 if TYPE_CHECKING:
@@ -40,25 +39,15 @@ LEAST_TOKENS = 32
 LINEAR_TURNS = 5  # of the linears alone, after each run of plain steps
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchOptions):
     """The command line."""
 
-    family: Path
-    drafters: tuple[str, ...]
-    temperatures: tuple[float, ...]
     parts: tuple[str, ...]
     seconds: float
     warm_up: float
     runs: int
     tokens: int
-    prompts: int
-    prompt_tokens: int
-    dtype: Dtype
-    device: str
-    threads: int
-    resume: bool
-    out: Path
 
 
 def parse(argv: Sequence[str]) -> Options:

@@ -24,7 +24,8 @@ Between operations the host's work displaces code and data from the first caches
 faster there than in a step, and "host" is an upper bound, but for noise. A lower one, "at least", is a step's time less
 that of its operations as they come, each between two clocks: there the clocks' own work displaces even more.
 
-Drafters whose operations change what they keep (the index of ``ngram``) cannot be called again like that: refused.
+Operations of drafters without a model are not called again like that: they change what these keep (the index of
+``ngram``), or need what they have forgotten since. Their time is that of the operations as they come.
 
 With one thread the clock is the thread's CPU time, which other processes do not count in; with more it is the wall's.
 """
@@ -52,12 +53,12 @@ from benchmarks.family import Family, load_prompts
 from benchmarks.measure import Case
 from decoding.config import EngineConfig
 from decoding.engine import Engine
-from decoding.errors import ConfigError
 from decoding.request import GenerateRequest, SamplingParams
 from server.flags import Parser, positive
 
 PLAIN = "plain"
 TARGET, DRAFTING, OTHER = PARTS = ("target", "drafting", "other")
+GUESSING = "guessing"  # the part of DRAFTING that is not called again
 PLAN = "fixed:nodes=12,depth=4"  # of systems that draft
 SETTLING = 12  # steps before the first that counts: prompts, and what the collection of garbage drove from the caches
 
@@ -73,12 +74,14 @@ class Call:
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down the operations that run while it is entered."""
+    """Writes down the operations that run while it is entered; those of GUESSING it only clocks."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self.count = 0
         self.seconds = 0.0  # of all of them as they came
+        self.guessing = 0.0  # of these those of GUESSING, which are not among the calls
         self._clock = clock
         self._part = OTHER
 
@@ -86,10 +89,14 @@ class Recorder(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        self.calls.append(Call(self._part, func, args, given))
+        if self._part != GUESSING:
+            self.calls.append(Call(self._part, func, args, given))
         started = self._clock()
         result = func(*args, **given)
-        self.seconds += self._clock() - started
+        taken = self._clock() - started
+        self.count += 1
+        self.seconds += taken
+        self.guessing += taken if self._part == GUESSING else 0.0
         return result
 
     def named(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,11 +133,11 @@ class Clocks:
 
 
 class Part:
-    """A collaborator of a step, some of whose methods are watched as a part's."""
+    """A collaborator of a step, some of whose methods are watched: their names, and as which part."""
 
-    def __init__(self, inner: Any, watch: Recorder | Clocks, part: str, methods: tuple[str, ...]) -> None:
+    def __init__(self, inner: Any, watch: Recorder | Clocks, parts: dict[str, str]) -> None:
         self._inner = inner
-        self._named = {name: watch.named(part, getattr(inner, name)) for name in methods}
+        self._named = {name: watch.named(part, getattr(inner, name)) for name, part in parts.items()}
 
     def __getattr__(self, name: str) -> Any:
         return self._named[name] if name in self._named else getattr(self._inner, name)
@@ -141,8 +148,10 @@ def watched(engine: Engine, watch: Recorder | Clocks) -> Iterator[None]:
     """Watch the parts of the engine's steps."""
     stepper = engine._stepper
     target, drafters = stepper.target, stepper.drafters
-    stepper.target = Part(target, watch, TARGET, ("forward", "logits"))  # type: ignore[assignment]
-    stepper.drafters = Part(drafters, watch, DRAFTING, ("guess", "propose", "observe"))  # type: ignore[assignment]
+    stepper.target = Part(target, watch, {"forward": TARGET, "logits": TARGET})  # type: ignore[assignment]
+    guess = GUESSING if isinstance(watch, Recorder) else DRAFTING
+    parts = {"guess": guess, "propose": DRAFTING, "with_top": DRAFTING, "observe": DRAFTING}
+    stepper.drafters = Part(drafters, watch, parts)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -185,6 +194,7 @@ class Stretch:
         self._cases = cases
         self._temperature = temperature
         self._steps = steps
+        self._runs = 0
         self.clock = clock
 
     def run(self) -> list[float]:
@@ -242,10 +252,12 @@ class Stretch:
         return seconds
 
     def _begun(self) -> Iterator[int]:
+        self._runs += 1
         room = (SETTLING + self._steps + 1) * 8  # tokens that the steps cannot use up
         for number, case in enumerate(self._cases):
             params = SamplingParams(max_tokens=room, temperature=self._temperature, seed=case.seed, ignore_eos=True)
-            self._engine.submit(GenerateRequest(str(number), case.ids, params))
+            # what drafters have learned in earlier runs would change the steps
+            self._engine.submit(GenerateRequest(str(number), case.ids, params, cache_salt=f"run {self._runs}"))
         gc.collect()
         gc.disable()
         try:
@@ -264,7 +276,8 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 def measure(system: str, stretch: Stretch, batch: int, temperature: float, rounds: int) -> Share:
     """Rounds of steps, of their parts and of their operations, in turns."""
     stretch.run()
-    steps = [recorder.calls for recorder in stretch.record()]
+    recorded = stretch.record()
+    steps = [recorder.calls for recorder in recorded]
     times: dict[tuple[str, int], list[float]] = defaultdict(list)
     for _ in range(rounds):
         for number, seconds in enumerate(stretch.run()):
@@ -275,12 +288,13 @@ def measure(system: str, stretch: Stretch, batch: int, temperature: float, round
             times["elsewhere", number].append(parts[OTHER])
         for number, recorder in enumerate(stretch.record()):
             times["as they come", number].append(recorder.seconds)
+            times[GUESSING, number].append(recorder.guessing)
         for number, parts in enumerate(stretch.replay(steps)):
             for part in PARTS:
                 times[part, number].append(parts[part])
     mean = {
         name: statistics.fmean(statistics.median(times[name, number]) for number in range(len(steps)))
-        for name in ("step", "in target", "in drafting", "elsewhere", "as they come", *PARTS)
+        for name in ("step", "in target", "in drafting", "elsewhere", "as they come", GUESSING, *PARTS)
     }
     return Share(
         system,
@@ -288,11 +302,11 @@ def measure(system: str, stretch: Stretch, batch: int, temperature: float, round
         temperature,
         step=mean["step"],
         target=mean[TARGET],
-        drafting=mean[DRAFTING],
+        drafting=mean[DRAFTING] + mean[GUESSING],
         other=mean[OTHER],
-        calls=statistics.fmean(map(len, steps)),
+        calls=statistics.fmean(recorder.count for recorder in recorded),
         target_host=mean["in target"] - mean[TARGET],
-        drafting_host=mean["in drafting"] - mean[DRAFTING],
+        drafting_host=mean["in drafting"] - mean[DRAFTING] - mean[GUESSING],
         other_host=mean["elsewhere"] - mean[OTHER],
         least_host=mean["step"] - mean["as they come"],
     )
@@ -369,10 +383,7 @@ def shares(options: argparse.Namespace) -> Iterator[Share]:
             for temperature in options.temperatures:
                 stretch = Stretch(engine, cases[:batch], temperature, options.steps, clock)
                 print(f"{system}, batch {batch}, temperature {temperature:g}", file=sys.stderr)
-                try:
-                    yield measure(system, stretch, batch, temperature, options.rounds)
-                except ValueError as error:
-                    raise ConfigError(f"the steps of {system} cannot be run again as they were: {error}") from error
+                yield measure(system, stretch, batch, temperature, options.rounds)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 No model runs: texts spliced from the workloads and from random tokens are dictated to the engine, one request after
 the other, by tenants who take turns (``cache_salt``). Each set of drafters has a process of its own. Memory is how much
 the process has grown since the first hundredth of the requests, without what is mapped from files (which is shown
-beside it); its bound is what the drafters' options ending in ``_mb`` allow together, or ``--bound``. Time is that of
-all the drafters' calls, those at a request's begin and end too, over all tokens, prompts included: a prompt's tokens
-go into a store like others.
+beside it); its bound is what the drafters say of themselves together (``memory_bound`` of their options), or
+``--bound``. Time is that of all the drafters' calls, those at a request's begin and end too, over all tokens, prompts
+included: a prompt's tokens go into a store like others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +157,7 @@ def measure(set_words: str, options: Options) -> dict[str, Any]:
         "token_seconds": [each / length for each in found.seconds],
         "growth": found.growth,
         "mapped": memory("RssFile") - mapped,
-        "bound": bound_of(words) or options.bound,
+        "bound": bound_of(words, tokenizer.vocab_size) or options.bound,
     }
 
 
@@ -266,13 +266,14 @@ def memory(what: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def bound_of(words: Sequence[str]) -> int | None:
-    """Bytes that the options of a set's drafters allow; None where none of them says."""
+def bound_of(words: Sequence[str], vocab_size: int) -> int | None:
+    """Bytes that a set's drafters may take together, by their options; None where none of them says."""
     from decoding.drafters import DrafterChoice
+    from decoding.drafters.base import BoundedOptions
 
     options = [DrafterChoice.parse(word).options for word in words]
-    limits = [getattr(each, field.name) for each in options for field in fields(each) if field.name.endswith("_mb")]
-    return int(sum(limits) * 2**20) if limits else None
+    limits = [each.memory_bound(vocab_size) for each in options if isinstance(each, BoundedOptions)]
+    return sum(limits) if limits else None
 
 
 if __name__ == "__main__":

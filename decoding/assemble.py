@@ -16,6 +16,7 @@ from decoding.config import EngineConfig
 from decoding.costs import CostModel, guessed_table
 from decoding.drafters import DrafterChoice
 from decoding.drafters.base import Drafter, DrafterContext
+from decoding.drafters.forced import ForcedDrafter
 from decoding.drafters.team import DrafterTeam
 from decoding.errors import ConfigError, ModelError, nearest
 from decoding.memory import pool_size, room_for_weights
@@ -181,6 +182,7 @@ def build_stepper(
     check_limits(config)
     target, device = loaded.target, loaded.target.device
     ops = ops or load_step_ops(device)
+    drafters = [*drafters, ForcedDrafter(len(drafters))]
     team = DrafterTeam(drafters)
     specs = [target.kv_spec, *(d.needs.kv for d in drafters if d.needs.kv is not None)]
     num_pages = pool_size(config, target, specs, sum(d.needs.page_bytes for d in drafters))
@@ -240,7 +242,8 @@ def build_planner(
         ConfigError: an unknown plan, or options that it does not have.
     """
     fixed = parse_plan(config.plan)
-    if fixed is None and not drafters:
+    chosen = tuple(drafter.name for drafter in drafters if not drafter.needs.automatic)
+    if fixed is None and not chosen:
         fixed = FixedPlan()  # nothing to weigh, nor to learn
     if fixed is None:
         return AutoPlanner(
@@ -248,7 +251,7 @@ def build_planner(
             drafters,
             tree_ops,
             load_proposal_ops(device),
-            CostModel(guessed_table(tuple(drafter.name for drafter in drafters))),
+            CostModel(guessed_table(chosen)),
             max_nodes=config.max_nodes,
             max_depth=config.max_depth,
             max_step_tokens=config.max_num_batched_tokens,

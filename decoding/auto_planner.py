@@ -28,7 +28,7 @@ from decoding.guessers import TRY, Guessers
 from decoding.history import History
 from decoding.market import UNABLE, Deal, Member, Scene, Terms, lateness, load_market, slope_of
 from decoding.plan import Guide, Plan, Quota, RowQuota
-from decoding.planner import Limits, StepTimes, roots_of, share_of
+from decoding.planner import Certain, Limits, StepTimes, roots_of, share_of
 from decoding.proposal_ops import ProposalOps
 from decoding.pulse import FULL, LIGHT, PLAIN, Beat, Pulse
 from decoding.sequence import Sequence, SequenceId
@@ -46,8 +46,6 @@ LONG_LOOK = 8  # the same where steps are long
 CREDIT = 64  # steps whose time a drafter's credit is worth at most
 DRIFT_STEP = 16  # steps between two of Forecast.drift
 FLOOR = (0.01, 0.5)  # path probabilities below which a node is not forecast to be bought
-
-
 NOTHING = RowQuota()
 
 
@@ -96,8 +94,8 @@ class AutoPlanner:
         self.forecast = Forecast(len(drafters), max(max_depth, 1), proposal_ops)
         self.members = [Member(bit, drafter) for bit, drafter in enumerate(drafters) if not drafter.needs.host]
         self._limits = Limits(cache, drafters, max_nodes, max_depth)
-        hosts = [drafter for drafter in drafters if drafter.needs.host]
-        self._light_limits = Limits(cache, hosts, max_nodes, max_depth)
+        self._light_limits = Limits(cache, [d for d in drafters if d.needs.host], max_nodes, max_depth)
+        self._certain = Certain(cache, drafters, max_nodes, max_depth, max_step_tokens)
         self._tree_ops = tree_ops
         self._device = device
         self._max_depth = max_depth
@@ -135,14 +133,14 @@ class AutoPlanner:
         if self._gear == FULL or self._number % self._look == 0 or len(plan.rows) > rows:
             self._followers.settle(plan)  # new rows are never followed by those that sleep
         if self._gear == PLAIN:
-            return self._no_quota(rows)
+            return self._certain.limits(plan) or self._no_quota(rows)
         crowd = self._gather(plan)
         share = share_of(plan, self._max_step_tokens)
         if self._gear == LIGHT:  # no more than a fixed plan does; prices are looked at now and then
             light = self._step = self._light_step
             light.plan, light.crowd, light.pinned = plan, crowd, []
             light.guesses.clear()
-            return self.guessers.ask_pinning(self._light_limits.reserved(plan, share), plan.chain_tokens)
+            return self.guessers.ask_lightly(self._light_limits.reserved(plan, share), plan.chain_tokens)
         if self._number % DRIFT_STEP == 0:
             self.forecast.drift(self._slots(crowd), crowd.modes)
         extra = self.costs.extra(len(plan.rows), sum(row.end for row in plan.rows))
@@ -161,8 +159,7 @@ class AutoPlanner:
         if self.guessers.pinning:
             step.pinned = self.guessers.pinned(step.guesses, limits)
         if self._gear == LIGHT:
-            if self.guessers.pinning:
-                self._judge_guesses(step, limits)
+            self.guessers.judge_lightly(plan, step.guesses, limits, self._floor)
             return limits if guesses else self._no_quota(len(limits.rows))
         scene = self._scene(step)
         terms = [self._terms(member, step, limits) for member in self.members]
@@ -180,12 +177,14 @@ class AutoPlanner:
     def choose(self, plan: Plan, proposals: list[Proposal], quota: Quota, device: torch.device) -> ChosenTrees:
         """See ``Planner``."""
         step = self._step
-        if step is None or not proposals or not quota.nodes:
+        if not proposals or not quota.nodes:
             return roots_of(plan, device)
+        nodes, depth = [row.nodes for row in quota.rows], [row.depth for row in quota.rows]
+        if step is None:
+            return self._tree_ops.choose([proposal.trees.to(device) for proposal in proposals], nodes, depth, 0.0)
         for proposal in proposals:
             if proposal.bit not in step.guesses:
                 self._calibrate(step, proposal, learn=True)
-        nodes, depth = [row.nodes for row in quota.rows], [row.depth for row in quota.rows]
         trees = [calibrated.to(device) for calibrated in step.guesses.values()]
         prices = self._light_prices(step, sum(nodes)) if self._gear == LIGHT else self._prices(step, sum(nodes))
         return self._tree_ops.choose(trees, nodes, depth, 0.0, 0, prices)
@@ -224,6 +223,7 @@ class AutoPlanner:
         self.forecast.forget(sequence.id)
         self._limits.forget(sequence)
         self._light_limits.forget(sequence)
+        self._certain.forget(sequence)
         self._crowd = _Crowd((), self._crowd.modes)  # its slot may be another's next
         for member in self.members:
             if member.scout == sequence.id:
@@ -305,7 +305,7 @@ class AutoPlanner:
         )
 
     def _judge_guesses(self, step: _Step, limits: Quota) -> None:
-        """Whether the guessers earn their time; in a light step, those that pin nodes."""
+        """Whether the guessers earn their time."""
         asked = self.guessers.asked(limits)
         if step.deal is not None:
             parts = zip(step.deal.parts[::2], step.deal.parts[1::2], strict=True)
@@ -343,9 +343,8 @@ class AutoPlanner:
                 continue
             near = [row for row, late in enumerate(term.late) if late == 0.0]
             if near:
-                self._ask(
-                    step, member, term.deepest, [near[self._number % len(near)]], drafting, guides, exploring=True
-                )
+                row = near[self._number % len(near)]
+                self._ask(step, member, term.deepest, [row], drafting, guides, exploring=True)
                 return
 
     def _bound(self, step: _Step, row: int) -> int:
@@ -361,13 +360,13 @@ class AutoPlanner:
         self, step: _Step, limits: Quota, drafting: list[set[str]], guides: dict[str, Guide], guessed: bool
     ) -> Quota:
         """The limits with each row's drafters; slots are reserved for those that have any."""
-        rows = []
+        rows, unasked = [], self.guessers.names | self._certain.names
         for number, (row, limit, names) in enumerate(zip(step.plan.deciding, limits.rows, drafting, strict=True)):
             if not limit.nodes or not (names or guessed):
                 rows.append(NOTHING)
                 continue
             nodes = limit.nodes if self._device.type == "cpu" else min(limit.nodes, self._bound(step, number))
-            granted = RowQuota(nodes, limit.depth, frozenset(names | (self.guessers.names & limit.drafters)))
+            granted = RowQuota(nodes, limit.depth, frozenset(names | (unasked & limit.drafters)))
             wanted = nodes and granted.drafters  # guesses may be of other rows only
             rows.append(granted if wanted and self._limits.reserve(row, granted) else NOTHING)
         return Quota(tuple(rows), guides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -128,7 +129,7 @@ def find_templates(folder: Path, config: Mapping[str, Any], chosen: str | None) 
     own = _own_templates(folder, config)
     if chosen is None:
         return own
-    if "\n" not in chosen and len(chosen) < 4096 and Path(chosen).is_file():
+    if os.path.isfile(chosen):  # Path.is_file raises for a name too long to be one, as a template is
         return {"default": Path(chosen).read_text(encoding="utf-8")}
     if "{" in chosen:
         return {"default": chosen}

@@ -25,6 +25,8 @@ from models.transfer import fetch, upload
 from models.tree import GUESSED, PINS
 from models.tree_ops import ChosenTrees
 
+TOO_COMPLEX = "At this point of the text its grammar became too complex to follow; simplify the grammar."
+
 
 @dataclass
 class Totals:
@@ -97,6 +99,7 @@ class Committer:
         self._drafters = drafters
         self._planner = planner
         self._names = drafters.names
+        self._sources = drafters.sources
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
         self.totals = Totals()
@@ -127,29 +130,40 @@ class Committer:
             trace: tuple[StepTrace, ...] = ()
             if is_traced(sequence):
                 trace = (self._trace(row, index, found, taken, drawn[count] if kept > count else None),)
-            events.append(self._event(sequence, drawn[:kept], reason, found.logprobs.get(index), trace))
+            failed = (TOO_COMPLEX, "grammar_too_complex") if reason == "error" else (None, None)
+            events.append(self._event(sequence, drawn[:kept], reason, found.logprobs.get(index), trace, *failed))
             self._settle(sequence, reason)
         for row in plan.rows[len(plan.deciding) :]:
             row.sequence.cached = row.end
             self._cache.register(row.sequence)
         return events
 
-    def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> TokenEvent:
-        """End a sequence from outside a step: cancelled, or failed."""
-        event = self._event(sequence, [], reason, None, error=error)
+    def end(
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: str | None = None
+    ) -> TokenEvent:
+        """End a sequence from outside a step: cancelled, or failed, by its own fault if there is a code for it."""
+        event = self._event(sequence, [], reason, None, error=error, code=code)
         self._settle(sequence, reason)
         return event
 
     def _append(self, sequence: Sequence, tokens: list[int]) -> tuple[int, FinishReason | None]:
         """Append until the sequence ends; (tokens appended, why it ended)."""
-        params = sequence.params
+        params, ending = sequence.params, None
+        ignored = params.ignore_eos
+        if sequence.matcher is not None:  # the grammar knows where the text ends, and where it cannot go on
+            own, ending = sequence.matcher.commit(tokens)
+            tokens, ignored = tokens[:own], True
         for kept, token in enumerate(tokens, start=1):
             sequence.append(token)
-            if (token in self._eos_ids and not params.ignore_eos) or token in params.stop_token_ids:
+            if (token in self._eos_ids and not ignored) or token in params.stop_token_ids:
                 return kept, "stop"
-            if sequence.length == sequence.limit:
+            if sequence.length == sequence.limit and (kept < len(tokens) or ending != "stop"):
                 return kept, "length"
-        return len(tokens), None
+        return len(tokens), ending
+
+    def _is_end(self, sequence: Sequence, token: int) -> bool:
+        """Whether the token stands for an end: a grammar may end a text of a model that has no such token."""
+        return token in self._eos_ids or token in sequence.params.stop_token_ids
 
     def _account(self, sequence: Sequence, source: list[int], path: list[int], kept: int) -> None:
         """Count a row's step: the sources of its tree's columns, the columns of those that were accepted."""
@@ -168,7 +182,7 @@ class Committer:
                 drafted = accepted  # what is only pinned was not drafted, unless it proved right
             names = [
                 (name, drafted if guessed >> bit & 1 else accepted)
-                for bit, name in enumerate(self._names)
+                for bit, name in enumerate(self._sources)
                 if (guessed | pinned) >> bit & 1
             ]
             for counter in counters:
@@ -179,11 +193,13 @@ class Committer:
                     counter.accepted_by[name] += accepted
 
     def _trace(self, row: PlannedRow, index: int, found: HostResults, taken: list[int], bonus: int | None) -> StepTrace:
-        row.sequence.traced_steps += 1
         root = row.end - 1
-        return found.trees.step(
-            index, root, int(row.sequence.tokens[root]), found.source[index], self._names, taken, bonus
+        step = found.trees.step(
+            index, root, int(row.sequence.tokens[root]), found.source[index], self._sources, taken, bonus
         )
+        row.sequence.traced.steps += 1
+        row.sequence.traced.nodes += len(step.tokens)
+        return step
 
     def _event(
         self,
@@ -193,6 +209,7 @@ class Committer:
         logprobs: list[TokenLogprobs] | None,
         trace: tuple[StepTrace, ...] = (),
         error: str | None = None,
+        code: str | None = None,
     ) -> TokenEvent:
         first = not sequence.started
         sequence.started = True
@@ -202,8 +219,9 @@ class Committer:
             token_ids=tuple(new),
             logprobs=tuple(logprobs[: len(new)]) if logprobs is not None else None,
             finish_reason=reason,
-            stop_token=new[-1] if reason == "stop" else None,
+            stop_token=new[-1] if reason == "stop" and self._is_end(sequence, new[-1]) else None,
             error=error,
+            error_code=code,
             seed=sequence.seed if first else None,
             cached_tokens=sequence.cached_prompt_tokens if first else 0,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,

@@ -22,8 +22,10 @@ from decoding.config import EngineConfig
 from decoding.cost_file import learn_costs
 from decoding.errors import RequestError
 from decoding.generation import Generation, GenerationBuilder
+from decoding.grammar.compiler import BackgroundCompiler, GrammarCompiler
+from decoding.grammar.queue import GrammarQueue
 from decoding.messages import EngineInfo, EngineStats, TokenEvent
-from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
+from decoding.request import GenerateRequest, Grammar, SamplingParams, SpeculationParams
 from decoding.sequence import Sequence, SequenceId
 from decoding.step import Stepper
 from decoding.text import TextDelta
@@ -52,6 +54,8 @@ class Engine:
             acceptance=config.acceptance,
         )
         self._stepper = stepper
+        compiler = GrammarCompiler(loaded.tokenizer, loaded.vocab_size, loaded.eos_ids)
+        self._grammars = GrammarQueue(BackgroundCompiler(compiler), loaded.eos_ids)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._numbers = itertools.count()
         self._local: dict[str, GenerationBuilder] = {}  # requests of generate and stream
@@ -111,6 +115,7 @@ class Engine:
             sequence = Sequence(request, choice, seed)
             self._sequences[sequence.id] = sequence
             self._stepper.scheduler.add(sequence)
+            self._grammars.add(sequence)
 
     def cancel(self, request_id: str, choice: int | None = None) -> list[TokenEvent]:
         """End a request, or one choice of it: its last events. Nothing happens for one that has ended."""
@@ -130,14 +135,22 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """One forward pass over whatever is to be done; the tokens that came out for submitted requests."""
         waiting, self._undelivered = self._undelivered, []
-        return waiting + self._deliver(self._stepper.step())
+        return waiting + self._advance()
+
+    def _advance(self) -> list[TokenEvent]:
+        """A step, and the ends of those whose grammar cannot be compiled."""
+        scheduler, committer = self._stepper.scheduler, self._stepper.committer
+        idle = not scheduler.running and not any(sequence.is_ready for sequence in scheduler.waiting)
+        failed = self._grammars.settle(idle=idle)
+        events = [committer.end(sequence, "error", error.message, error.code) for sequence, error in failed]
+        return self._deliver(events + self._stepper.step())
 
     def _deliver(self, events: list[TokenEvent]) -> list[TokenEvent]:
         """Hand the events of ``generate`` and ``stream`` to their builders; the others."""
         submitted = []
         for event in events:
             if event.finish_reason is not None:
-                del self._sequences[event.request_id, event.choice]
+                self._grammars.forget(self._sequences.pop((event.request_id, event.choice)), event.error_code)
             if event.request_id in self._local:
                 self._local[event.request_id].add(event, self.cancel)
             else:
@@ -156,22 +169,24 @@ class Engine:
         speculation: SpeculationParams | None = None,
         prediction: str | Many[int] = (),
         stop: Many[str] = (),
+        grammar: Grammar | None = None,
     ) -> list[Generation]:
         """Complete one prompt or several (text or token ids) and wait: params.n generations per prompt, in order.
 
         Args:
             prediction: text (or token ids) that is expected to come, for the drafter of that name.
+            grammar: what each text must be.
 
         Raises:
-            RequestError: a prompt or parameter that cannot be served.
+            RequestError: a prompt, parameter or grammar that cannot be served.
         """
         several = not isinstance(prompts, str) and bool(prompts) and not isinstance(prompts[0], int)
         builders: list[GenerationBuilder] = []
         try:
             for prompt in prompts if several else [prompts]:
-                builders.append(self._start(prompt, params, speculation, prediction, stop))
+                builders.append(self._start(prompt, params, speculation, prediction, stop, grammar))
             while any(builder.is_open for builder in builders):
-                self._undelivered += self._deliver(self._stepper.step())
+                self._undelivered += self._advance()
             return [generation for builder in builders for generation in builder.generations()]
         finally:
             for builder in builders:
@@ -185,16 +200,17 @@ class Engine:
         speculation: SpeculationParams | None = None,
         prediction: str | Many[int] = (),
         stop: Many[str] = (),
+        grammar: Grammar | None = None,
     ) -> Iterator[TextDelta | Generation]:
         """Complete one prompt: pieces of text of choice 0 as they are made, at last its Generation."""
         params = dataclasses.replace(params or SamplingParams(), n=1)
-        builder = self._start(prompt, params, speculation, prediction, stop)
+        builder = self._start(prompt, params, speculation, prediction, stop, grammar)
         try:
             while builder.deltas or builder.is_open:
                 if builder.deltas:
                     yield builder.deltas.popleft()
                 else:
-                    self._undelivered += self._deliver(self._stepper.step())
+                    self._undelivered += self._advance()
             yield builder.generations()[0]
         finally:
             self._leave(builder)
@@ -206,6 +222,7 @@ class Engine:
         speculation: SpeculationParams | None,
         prediction: str | Many[int],
         stop: Many[str],
+        grammar: Grammar | None,
     ) -> GenerationBuilder:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if isinstance(prediction, str):
@@ -216,8 +233,11 @@ class Engine:
             params=params or SamplingParams(),
             speculation=speculation or SpeculationParams(),
             prediction_ids=tuple(prediction),
+            grammar=grammar,
         )
         self._check_request(request)  # before the builder, which trusts it
+        if grammar is not None:
+            self._grammars.require(grammar)
         builder = self._local[request.request_id] = GenerationBuilder(request, self.tokenizer, tuple(stop))
         self._queue(request)
         return builder
@@ -265,3 +285,4 @@ class Engine:
         for request_id in self._open_requests():
             self.cancel(request_id)
         self._stepper.drafters.close()
+        self._grammars.close()

@@ -25,6 +25,7 @@ class Generation:
     prompt_logprobs: list[TokenLogprobs | None] | None
     speculation: SpeculationStats
     trace: tuple[StepTrace, ...] = ()  # of its first steps, when asked for
+    error: str | None = None  # what went wrong, when finish_reason is "error"
 
 
 @dataclass
@@ -98,4 +99,5 @@ class GenerationBuilder:
             prompt_logprobs=list(self._prompt_logprobs) if self._prompt_logprobs is not None else None,
             speculation=choice.last.speculation or SpeculationStats(),
             trace=tuple(self._traces[index]),
+            error=choice.last.error,
         )

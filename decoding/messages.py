@@ -76,6 +76,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the token id that ended it, when finish_reason is "stop"
     error: str | None = None  # when finish_reason is "error"
+    error_code: str | None = None  # with an error that is the request's own fault: the code of its RequestError
     seed: int | None = None  # on the first event of a choice
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache; on the first event of a choice
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # first event of choice 0, when asked for

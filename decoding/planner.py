@@ -98,7 +98,12 @@ class Limits:
         """What the client allows."""
         wish = sequence.speculation
         depth, nodes = _limit(self.max_depth, wish.max_depth), _limit(self._max_nodes, wish.max_nodes)
-        names = frozenset(d.name for d in self._drafters if wish.drafters is None or d.name in wish.drafters)
+        structured = sequence.request.grammar is not None
+        names = frozenset(
+            d.name
+            for d in self._drafters
+            if (structured if d.needs.automatic else wish.drafters is None or d.name in wish.drafters)
+        )
         return RowQuota(nodes, depth, names) if wish.enabled and names and depth and nodes else RowQuota()
 
     def forget(self, sequence: Sequence) -> None:
@@ -114,6 +119,28 @@ class Limits:
     def reserve_slots(self, row: PlannedRow, slots: int) -> bool:
         """Get so many slots behind the row's chain; False where the pool has none."""
         return self._cache.reserve(row.sequence, row.end + slots)
+
+
+class Certain:
+    """Limits of what is drafted without any doubt: whatever it costs, it saves more, so nothing is weighed."""
+
+    def __init__(
+        self, cache: SequenceCache, drafters: list[Drafter], max_nodes: int, max_depth: int, max_step_tokens: int
+    ) -> None:
+        drafters = [drafter for drafter in drafters if drafter.needs.automatic]
+        self.names = frozenset(drafter.name for drafter in drafters)
+        self._limits = Limits(cache, drafters, max_nodes, max_depth)
+        self._max_step_tokens = max_step_tokens
+
+    def limits(self, plan: Plan) -> Quota | None:
+        """Reserved for these drafters alone; None where no row has a grammar."""
+        if not any(row.sequence.matcher is not None for row in plan.deciding):
+            return None
+        return self._limits.reserved(plan, share_of(plan, self._max_step_tokens))
+
+    def forget(self, sequence: Sequence) -> None:
+        """See ``Planner``."""
+        self._limits.forget(sequence)
 
 
 class StaticPlanner:

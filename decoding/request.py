@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from decoding.acceptance import Acceptance
 from decoding.errors import RequestError
@@ -13,6 +14,39 @@ MAX_LOGPROBS = 20
 MAX_WORDS = 128  # bad_words: they are looked for at every node of every row
 MAX_WORD_TOKENS = 16
 GREEDY_TEMPERATURE = 1e-5  # below it the draw is the argmax
+MAX_GRAMMAR_BYTES = 256 * 1024
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have."""
+
+    low: float
+    high: float
+    open_low: bool = False  # without the lowest
+
+    def check(self, name: str, value: float) -> None:
+        """Refuse a number that is outside.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        _within(name, value, self.low, self.high, open_low=self.open_low)
+
+
+# by the names of SamplingParams, which are those of request fields
+RANGES = {
+    "temperature": Range(0.0, 100.0),
+    "top_p": Range(0.0, 1.0, open_low=True),
+    "min_p": Range(0.0, 1.0),
+    "repetition_penalty": Range(0.0, 100.0, open_low=True),
+    "presence_penalty": Range(-2.0, 2.0),
+    "frequency_penalty": Range(-2.0, 2.0),
+    "top_k": Range(-1, 2**31),
+    "n": Range(1, 128),
+}
 
 
 @dataclass(frozen=True)
@@ -44,19 +78,13 @@ class SamplingParams:
         Raises:
             RequestError: naming the field at fault.
         """
-        _within("temperature", self.temperature, 0.0, 100.0)
-        _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _within("min_p", self.min_p, 0.0, 1.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _within("top_k", self.top_k, -1, 2**31)
+        for name, span in RANGES.items():
+            span.check(name, getattr(self, name))
         _within("max_tokens", self.max_tokens, 1, 2**31)
         if self.min_tokens > self.max_tokens:
             message = f"min_tokens must be at most max_tokens ({self.max_tokens}), not {self.min_tokens}."
             raise RequestError(message, param="min_tokens")
         _within("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _within("n", self.n, 1, 128)
         if self.seed is not None:
             _within("seed", self.seed, -(2**63), 2**64 - 1)
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
@@ -132,6 +160,39 @@ class SpeculationParams:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What a text must be, from its first token to its last; see docs/structured-output.md.
+
+    ``source`` by kind: nothing for json_object; the schema as JSON text for json_schema; a regular expression that the
+    whole text matches; a JSON array of strings for choice; a grammar in llguidance's variant of Lark.
+    """
+
+    kind: GrammarKind
+    source: str = ""
+
+    def validate(self) -> None:
+        """Check what can be checked without compiling it.
+
+        Raises:
+            RequestError: with code ``invalid_grammar``, or ``grammar_too_complex`` for one that is too long.
+        """
+        if self.kind not in get_args(GrammarKind):
+            kinds = ", ".join(get_args(GrammarKind))
+            raise RequestError(f"there is no grammar of that kind; there are: {kinds}.", param="grammar")
+        try:
+            size = len(self.source.encode())
+        except UnicodeEncodeError as error:
+            message = "The grammar has a lone surrogate, which is no character; send valid Unicode."
+            raise RequestError(message, param="grammar", code="invalid_grammar") from error
+        if size > MAX_GRAMMAR_BYTES:
+            message = f"The grammar has {size} bytes; {MAX_GRAMMAR_BYTES} are the most. Shorten it."
+            raise RequestError(message, param="grammar", code="grammar_too_complex")
+        if "\0" in self.source:
+            message = "The grammar has a NUL character; leave it out, or write it as an escape."
+            raise RequestError(message, param="grammar", code="invalid_grammar")
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """One prompt and what to do with it: ``params.n`` continuations (choices) of it."""
 
@@ -141,6 +202,7 @@ class GenerateRequest:
     speculation: SpeculationParams = SpeculationParams()
     cache_salt: str = ""  # prompts share cached pages only within one salt
     prediction_ids: tuple[int, ...] = ()  # what the client expects to come, for the drafter that follows it
+    grammar: Grammar | None = None  # what the text must be; None: anything
 
     def validate(self, vocab_size: int, max_model_len: int, drafters: tuple[str, ...]) -> None:
         """Check the whole request against the served model.
@@ -154,6 +216,8 @@ class GenerateRequest:
         check_token_ids("prediction", self.prediction_ids, vocab_size)
         self.params.validate(vocab_size)
         self.speculation.validate(drafters)
+        if self.grammar is not None:
+            self.grammar.validate()
         asked = len(self.prompt_ids) + self.params.max_tokens
         if asked > max_model_len:
             # clients know the case by this text, LangChain by the code in it

@@ -1,6 +1,6 @@
 """From logits to tokens, by the request's parameters: ``process`` (what the logits become) and ``draw`` (the token).
 
-    x = logits + bias, bans, penalties                         token = argmax(x)                   T < 1e-5
+    x = logits + bias, bans, penalties, grammar masks          token = argmax(x)                   T < 1e-5
     F = top-k, then top-p, then min-p of x / T                 token = argmax(F(x / T) + g)        else
 
 Both serve the target and every drafter, so a drafter guesses under the same rules as the target draws. Nothing here
@@ -19,13 +19,15 @@ from torch import Tensor
 
 from decoding.filtered_draw import TRIED
 from decoding.filters import Filters, kept
+from decoding.grammar.masks import GrammarMasks
 from decoding.noise import NoiseBank
 from decoding.rule_table import RuleTable, make_rule_table
 from decoding.sampling_ops import SamplingOps
 from decoding.sequence import Sequence
 from decoding.word_bans import WordBans, forbid, make_word_bans, output_tails
 from models.target import Top
-from models.transfer import upload
+from models.transfer import fetch, upload
+from models.tree import Trees
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class SamplingTable:
     penalised: tuple[int, ...]  # host: sequences with a penalty
     prompt: Tensor | None  # [S, V] bool, ids that occur in the prompt of a penalised sequence, if there is any
     rules: RuleTable
+    grammars: GrammarMasks | None = None  # if any sequence has one
 
     @property
     def is_counted(self) -> bool:
@@ -97,6 +100,7 @@ def make_table(
         penalised=penalised,
         prompt=_prompt(sequences, penalised, vocab_size, device),
         rules=make_rule_table(sequences, device),
+        grammars=_grammars(sequences, vocab_size, device),
     )
 
 
@@ -105,9 +109,9 @@ def _bias(sequences: list[Sequence], vocab_size: int, device: torch.device) -> T
         return None
     bias = torch.zeros(len(sequences), vocab_size)
     for i, sequence in enumerate(sequences):
-        if allowed := sequence.params.allowed_token_ids:
+        if len(sequence.allowed):
             bias[i] = -torch.inf
-            bias[i, torch.tensor(allowed)] = 0.0
+            bias[i, torch.from_numpy(sequence.allowed)] = 0.0
         for token, value in sequence.params.logit_bias.items():
             bias[i, token] += value
     return upload(device, bias.numpy())[0]
@@ -118,8 +122,18 @@ def _stops(sequences: list[Sequence], vocab_size: int, eos: tuple[int, ...], dev
         return None
     stops = torch.zeros(len(sequences), vocab_size, dtype=torch.bool)
     for i, sequence in enumerate(sequences):
+        if sequence.matcher is not None:  # its mask says where it may end, and knows when it must
+            continue
         stops[i, [*eos, *sequence.params.stop_token_ids]] = True
     return upload(device, stops.numpy())[0]
+
+
+def _grammars(sequences: list[Sequence], vocab_size: int, device: torch.device) -> GrammarMasks | None:
+    matchers = [s.matcher for s in sequences]
+    if not any(matcher is not None for matcher in matchers):
+        return None
+    contested = any(s.params.allowed_token_ids or s.params.bad_words for s in sequences)
+    return GrammarMasks(matchers, vocab_size, device, contested=contested)
 
 
 def _prompt(
@@ -174,12 +188,20 @@ class Sampling:
     ops: SamplingOps
 
     def needs_paths(self) -> bool:
-        return bool(self.table.penalised) or self.table.words is not None
+        """Whether ``process`` must know what stands between the root and a node."""
+        table = self.table
+        return bool(table.penalised) or table.words is not None or table.grammars is not None
 
     def process(
-        self, logits: Tensor, row: Tensor, depth: Tensor, paths: Tensor | None, ids: Tensor | None = None
+        self,
+        logits: Tensor,
+        row: Tensor,
+        depth: Tensor,
+        paths: Tensor | None,
+        ids: Tensor | None = None,
+        masks: Tensor | None = None,
     ) -> Tensor:
-        """What the logits become: bias, bans, penalties, each for the node's own path.
+        """What the logits become: bias, bans, penalties, grammars, each for the node's own path.
 
         Args:
             logits: [W, V'] raw logits of W nodes; not changed.
@@ -187,6 +209,7 @@ class Sampling:
             depth: [W] int64, tokens on the path from the root (excluded) to the node.
             paths: [W, D] int64, those tokens, padded with -1; needed only if ``needs_paths()``.
             ids: [V'] int64, the target's id of each column; rising. None: columns are ids.
+            masks: what grammars allow at these nodes, see ``GrammarMasks.fill``; None: it is filled here.
         Returns:
             [W, V] with V = vocab_size; with ``ids`` [W, V'], where ids of padding have -inf.
         """
@@ -205,7 +228,16 @@ class Sampling:
             x = forbid(x, table.words, self.counts.tails, row, depth, paths, ids)
         if table.penalised:
             x = self._penalise(x, row, paths, ids)
+        if table.grammars is not None:
+            if masks is None:
+                assert paths is not None  # needs_paths() said so
+                masks = table.grammars.fill(*fetch(row, depth, paths)())
+            x = table.grammars.apply(x, masks, ids, logits)
         return x
+
+    def permitted(self, trees: Trees) -> Trees:
+        """A drafter's trees of the step's rows without the nodes that their grammars refuse."""
+        return trees if self.table.grammars is None else self.table.grammars.permitted(trees)
 
     def draw(self, x: Tensor, row: Tensor, depth: Tensor) -> Tensor:
         """The token of each node, [W] int64, from processed logits [W, V]."""

@@ -149,11 +149,11 @@ class CpuSamplingOps:
         self.draw = ops.sample_rows.default
         self.guess = ops.guess_rows.default
         self._topk = ops.topk_rows.default
+        self._top = ops.top_rows.default
 
     def top(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Without noise a row is scanned once; equal values come in the order of their ids."""
-        rows = len(x)
-        values, ids = self._topk(x, torch.ones(rows), torch.empty(0, 1), torch.full((rows,), -1), k, False)
+        """Equal values come in the order of their ids."""
+        values, ids = self._top(x, k)
         return values, ids
 
     def candidates(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, k: int) -> Tensor:

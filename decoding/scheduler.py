@@ -112,12 +112,12 @@ class Scheduler:
             self._on_admit(sequence, flags)
 
     def _next_waiting(self) -> Sequence | None:
-        """The first in the queue that need not wait for a sibling.
+        """The first in the queue that need not wait for its grammar, nor for a sibling.
 
         Choices of one request share their prompt: the others follow once the first has its full pages in the prefix
         cache.
         """
         if not self._cache.prefixes.enabled:
-            return self.waiting[0]
+            return next((s for s in self.waiting if s.is_ready), None)
         computing = {s.id[0] for s in self.running if s.cached < shareable_tokens(s.prompt_len) and not s.started}
-        return next((s for s in self.waiting if s.id[0] not in computing), None)
+        return next((s for s in self.waiting if s.is_ready and s.id[0] not in computing), None)

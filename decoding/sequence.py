@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from decoding.acceptance import EXACT, Acceptance
+from decoding.grammar.matcher import Matcher
 from decoding.messages import DrafterStats, SpeculationStats, TokenLogprobs
 from decoding.request import GREEDY_TEMPERATURE, GenerateRequest, SamplingParams, SpeculationParams
 
@@ -25,9 +26,18 @@ class SpeculationCounter:
     accepted_by: Counter[str] = field(default_factory=Counter)
 
     def stats(self, names: tuple[str, ...], acceptance: str = "exact") -> SpeculationStats:
-        """What was counted, of each of these drafters."""
-        by_drafter = {name: DrafterStats(self.drafted_by[name], self.accepted_by[name]) for name in names}
+        """What was counted, of each of these drafters and of others that drafted anything."""
+        drafted = dict.fromkeys((*names, *self.drafted_by))
+        by_drafter = {name: DrafterStats(self.drafted_by[name], self.accepted_by[name]) for name in drafted}
         return SpeculationStats(self.steps, self.drafted, self.accepted, by_drafter, acceptance)
+
+
+@dataclass
+class Traced:
+    """How much of a sequence's steps was told."""
+
+    steps: int = 0
+    nodes: int = 0
 
 
 class Sequence:
@@ -41,6 +51,7 @@ class Sequence:
         self.params: SamplingParams = request.params
         self.speculation: SpeculationParams = request.speculation
         self.is_greedy = request.params.temperature < GREEDY_TEMPERATURE
+        self.allowed = np.array(request.params.allowed_token_ids, dtype=np.int64)  # [A]; none: everything is
         # drafts for texts of one kind are worth about the same
         self.kind = (self.is_greedy, bool(request.prediction_ids))
         self.choice = choice
@@ -59,8 +70,9 @@ class Sequence:
         self.started = False  # its first event went out
         self.admitted = False  # it was in the batch before (a preempted sequence was)
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.matcher: Matcher | None = None  # where its text stands in its grammar; None: it has none, or not yet
         self.counter = SpeculationCounter()
-        self.traced_steps = 0  # steps whose trace went out
+        self.traced = Traced()
         self.unfollowed: set[str] = set()  # drafters that the planner lets sleep through this sequence
         self.made_up = False  # by a probe and not by a client: nobody is to learn from its text
 
@@ -77,6 +89,11 @@ class Sequence:
             return False
         wish = self.speculation.coupling
         return self.acceptance.rule == "exact" if wish is None else wish
+
+    @property
+    def is_ready(self) -> bool:
+        """Nothing but room is missing for it to run: its grammar is compiled."""
+        return self.request.grammar is None or self.matcher is not None
 
     @property
     def generated(self) -> int:

@@ -19,7 +19,7 @@ from decoding.messages import TokenEvent
 from decoding.planner import Planner, StepTimes
 from decoding.sampler import Sampler
 from decoding.scheduler import Scheduler
-from decoding.verify import Rule, verify
+from decoding.verify import Rule, masks_ahead, verify
 from models.target import CausalModel
 
 
@@ -64,6 +64,7 @@ class Stepper:
         chosen = self.planner.choose(plan, proposals, quota, self.target.device)  # merged, the best nodes
         chains = [Chain(r.sequence.tokens[r.start : r.end], r.start, r.sequence.pages) for r in plan.rows]
         batch, nodes = build(chains, chosen.trees, chosen.masks, chosen.counts)
+        masks = masks_ahead(chosen.trees, nodes, sampling, chosen.deepest)  # what grammars allow, if there are any
 
         forward = time.perf_counter()
         out = self.target.forward(batch, self.cache.kv, self.drafters.taps(plan))
@@ -71,7 +72,7 @@ class Stepper:
         self.forward_seconds += time.perf_counter() - forward
 
         draws = self.drafters.want_draws
-        verdict = verify(self.rule, chosen.trees, nodes, logits, sampling, chosen.deepest, draws=draws)  # path + bonus
+        verdict = verify(self.rule, chosen.trees, nodes, logits, sampling, chosen.deepest, masks, draws=draws)
         self.cache.commit(batch, nodes, verdict)  # keep the accepted path's K/V
         results = self.committer.send(plan, chosen, nodes, verdict, logits)  # to the host, before others keep it busy
         out = self.drafters.with_top(out, logits, limits, sampling)  # likeliest tokens, for who learns from them

@@ -118,6 +118,11 @@ class Tokenizer:
         """``token_bytes`` as text; bytes that are no whole character become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is spelled so; None: there is none, or it is not special."""
+        token_id = self._vocab.get(text)
+        return token_id if token_id in self.special_ids else None
+
     def spelling(self, token_id: int) -> str:
         """The token as the tokenizer spells it, "Ġdef" for " def" say; "" for an id without a token."""
         spelled: str | None = self._backend.id_to_token(token_id)
@@ -172,6 +177,7 @@ class TextStream:
             prompt, the output's first token is not the first.
         stop: the output ends before the first of them that is completed (the longest, if several are at once).
         include_stop: keep the stop string in the text.
+        kept: special tokens that are not skipped.
 
     Attributes:
         offsets: for every output token, where its text begins in the output's text (before it is cut at a stop).
@@ -187,9 +193,11 @@ class TextStream:
         stop: tuple[str, ...] = (),
         skip_special_tokens: bool = True,
         include_stop: bool = False,
+        kept: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._kept = kept
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._partial = False  # the decoder holds the first bytes of a character
         self._stops = StopStrings(stop, include_stop)
@@ -239,7 +247,8 @@ class TextStream:
         return TextDelta(text, len(self.offsets), self._stop is not None, self._stop)
 
     def _bytes(self, token_id: int) -> bytes:
-        spelled = self._tokenizer.piece(token_id, self._previous, self._skip_special_tokens)
+        skipped = self._skip_special_tokens and token_id not in self._kept
+        spelled = self._tokenizer.piece(token_id, self._previous, skipped)
         if spelled is None:
             return b""
         self._previous = token_id

@@ -15,12 +15,15 @@ from decoding.plan import Plan
 from decoding.sequence import Sequence
 from models.tree import GUESSED, NO_PARENT, PINS, Trees
 
-MAX_STEPS = 256  # of one choice, its first ones: a trace is kept until the answer is sent
+# Of one choice, its first ones: a trace is kept until the answer is sent.
+MAX_STEPS = 256
+MAX_NODES = 4096
 
 
 def is_traced(sequence: Sequence) -> bool:
     """Whether its next step is to be told."""
-    return sequence.speculation.trace and sequence.traced_steps < MAX_STEPS
+    told = sequence.traced
+    return sequence.speculation.trace and told.steps < MAX_STEPS and told.nodes < MAX_NODES
 
 
 def wanted_of(plan: Plan, trees: Trees) -> tuple[Tensor, ...]:

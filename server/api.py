@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from decoding.errors import RequestError, nearest
+from decoding.errors import ConfigError, RequestError, nearest
 from decoding.text import Tokenizer
 from server.admission import ticket_of
 from server.engine_client import EngineClient
+from server.grammar_worker import GrammarCheck
 from server.metrics import Metrics
 from server.openai.choice_output import OutputOptions
 from server.openai.field_limits import check_limits
@@ -22,8 +23,9 @@ from server.openai.fim import Infill
 from server.openai.fingerprint import fingerprint
 from server.openai.generation import Generation, PromptRequest
 from server.openai.json_body import BodyMemory, read_json
+from server.openai.output_parser import OutputFormats
 from server.openai.rendering import StreamUsage
-from server.openai.sse import EventStreamResponse, until_disconnect
+from server.openai.sse import DONE, EventStreamResponse, until_disconnect
 from server.openai.validation import parse_fields
 from server.prompt_log import log_prompt
 from server.settings import ServerSettings
@@ -47,16 +49,30 @@ class Api:
     tokenizer: Tokenizer
     settings: ServerSettings
     metrics: Metrics
+    grammars: GrammarCheck  # asked before a request with a grammar is sent to the engine
     created: int = field(default_factory=lambda: int(time.time()))
     longest_token: int = field(init=False)  # in characters: no prompt is longer than its tokens times this
     infill: Infill | None = field(init=False)  # how the model fills in text before a suffix, if it can
     bodies: BodyMemory = field(init=False)
+    formats: OutputFormats = field(init=False)  # how the model writes tool calls and reasoning
 
     def __post_init__(self) -> None:
         longest = max((len(token) for token in self.tokenizer.vocab()), default=1)
         object.__setattr__(self, "longest_token", longest)
         object.__setattr__(self, "infill", Infill.of(self.tokenizer))
         object.__setattr__(self, "bodies", BodyMemory(self.settings.limits.max_body_memory))
+        formats = OutputFormats.of(self.tokenizer, self.settings.tool_call_parser, self.settings.reasoning_parser)
+        object.__setattr__(self, "formats", formats)
+        if self.settings.enable_auto_tool_choice and not (formats.tools and self.shows_tools):
+            raise ConfigError(
+                "--enable-auto-tool-choice cannot be kept: the chat template shows no tools, or how the model calls "
+                "them is unknown; name it with --tool-call-parser, or give another --chat-template."
+            )
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the chat template tells the model of tools."""
+        return "tools" in self.tokenizer.chat_variables
 
     async def body(self, request: Request) -> dict[str, Any]:
         """The JSON object of a request.
@@ -76,7 +92,14 @@ class Api:
             RequestError: naming the field at fault.
             OverloadedError, LateError, ClientDisconnect: see ``read_json``.
         """
-        fields = parse_fields(await self.body(request), model)
+        return self.checked(request, parse_fields(await self.body(request), model))
+
+    def checked(self, request: Request, fields: F) -> F:
+        """Fields that were checked one by one, checked against each other and against the limits of this server.
+
+        Raises:
+            RequestError: naming the field at fault.
+        """
         fields.check_combinations()
         check_limits(fields, self.settings.limits)
         if self.settings.security.isolate_keys:
@@ -105,11 +128,12 @@ class Api:
         """
         return fingerprint(self.client.info, self.tokenizer, self.settings.seed)
 
-    def check_length(self, text: str, times: int = 1) -> None:
+    def check_length(self, text: str, times: int = 1, *, param: str = "prompt") -> None:
         """Refuse a text that is too long before it costs the time to tokenize it.
 
         Args:
             times: how many contexts it may be long; more than one where its tokens are only counted, or cut.
+            param: the field that the text is of.
 
         Raises:
             RequestError: however its tokens fall, they do not fit the context; or it has more than --max-prompt-chars.
@@ -117,15 +141,15 @@ class Api:
         room, most = self.client.info.max_model_len, self.settings.limits.max_prompt_chars
         if most is not None and len(text) > most:
             raise RequestError(
-                f"The prompt has {len(text)} characters, and this server takes {most}. Shorten it.",
-                param="prompt",
+                f"The {param} has {len(text)} characters, and this server takes {most}. Shorten it.",
+                param=param,
                 code="context_length_exceeded",
             )
         if len(text) > times * room * self.longest_token:
             raise RequestError(
-                f"This model's maximum context length is {room} tokens. However, you requested more: your prompt has "
-                f"{len(text)} characters. Shorten the prompt. (context_length_exceeded)",
-                param="prompt",
+                f"This model's maximum context length is {room} tokens. However, you requested more: your {param} has "
+                f"{len(text)} characters. Shorten the {param}. (context_length_exceeded)",
+                param=param,
                 code="context_length_exceeded",
             )
 
@@ -185,16 +209,30 @@ class Api:
         Raises:
             LateError: the deadline has passed.
         """
-        remaining = ticket_of(request).remaining
-        if fields.stream:
-            chunks = renderer.chunks(StreamUsage.of(fields.stream_options))
-            return EventStreamResponse(chunks, self.settings.ping_seconds, remaining)
+        events = renderer.chunks(StreamUsage.of(fields.stream_options)) if fields.stream else None
+        return await self.respond(request, renderer.whole, events)
 
-        async def whole() -> Response:
-            return JSONResponse(await renderer.whole())
+    async def respond(
+        self,
+        request: Request,
+        whole: Callable[[], Awaitable[dict[str, Any]]],
+        events: AsyncGenerator[bytes, None] | None,
+        last: bytes = DONE,
+    ) -> Response:
+        """As ``answer``: a stream if there are events, with ``last`` behind them, else the whole.
+
+        Raises:
+            LateError: the deadline has passed.
+        """
+        remaining = ticket_of(request).remaining
+        if events is not None:
+            return EventStreamResponse(events, self.settings.ping_seconds, remaining, last)
+
+        async def made() -> Response:
+            return JSONResponse(await whole())
 
         seconds = remaining()
-        return await until_disconnect(request, whole(), seconds)
+        return await until_disconnect(request, made(), seconds)
 
 
 def output_options(fields: SamplingFields) -> OutputOptions:

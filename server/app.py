@@ -14,41 +14,67 @@ from server.api import Api
 from server.auth import ApiKeys
 from server.engine_client import EngineClient
 from server.errors import ErrorReply, reply_to
+from server.grammar_worker import GrammarCheck, SizeCheck
 from server.metrics import Metrics
 from server.middleware import REQUEST_ID, AdmissionMiddleware, RequestMiddleware, assign_id
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
+from server.routes.document import document_router
 from server.routes.models import models_router
 from server.routes.operations import operations_router
+from server.routes.responses import responses_router
 from server.routes.tokenize import tokenize_router
 from server.routes.version import version_router
 from server.settings import ServerSettings
 
 ROUTES = (
-    *("/v1/completions", "/v1/chat/completions", "/v1/models"),
-    *("/tokenize", "/detokenize", "/version", "/health", "/ready", "/live", "/metrics"),
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/models",
+    "/tokenize",
+    "/detokenize",
+    "/version",
+    "/health",
+    "/ready",
+    "/live",
+    "/metrics",
+    "/openapi.json",
 )
 
 
 def build_app(
-    client: EngineClient, tokenizer: Tokenizer, settings: ServerSettings, admission: Admission | None = None
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    settings: ServerSettings,
+    admission: Admission | None = None,
+    grammars: GrammarCheck | None = None,
 ) -> FastAPI:
-    """The application that serves ``client``; starting and closing the client is the caller's.
+    """The application that serves ``client``; starting and closing the client, and ``grammars``, is the caller's.
 
     Args:
         admission: in place of the one that ``settings`` describe.
+        grammars: checks those of requests; default: by their size alone.
     """
     metrics = Metrics(client.stats, lambda: client.state)
-    api = Api(client, tokenizer, settings, metrics)
+    api = Api(client, tokenizer, settings, metrics, grammars or SizeCheck())
     security = settings.security
     keys = ApiKeys(security.api_keys, metrics_public=security.metrics_public)
     guard = Guard(settings.limits, keys, settings.rows)
-    # no OpenAPI pages: bodies are parsed by hand, for errors that OpenAI's clients understand
+    # FastAPI would make another document: bodies are parsed by hand, for errors that OpenAI's clients understand
     app = FastAPI(title="Saccade", openapi_url=None, redirect_slashes=False)
-    for router in (completions_router(api), chat_router(api), models_router(api), operations_router(api, guard)):
+    routers = (
+        completions_router(api),
+        chat_router(api),
+        responses_router(api),
+        models_router(api),
+        operations_router(api, guard),
+        tokenize_router(api),
+        version_router(),
+        document_router(),
+    )
+    for router in routers:
         app.include_router(router)
-    app.include_router(tokenize_router(api))
-    app.include_router(version_router())
     app.add_middleware(AdmissionMiddleware, admission=admission or guard, body_seconds=settings.limits.body_timeout)
     if security.cors_origins:
         _allow_origins(app, security.cors_origins)

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from decoding.errors import SaccadeError, nearest
 from server.engine_driver import ENGINE
 from server.flags import Parser, add_engine_flags, engine_config, nonempty, positive
+from server.reading_flags import add_reading_flags, reading
 from server.serve_flags import KEY_VARIABLE, add_limit_flags, add_security_flags, limits, security, tls
 
 DEFAULT_HOST = "127.0.0.1"
@@ -89,6 +90,7 @@ def _serve_parser(commands: argparse._SubParsersAction[Parser]) -> Parser:
     parser.add_argument("--served-model-name", nargs="+", type=nonempty, metavar="NAME", help=names)
     parser.add_argument("--host", default=DEFAULT_HOST, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help="(default: %(default)s; 0: a free one)")
+    add_reading_flags(parser)
     add_limit_flags(parser)
     add_security_flags(parser)
     return parser
@@ -128,6 +130,7 @@ def run_server(args: argparse.Namespace, engine: str = ENGINE) -> int:
         model_names=names,
         seed=config.seed,
         rows=config.max_num_seqs,
+        **reading(args),
         limits=limits(args),
         security=security(args, os.environ.get(KEY_VARIABLE)),
     )

@@ -119,7 +119,8 @@ def reply_to(error: BaseException) -> ErrorReply:
         code = "internal_error" if isinstance(error, GenerationError) else "slow_reader"
         return ErrorReply(500, "server_error", code, bounded(str(error)))
     message = "The server made a mistake while answering this request; its log says more, under the x-request-id."
-    return ErrorReply(500, "server_error", "internal_error", message)
+    # OpenAI's clients would send the request twice more, and it would meet the same mistake
+    return ErrorReply(500, "server_error", "internal_error", message, headers={"x-should-retry": "false"})
 
 
 def deadline_exceeded() -> LateError:

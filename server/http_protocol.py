@@ -39,6 +39,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(**uvicorn)
         self._limits = limits
         self._part: Literal["none", "head", "body"] = "none"  # of a message, that has begun and is not complete
+        self._begun = 0  # messages, in the bytes that are being parsed
         self._head_bytes = 0
         self._refused = False
         self._awaited: Literal["nothing", "head", "rest"] = "nothing"
@@ -62,11 +63,12 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        was_in_head = self._part == "head"
+        part, self._begun = self._part, 0
         super().data_received(data)
         if self._refused or self.transport.is_closing():
             return
-        if was_in_head and self._part == "head":
+        # of bytes that end one message and begin the next, nobody knows which are whose
+        if self._part == "head" and (part, self._begun) in (("head", 0), ("none", 1)):
             self._head_bytes += len(data)
             if self._head_bytes > self._limits.max_header_size:
                 self._refuse(_HEAD_TOO_LARGE)
@@ -79,6 +81,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._part, self._head_bytes = "head", 0
+        self._begun += 1
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
@@ -148,9 +151,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refused = True
         self._await("nothing")
         self._unset_keepalive_if_required()
-        if not self._answered():  # an answer is on its way: it must not be mixed with another
-            self.transport.close()
-            return
+        if not self._answered():
+            if self.pipeline or self.cycle.response_started:  # an answer is on its way: another must not get into it
+                self.transport.close()
+                return
+            self.cycle.disconnected = True  # to the application the client has left
+            self.cycle.message_event.set()
         self.transport.write(reply.raw(new_id()))
         if self.transport.can_write_eof():
             self.transport.write_eof()

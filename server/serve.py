@@ -21,6 +21,7 @@ from decoding.config import EngineConfig
 from decoding.text import Tokenizer
 from server.app import build_app
 from server.engine_driver import ENGINE
+from server.grammar_worker import GrammarWorker
 from server.http_protocol import http_protocol
 from server.limits import Limits
 from server.listening import Address, allow_many_connections, is_loopback, listen
@@ -47,6 +48,7 @@ def http_server(app: ASGIApp, limits: Limits, tls: ssl.SSLContext | None = None)
     """The HTTP server of ``app``."""
     config = uvicorn.Config(
         app,
+        loop="asyncio",  # uvloop, measured with benchmarks/http_stream.py, brought nothing here
         http=http_protocol(limits),
         ws="none",
         log_config=None,
@@ -91,6 +93,7 @@ class Service:
         self._tls = tls
         self._engine = Supervisor(lambda: SocketEngineClient(config, engine=engine, limits=settings.limits))
         self._stop = asyncio.Event()
+        self._grammars: GrammarWorker | None = None
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM; a second one ends the process at once.
@@ -105,6 +108,8 @@ class Service:
             await self._serve()
         finally:
             await self._engine.close()
+            if self._grammars is not None:
+                await self._grammars.close()
 
     async def _serve(self) -> None:
         folder = tokenizer_folder(self._config)
@@ -126,7 +131,8 @@ class Service:
     async def _start_http(self, folder: Path) -> tuple[asyncio.Task[None], uvicorn.Server]:
         """The HTTP server answers while the model loads, /health with 503."""
         tokenizer = await asyncio.to_thread(Tokenizer.load, folder, chat_template=self._chat_template)
-        app = build_app(self._engine, tokenizer, self._settings)
+        self._grammars = GrammarWorker(folder, lambda: self._engine.info.vocab_size)
+        app = build_app(self._engine, tokenizer, self._settings, grammars=self._grammars)
         server = http_server(app, self._settings.limits, self._tls)
         return asyncio.create_task(server.serve(sockets=[self._listener])), server
 

@@ -35,6 +35,16 @@ class Needs:
     fixed_tree: bool = False  # all its nodes are wanted, however improbable; --max-nodes and --max-depth still hold
     draws: bool = False  # the token drawn at every verified node, in ``Verdict.drawn``
     pins: bool = False  # it pins nodes, see ``Trees``: these cost whatever they promise, and its gain comes later
+    automatic: bool = False  # it is there without being asked for, for requests with a grammar
+
+
+@runtime_checkable
+class BoundedOptions(Protocol):
+    """Options of a drafter that remembers past texts."""
+
+    def memory_bound(self, vocab_size: int) -> int:
+        """Bytes that this may take at most, beside what rows under way take."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from decoding.drafters.tries import as_trees
-from decoding.plan import Plan
-from models.tree import Trees
-
-Node = tuple[int, int, float]  # parent column, token, confidence
+from decoding.drafters.tries import Node
 
 
 @dataclass(frozen=True)
@@ -75,8 +71,3 @@ def _branches(guesses: Sequence[Continuation], column: int, level: int, path: fl
         _Waiting(column, token, weight / total, path * (weight / total), level + 1, leading[token])
         for token, weight in weights.items()
     ]
-
-
-def trees_of(plan: Plan, tries: Sequence[Sequence[Node]], bit: int) -> Trees | None:
-    """The nodes of each deciding row as trees of drafter number ``bit``; None where no row has any."""
-    return as_trees(tries, [int(row.sequence.tokens[-1]) for row in plan.deciding], bit)

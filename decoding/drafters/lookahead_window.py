@@ -11,12 +11,13 @@ next row. Column by column, a row's token, those below it and what was drawn are
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
 import numpy as np
 
 from decoding.drafters.ngram_pool import NgramPool
+
+_WORD = (1 << 64) - 1
 
 
 class Window:
@@ -33,7 +34,7 @@ class Window:
         self.width = width
         self._level = level
         self._text = text
-        self._luck = random.Random(seed)
+        self._luck = seed
         self.rows = [self._any(width) for _ in range(level - 1)]
         self._drawn = [0] * width  # rows of each column that were drawn, from the last one up
 
@@ -88,4 +89,11 @@ class Window:
 
     def _any(self, count: int) -> list[int]:
         """Random tokens of the text."""
-        return [int(self._text[self._luck.randrange(len(self._text))]) for _ in range(count)]
+        return [int(self._text[self._bits() * len(self._text) >> 32]) for _ in range(count)]
+
+    def _bits(self) -> int:
+        """32 random bits: the upper ones of SplitMix64 (Steele et al., OOPSLA 2014)."""
+        self._luck = (self._luck + 0x9E3779B97F4A7C15) & _WORD
+        mixed = (self._luck ^ self._luck >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & _WORD
+        return (mixed ^ mixed >> 31) >> 32

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from decoding.drafters.base import DrafterContext, TokenDrafter
-from decoding.drafters.continuations import Continuation, Node, grow, trees_of
+from decoding.drafters.continuations import Continuation, grow
+from decoding.drafters.rows import last_tokens
+from decoding.drafters.tries import Node, as_trees
 from decoding.errors import ConfigError
 from decoding.plan import Plan, Quota, RowQuota
 from decoding.sampling import Sampling
@@ -119,7 +121,8 @@ class NgramDrafter(TokenDrafter):
     def search_anywhere(self, plan: Plan, quota: Quota) -> Trees | None:
         """``propose`` in Python, without an index: what it means."""
         rows = zip(plan.deciding, quota.rows, strict=True)
-        return trees_of(plan, [self._trie(row.sequence.tokens, limit) for row, limit in rows], self._bit)
+        tries = [self._trie(row.sequence.tokens, limit) for row, limit in rows]
+        return as_trees(tries, last_tokens(plan), self._bit)
 
     def _trie(self, tokens: np.ndarray, limit: RowQuota) -> list[Node]:
         if self.name not in limit.drafters or not limit.nodes or not limit.depth:

@@ -14,11 +14,21 @@ import numpy as np
 
 from decoding.batcher import Nodes
 from decoding.drafters.base import DrafterContext, Needs, TokenDrafter
-from decoding.drafters.successors import MAX_VOCAB, Lesson, Matrices, Wish, first_counts, load_recycling
+from decoding.drafters.successors import (
+    GREEDY,
+    MADE_UP,
+    MAX_VOCAB,
+    SAMPLED,
+    Lesson,
+    Matrices,
+    Wish,
+    first_counts,
+    load_recycling,
+)
 from decoding.errors import ConfigError
 from decoding.plan import Plan, Quota
 from decoding.sampling import Sampling
-from decoding.sequence import Sequence
+from decoding.sequence import Sequence, SequenceId
 from decoding.verify import Verdict
 from models.batch import MAX_TREE, RaggedBatch
 from models.target import ForwardOutput
@@ -35,6 +45,10 @@ class RecyclingOptions:
     top_k: int = 8  # successors kept of each token
     nodes: int = MAX_TREE - 1  # of a tree at most; --max-nodes holds, too
     salts: int = 16  # matrices kept at most, one for each cache_salt; the one used longest ago goes first
+
+    def memory_bound(self, vocab_size: int) -> int:
+        """Bytes that all matrices take at most: an index and a row of 4-byte entries for each token."""
+        return self.salts * vocab_size * 4 * (1 + self.top_k)
 
 
 @dataclass(frozen=True)
@@ -76,8 +90,14 @@ class RecyclingDrafter(TokenDrafter):
         self._counts = first_counts(options.top_k)
         self._learn, self._grow = load_recycling()
         self._heard: _Heard | None = None
+        self._made_up: set[SequenceId] = set()  # texts under way of which nothing is to stay
         # a device is still busy with the last step's successors: they are looked at while it runs the next step
         self._waits = context.device.type != "cpu"
+
+    def admit(self, sequence: Sequence, cached_tokens: int) -> None:
+        """What is learned from a made-up text is kept apart, and goes with it."""
+        if sequence.made_up:
+            self._made_up.add(sequence.id)
 
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
         if not self._waits:
@@ -86,7 +106,7 @@ class RecyclingDrafter(TokenDrafter):
         if not any(nodes):
             return None
         sequences = [row.sequence for row in plan.deciding]
-        matrices, owner = self._matrices.of([sequence.request.cache_salt for sequence in sequences])
+        matrices, owner = self._matrices.of(_salts(sequences))
         roots = [int(sequence.tokens[-1]) for sequence in sequences]
         wish = Wish(owner, _modes(sequences), roots, nodes, [row.depth for row in quota.rows])
         return self._grow(matrices, self._counts, wish, self._bit)
@@ -100,6 +120,12 @@ class RecyclingDrafter(TokenDrafter):
         shown = (batch.at_wanted(batch.token_ids), nodes.first, out.top.ids, out.top.logits)
         self._heard = _Heard(rows, fetch(*shown, *paths))
 
+    def forget(self, sequence: SequenceId) -> None:
+        if sequence in self._made_up:
+            self._made_up.discard(sequence)
+            self._heard = None
+            self._matrices.drop(None)
+
     def _settle(self) -> None:
         """Learn from the last step in which it was asked; by now the text has gone on."""
         heard, self._heard = self._heard, None
@@ -107,7 +133,7 @@ class RecyclingDrafter(TokenDrafter):
             return
         tokens, first, ids, logits, *paths = heard.fetched()
         sequences = [sequence for sequence, _ in heard.rows]
-        matrices, owner = self._matrices.of([sequence.request.cache_salt for sequence in sequences])
+        matrices, owner = self._matrices.of(_salts(sequences))
         lesson = Lesson(
             owner=owner,
             modes=_modes(sequences),
@@ -121,5 +147,10 @@ class RecyclingDrafter(TokenDrafter):
         self._learn(matrices, self._counts, lesson)
 
 
+def _salts(sequences: list[Sequence]) -> list[str | None]:
+    """Which matrices they learn from, and fill."""
+    return [None if sequence.made_up else sequence.request.cache_salt for sequence in sequences]
+
+
 def _modes(sequences: list[Sequence]) -> list[int]:
-    return [int(not sequence.is_greedy) for sequence in sequences]
+    return [MADE_UP if each.made_up else GREEDY if each.is_greedy else SAMPLED for each in sequences]

@@ -19,6 +19,7 @@ import torch
 
 from decoding.datastore.layout import NO_TOKEN, Datastore, Match
 from decoding.drafters.base import DrafterContext, TokenDrafter
+from decoding.drafters.rows import last_tokens
 from decoding.drafters.tries import Node, as_trees
 from decoding.errors import ConfigError
 from decoding.plan import Plan, Quota, RowQuota
@@ -119,7 +120,7 @@ class RetrievalDrafter(TokenDrafter):
         """``propose`` in Python: what it means."""
         texts = [row.sequence.tokens for row in plan.deciding]
         tries = [self._trie(text, limit) for text, limit in zip(texts, quota.rows, strict=True)]
-        return as_trees(tries, [int(text[-1]) for text in texts], self._bit)
+        return as_trees(tries, last_tokens(plan), self._bit)
 
     def _trie(self, text: np.ndarray, limit: RowQuota) -> list[Node]:
         """The nodes, the most probable first."""

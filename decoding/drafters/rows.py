@@ -24,7 +24,7 @@ def spread(drafted: Trees, row: Tensor, plan: Plan) -> Trees:
     """Trees of all deciding rows from those of the rows ``row`` [S]; the others' are bare roots."""
     if row.shape[0] == len(plan.deciding):
         return drafted
-    [roots] = upload(row.device, np.array([r.sequence.tokens[-1] for r in plan.deciding], dtype=np.int64))
+    [roots] = upload(row.device, np.array(last_tokens(plan), dtype=np.int64))
     size = (len(plan.deciding), drafted.width)
     tokens = drafted.tokens.new_full(size, -1)
     tokens[:, 0] = roots
@@ -37,3 +37,8 @@ def spread(drafted: Trees, row: Tensor, plan: Plan) -> Trees:
     source = drafted.source.new_zeros(size)
     source[row] = drafted.source
     return Trees(tokens, parents, confidence, source)
+
+
+def last_tokens(plan: Plan) -> list[int]:
+    """[R] of the deciding rows: the roots of their trees."""
+    return [int(row.sequence.tokens[-1]) for row in plan.deciding]

@@ -11,20 +11,23 @@ import heapq
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from decoding.drafters.tries import Node, as_trees
 from models import kernels
-from models.tree import NO_PARENT, Trees
+from models.tree import Trees
 
 CLASS_BITS = 3  # an entry is id << CLASS_BITS | class; as in models/kernels/recycling.cpp
 MAX_VOCAB = 1 << (31 - CLASS_BITS)
 EDGES = (0.01, 0.03, 0.1, 0.25, 0.5, 0.8, 0.95)  # shares of the probability at which the next class begins
 NOTHING = -1  # an entry that is not there
-MODES = 2  # greedy, sampled
+GREEDY, SAMPLED, MADE_UP = range(3)  # modes: what counts for one kind of text says nothing of the others
+MODES = 3
 LEVELS = 4  # depths that are told apart; the last one goes on
 FIRST_ROWS = 256
 
@@ -58,12 +61,15 @@ class Matrix:
 
 
 class Matrices:
-    """One matrix for each cache salt, as it holds traces of texts; the one used longest ago makes room."""
+    """One matrix for each cache salt, as it holds traces of texts; the one used longest ago makes room.
+
+    Texts that are made up have the salt None, and nobody else has.
+    """
 
     def __init__(self, vocab_size: int, top_k: int, salts: int) -> None:
         self._size = vocab_size, top_k
         self._salts = salts
-        self._by_salt: OrderedDict[str, Matrix] = OrderedDict()
+        self._by_salt: OrderedDict[str | None, Matrix] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._by_salt)
@@ -73,12 +79,16 @@ class Matrices:
         """Bytes of all of them."""
         return sum(matrix.nbytes for matrix in self._by_salt.values())
 
-    def of(self, salts: list[str]) -> tuple[list[Matrix], list[int]]:
+    def of(self, salts: Many[str | None]) -> tuple[list[Matrix], list[int]]:
         """The matrices of some rows' salts, each once; and which of them is each row's."""
         places = {salt: place for place, salt in enumerate(dict.fromkeys(salts))}
         return [self._take(salt) for salt in places], [places[salt] for salt in salts]
 
-    def _take(self, salt: str) -> Matrix:
+    def drop(self, salt: str | None) -> None:
+        """Forget what was learned under a salt."""
+        self._by_salt.pop(salt, None)
+
+    def _take(self, salt: str | None) -> Matrix:
         matrix = self._by_salt.get(salt)
         if matrix is not None:
             self._by_salt.move_to_end(salt)
@@ -104,7 +114,7 @@ class Lesson:
     """What the W nodes of a step showed, on the host. R rows; the nodes of a row follow each other, its root first."""
 
     owner: list[int]  # [R] which of the matrices is the row's
-    modes: list[int]  # [R] 0 greedy, 1 sampled
+    modes: list[int]  # [R] GREEDY, SAMPLED, MADE_UP
     texts: list[np.ndarray]  # [R] int64 tokens from the root on
     tokens: np.ndarray  # [W] int64
     first: np.ndarray  # [R] int64, node of each root
@@ -191,21 +201,12 @@ def grow_anywhere(matrices: list[Matrix], counts: Tensor, wish: Wish, bit: int) 
     """``Grow`` in Python: what it means."""
     rows = zip(wish.owner, wish.modes, wish.roots, wish.nodes, wish.depth, strict=True)
     made = [_tree(matrices[owner], counts[mode].numpy(), *limits) for owner, mode, *limits in rows]
-    if not any(made):
-        return None
-    size = (len(made), 1 + max(len(tree) for tree in made))
-    tokens, parents = torch.full(size, -1), torch.full(size, NO_PARENT)
-    confidence = torch.zeros(size)
-    tokens[:, 0], confidence[:, 0] = torch.tensor(wish.roots), 1.0
-    for row, tree in enumerate(made):
-        for column, (parent, token, chance) in enumerate(tree, start=1):
-            parents[row, column], tokens[row, column], confidence[row, column] = parent, token, chance
-    return Trees(tokens, parents, confidence, (parents != NO_PARENT).long() << bit)
+    return as_trees(made, wish.roots, bit)
 
 
-def _tree(matrix: Matrix, cells: np.ndarray, root: int, nodes: int, depth: int) -> list[tuple[int, int, float]]:
-    """(parent column, token, chance) of each node, the most probable path first."""
-    made: list[tuple[int, int, float]] = []
+def _tree(matrix: Matrix, cells: np.ndarray, root: int, nodes: int, depth: int) -> list[Node]:
+    """The nodes, the most probable path first."""
+    made: list[Node] = []
     offers: list[tuple[float, int, int, int, float, int]] = []
     number = itertools.count()  # among equals, the one that was offered first
 

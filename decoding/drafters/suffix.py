@@ -18,7 +18,8 @@ from torch import Tensor
 
 from decoding.drafters.base import DrafterContext, TokenDrafter
 from decoding.drafters.suffix_file import Kept, SuffixFile, fingerprint
-from decoding.drafters.suffix_search import PlainSuffixCache, Saved, SearchSettings, TreeArrays
+from decoding.drafters.suffix_search import PlainSuffixCache, Saved, SearchSettings
+from decoding.drafters.tries import TreeArrays
 from decoding.errors import ConfigError
 from decoding.plan import Plan, Quota
 from decoding.sampling import Sampling
@@ -52,6 +53,10 @@ class SuffixOptions:
     min_token_prob: float = 0.1  # of a node's path, by counts
     save_interval: int = 300  # seconds between two writes of the file, at least
 
+    def memory_bound(self, vocab_size: int) -> int:
+        """Bytes that the outputs take at most."""
+        return self.max_cache_mb * 2**20
+
 
 class SuffixCache(Protocol):
     """What ``PlainSuffixCache`` and the kernel have in common."""
@@ -75,22 +80,14 @@ class FusedSuffixCache:
     """``PlainSuffixCache`` in suffix trees: see models/kernels/suffix.cpp."""
 
     def __init__(self, settings: SearchSettings) -> None:
-        ops = kernels.required()
+        kernels.required()
         self._cache: Any = torch.classes.saccade.SuffixCache(*settings.numbers())
-        # the overload itself looks through all arguments for fake objects first
-        self._trees = ops.suffix_trees.default._op
-        self.admit, self.forget = self._cache.admit, self._cache.forget
+        self.admit, self.forget, self.trees = self._cache.admit, self._cache.forget, self._cache.trees
         self.insert, self.texts = self._cache.insert, self._cache.texts
 
     def usage(self) -> list[int]:
         """[requests, tokens, nodes, bytes] of the outputs."""
         return list(self._cache.usage())
-
-    def trees(
-        self, numbers: list[int], texts: list[Tensor], max_nodes: list[int], max_depth: list[int], bit: int
-    ) -> TreeArrays:
-        arrays: TreeArrays = self._trees(self._cache, numbers, texts, max_nodes, max_depth, bit)
-        return arrays
 
 
 class SuffixDrafter(TokenDrafter):

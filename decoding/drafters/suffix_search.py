@@ -18,13 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoding.drafters.tries import trees_of
+from decoding.drafters.tries import Node, TreeArrays, trees_of
 
 TOKEN_BYTES = 224  # what a token costs in a tree at most: two nodes, their entries in tables, itself, growth of arrays
 REQUEST_BYTES = 1024  # and a text
 
-TreeArrays = tuple[Tensor, Tensor, Tensor, Tensor]  # fields of Trees
-Guess = tuple[int, int, float]  # parent's column, token, confidence
 Saved = tuple[Tensor, Tensor, Tensor]  # trees [n], lengths [n] int64, tokens [sum of lengths] int32
 
 
@@ -137,7 +135,7 @@ class PlainSuffixCache:
 
     # drafting ---------------------------------------------------------------------------------------------------------
 
-    def _draft(self, number: int, text: np.ndarray, nodes: int, depth: int) -> list[Guess]:
+    def _draft(self, number: int, text: np.ndarray, nodes: int, depth: int) -> list[Node]:
         """What follows, by the text itself or by the outputs of its tree, whichever promises more."""
         follower = self._followers[number]
         if len(text) - follower.learned >= self._settings.learn_tokens:
@@ -147,13 +145,13 @@ class PlainSuffixCache:
         others, best = self._best(text, np.concatenate([*outputs, [-1]]), nodes, depth)
         return others if best > score else own
 
-    def _best(self, text: np.ndarray, corpus: np.ndarray, nodes: int, depth: int) -> tuple[list[Guess], float]:
+    def _best(self, text: np.ndarray, corpus: np.ndarray, nodes: int, depth: int) -> tuple[list[Node], float]:
         """The draft of the best score, which is how many of its nodes should be accepted; of equals the longest match.
 
         Args:
             corpus: texts, with a -1 behind each.
         """
-        best: list[Guess] = []
+        best: list[Node] = []
         score = 0.0
         ends = np.arange(len(corpus) - 1)  # of matches, the last token
         for length in range(1, min(len(text), self._settings.max_tree_depth - 1) + 1):
@@ -168,7 +166,7 @@ class PlainSuffixCache:
 
     def _grow(
         self, corpus: np.ndarray, ends: np.ndarray, length: int, nodes: int, depth: int
-    ) -> tuple[list[Guess], float]:
+    ) -> tuple[list[Node], float]:
         """The most probable continuations of a match, and their score.
 
         Of equal ones that goes first whose parent did, then the one that occurred last.
@@ -176,7 +174,7 @@ class PlainSuffixCache:
         settings = self._settings
         most = min(nodes, int(settings.max_spec_factor * length))
         deepest = min(depth, settings.max_tree_depth - length)
-        made: list[Guess] = []
+        made: list[Node] = []
         score = 0.0
         queue: list[tuple[float, int, int, float, float, int, np.ndarray]] = []
 

@@ -27,11 +27,17 @@ class Proposal:
 
 
 class DrafterTeam:
-    """The drafters in the order of their bits. Keeps the time that each of them takes."""
+    """The drafters in the order of their bits, those that are there by themselves last. Keeps the time that each takes.
+
+    Attributes:
+        members: the drafters that the server was asked for; ``names`` are theirs.
+        sources: the names of all, by bit.
+    """
 
     def __init__(self, drafters: list[Drafter]) -> None:
-        self.members = drafters
-        self.names = tuple(d.name for d in drafters)
+        self.members = [d for d in drafters if not d.needs.automatic]
+        self.names = tuple(d.name for d in self.members)
+        self.sources = tuple(d.name for d in drafters)
         self.want_draws = any(d.needs.draws for d in drafters)
         self._tapping = [(d.name, d.needs.taps) for d in drafters if d.needs.taps]
         self.taken = {drafter.name: 0.0 for drafter in drafters}  # seconds
@@ -83,9 +89,9 @@ class DrafterTeam:
                 continue
             started = time.perf_counter()
             trees = drafter.propose(plan, quota, sampling)
-            self.taken[drafter.name] += time.perf_counter() - started
             if trees is not None:
-                proposals.append(Proposal(bit, trees))
+                proposals.append(Proposal(bit, sampling.permitted(trees)))
+            self.taken[drafter.name] += time.perf_counter() - started
         return proposals
 
     def with_top(self, out: ForwardOutput, logits: Tensor, limits: Quota, sampling: Sampling) -> ForwardOutput:

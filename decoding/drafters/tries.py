@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from models.tree import NO_PARENT, Trees
 
 Node = tuple[int, int, float]  # column of the parent, token, confidence
+TreeArrays = tuple[Tensor, Tensor, Tensor, Tensor]  # fields of Trees
 
 
 def as_trees(tries: Sequence[Sequence[Node]], roots: Sequence[int], bit: int) -> Trees | None:
@@ -19,6 +21,8 @@ def as_trees(tries: Sequence[Sequence[Node]], roots: Sequence[int], bit: int) ->
 
 def trees_of(tries: Sequence[Sequence[Node]], roots: Sequence[int], bit: int) -> Trees:
     """Trees [R, N] of each row's nodes, the first of which gets column 1; parents come first.
+
+    What models/kernels/host_trees.h does for the kernels.
 
     Args:
         roots: [R] the rows' last tokens.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from decoding.batcher import Nodes
 from decoding.sampling import Sampling
+from models.transfer import fetch
 from models.tree import Trees, path_columns
 from models.tree_ops import TreeOps
 
@@ -72,18 +73,44 @@ def rule_by_request(ops: TreeOps) -> Rule:
     return ByRequest({name: make(ops) for name, make in RULES.items()})
 
 
+Masks = Callable[[], Tensor]
+"""Fills what grammars allow at a step's nodes: see ``GrammarMasks.fill``."""
+
+
+def masks_ahead(trees: Trees, nodes: Nodes, sampling: Sampling, deepest: int) -> Masks | None:
+    """What ``verify`` asks for; None where no sequence has a grammar.
+
+    Called before the target's pass, so that the trees are on their way to the host before a device is busy with it: the
+    host fills the masks while the pass runs.
+    """
+    grammars = sampling.table.grammars
+    if grammars is None:
+        return None
+    arrived = fetch(nodes.row, nodes.depth, node_paths(trees, nodes, deepest))
+    return lambda: grammars.fill(*arrived())
+
+
 def verify(
-    rule: Rule, trees: Trees, nodes: Nodes, logits: Tensor, sampling: Sampling, deepest: int, *, draws: bool = False
+    rule: Rule,
+    trees: Trees,
+    nodes: Nodes,
+    logits: Tensor,
+    sampling: Sampling,
+    deepest: int,
+    masks: Masks | None = None,
+    *,
+    draws: bool = False,
 ) -> Verdict:
-    """Process the logits at every node, each under its own path's penalties, and apply the rule.
+    """Process the logits at every node, each under its own path's penalties and grammar, and apply the rule.
 
     Args:
         logits: [W, V'] raw logits of the nodes; not changed.
         deepest: depth of the deepest tree (host).
+        masks: what ``masks_ahead`` gave; None: they are filled when the logits are there.
         draws: ``Verdict.drawn`` is wanted whatever the rule, but not in a plain step.
     """
     paths = node_paths(trees, nodes, deepest) if sampling.needs_paths() else None
-    x = sampling.process(logits, nodes.row, nodes.depth, paths)
+    x = sampling.process(logits, nodes.row, nodes.depth, paths, masks=None if masks is None else masks())
     verdict = rule(trees, nodes, x, sampling, deepest)
     if not draws or trees.width == 1 or verdict.drawn is not None:
         return verdict

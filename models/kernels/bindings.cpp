@@ -27,6 +27,7 @@ Tensor best_ids(const Tensor& logits);
 Tensor sample_rows(const Tensor& logits, const Tensor& temperature, const Tensor& noise, const Tensor& noise_row);
 std::tuple<Tensor, Tensor> topk_rows(const Tensor& logits, const Tensor& temperature, const Tensor& noise,
                                      const Tensor& noise_row, int64_t k, bool divide);
+std::tuple<Tensor, Tensor> top_rows(const Tensor& logits, int64_t k);
 std::tuple<Tensor, Tensor> guess_rows(const Tensor& logits, const Tensor& temperature, const Tensor& noise,
                                       const Tensor& noise_row, int64_t k, double tau);
 
@@ -51,6 +52,7 @@ TORCH_LIBRARY(saccade, m) {
   m.def(
       "topk_rows(Tensor logits, Tensor temperature, Tensor noise, Tensor noise_row, int k, bool divide=False) "
       "-> (Tensor values, Tensor ids)");
+  m.def("top_rows(Tensor logits, int k) -> (Tensor values, Tensor ids)");
   m.def(
       "guess_rows(Tensor logits, Tensor temperature, Tensor noise, Tensor noise_row, int k, float tau) "
       "-> (Tensor ids, Tensor confidence)");
@@ -68,6 +70,7 @@ TORCH_LIBRARY_IMPL(saccade, CPU, m) {
   m.impl("best_ids", &best_ids);
   m.impl("sample_rows", &sample_rows);
   m.impl("topk_rows", &topk_rows);
+  m.impl("top_rows", &top_rows);
   m.impl("guess_rows", &guess_rows);
 }
 

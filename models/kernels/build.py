@@ -36,8 +36,10 @@ SOURCES: dict[str, list[str]] = {  # file: flags of its own
     "layer_ops.cpp": [],
     "layer_stack.cpp": [],
     "linear.cpp": [],
+    "lookahead.cpp": [],
     "ngram.cpp": [],
     "planning.cpp": [],
+    "prediction.cpp": ["-ffp-contract=off"],
     "recycling.cpp": ["-ffp-contract=off"],
     "retrieval.cpp": ["-ffp-contract=off"],
     "sampling.cpp": ["-ffp-contract=off"],  # they say why

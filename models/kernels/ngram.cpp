@@ -4,9 +4,10 @@
 
 #include <algorithm>
 #include <array>
-#include <tuple>
 #include <vector>
 
+#include "continuation_tree.h"
+#include "host_trees.h"
 #include "tensors.h"
 
 namespace saccade {
@@ -14,7 +15,6 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kNoParent = -1;
 constexpr int64_t kLongest = 64;    // LONGEST in ngram.py
 constexpr int64_t kMostLevels = 7;  // 1, 2, 4 .. 64
 
@@ -124,97 +124,21 @@ class Index {
   int32_t *done_, *before_, *latest_;
 };
 
-struct Node {
-  int64_t parent, token, depth;
-  double confidence, path;
-  uint64_t matches;  // bit i: the i-th match leads here
+// What followed an occurrence, as long as it takes: a text that repeats itself goes on doing so.
+struct Continuation {
+  const int64_t* follows;  // the token after the occurrence
+  int64_t count;           // tokens from there to the text's end
+  const double* weights;   // odds of the token so much further on
+
+  bool has(int64_t) const { return true; }
+  int64_t token(int64_t depth) const { return follows[depth % count]; }
+  double weight(int64_t depth) const { return weights[depth]; }
 };
-
-// Grows a row's tree: `grow` of decoding/drafters/continuations.py.
-class Tree {
- public:
-  Tree(const int64_t* text, int64_t count, const std::vector<Match>& matches, const double* weights, int64_t stride)
-      : text_(text), count_(count), matches_(matches), weights_(weights), stride_(stride) {}
-
-  std::vector<Node> grow(int64_t nodes, int64_t depth) {
-    std::vector<Node> made;
-    branch({kNoParent, 0, 0, 1.0, 1.0, ~uint64_t{0}}, 0);
-    while (!waiting_.empty() && static_cast<int64_t>(made.size()) < nodes) {
-      auto best = waiting_.begin();  // the first of the most probable
-      for (auto each = best; each != waiting_.end(); ++each)
-        if (each->path > best->path) best = each;
-      made.push_back(*best);
-      waiting_.erase(best);
-      if (made.back().depth < depth) branch(made.back(), made.size());
-    }
-    return made;
-  }
-
- private:
-  // The children of a node that stands in this column.
-  void branch(const Node& node, int64_t column) {
-    const size_t first = waiting_.size();
-    double total = 1.0;
-    for (size_t rank = 0; rank < matches_.size(); ++rank) {
-      if (!(node.matches >> rank & 1)) continue;
-      const Match& match = matches_[rank];
-      // a text that repeats itself goes on doing so
-      const int64_t token = text_[match.end + 1 + node.depth % (count_ - 1 - match.end)];
-      const double weight = weights_[rank * stride_ + match.length + node.depth];
-      size_t at = first;
-      while (at < waiting_.size() && waiting_[at].token != token) ++at;
-      if (at == waiting_.size()) waiting_.push_back({column, token, node.depth + 1, 0.0, 0.0, 0});
-      waiting_[at].confidence += weight;
-      waiting_[at].matches |= uint64_t{1} << rank;
-      total += weight;
-    }
-    for (size_t at = first; at < waiting_.size(); ++at) {
-      waiting_[at].confidence /= total;
-      waiting_[at].path = node.path * waiting_[at].confidence;
-    }
-  }
-
-  const int64_t* text_;
-  int64_t count_;
-  const std::vector<Match>& matches_;
-  const double* weights_;
-  int64_t stride_;
-  std::vector<Node> waiting_;
-};
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> packed(at::TensorList texts, const std::vector<std::vector<Node>>& trees,
-                                                  int64_t width, int64_t bit) {
-  const int64_t rows = trees.size();
-  const Tensor tokens = empty({rows, width}, at::kLong), parents = empty({rows, width}, at::kLong);
-  const Tensor confidence = empty({rows, width}, at::kFloat), source = empty({rows, width}, at::kLong);
-  for (int64_t row = 0; row < rows; ++row) {
-    int64_t* token = tokens.mutable_data_ptr<int64_t>() + row * width;
-    int64_t* parent = parents.mutable_data_ptr<int64_t>() + row * width;
-    int64_t* from = source.mutable_data_ptr<int64_t>() + row * width;
-    float* sure = confidence.mutable_data_ptr<float>() + row * width;
-    std::fill(from, from + width, 0);
-    std::fill(token, token + width, -1);
-    std::fill(parent, parent + width, kNoParent);
-    std::fill(sure, sure + width, 0.0f);
-    token[0] = index_data<int64_t>(texts[row], "text")[texts[row].numel() - 1];
-    sure[0] = 1.0f;
-    for (size_t i = 0; i < trees[row].size(); ++i) {
-      const Node& node = trees[row][i];
-      token[i + 1] = node.token;
-      parent[i + 1] = node.parent;
-      sure[i + 1] = static_cast<float>(node.confidence);
-      from[i + 1] = int64_t{1} << bit;
-    }
-  }
-  return {tokens, parents, confidence, source};
-}
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ngram_trees(at::TensorList texts, at::TensorList indexes,
-                                                       at::IntArrayRef max_nodes, at::IntArrayRef max_depth,
-                                                       int64_t max_match, int64_t min_match, const Tensor& weights,
-                                                       int64_t bit) {
+TreeArrays ngram_trees(at::TensorList texts, at::TensorList indexes, at::IntArrayRef max_nodes, at::IntArrayRef max_depth,
+                       int64_t max_match, int64_t min_match, const Tensor& weights, int64_t bit) {
   const int64_t rows = texts.size();
   TORCH_CHECK_VALUE(int64_t(indexes.size()) == rows && int64_t(max_nodes.size()) == rows && int64_t(max_depth.size()) == rows,
                     "an index and limits for each row");
@@ -223,8 +147,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ngram_trees(at::TensorList texts, at:
                     "no such matches");
   const Levels levels(min_match, max_match);
   const int64_t most = weights.size(0), stride = weights.size(1);
-  std::vector<std::vector<Node>> trees(rows);
-  size_t width = 1;
+  const double* table = weights.const_data_ptr<double>();
+  std::vector<std::vector<GuessedNode>> trees(rows);
+  std::vector<Continuation> guesses;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t count = texts[row].numel();
     TORCH_CHECK_VALUE(count >= 1 && max_match + max_depth[row] <= stride, "a text or a weight is missing");
@@ -232,11 +157,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ngram_trees(at::TensorList texts, at:
     const int64_t* text = index_data<int64_t>(texts[row], "text");
     Index index(indexes[row], text, levels);
     index.extend(count - 1);  // what ends at the last token has no continuation yet
-    const std::vector<Match> matches = index.matches(count - 1, most);
-    trees[row] = Tree(text, count, matches, weights.const_data_ptr<double>(), stride).grow(max_nodes[row], max_depth[row]);
-    width = std::max(width, 1 + trees[row].size());
+    guesses.clear();
+    for (const Match& match : index.matches(count - 1, most)) {
+      const double* odds = table + static_cast<int64_t>(guesses.size()) * stride + match.length;
+      guesses.push_back({text + match.end + 1, count - 1 - match.end, odds});
+    }
+    trees[row] = ContinuationTree<Continuation>(guesses).grow(max_nodes[row], max_depth[row]);
   }
-  return packed(texts, trees, width, bit);
+  return guessed_trees(trees, texts, bit);
 }
 
 TORCH_LIBRARY_FRAGMENT(saccade, m) {

@@ -6,9 +6,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <tuple>
 #include <vector>
 
+#include "host_trees.h"
 #include "tensors.h"
 
 namespace saccade {
@@ -16,7 +16,6 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kNoParent = -1;
 constexpr int kClassBits = 3;  // an entry is id << kClassBits | class
 constexpr int64_t kClasses = 1 << kClassBits;
 constexpr int32_t kNothing = -1;
@@ -183,7 +182,7 @@ namespace {
 
 struct Node {
   int64_t parent, token, level;
-  double chance;
+  double confidence;
 };
 
 struct Offer {
@@ -221,10 +220,9 @@ void grow(const Matrix& matrix, const Counts& counts, int64_t mode, int64_t root
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> recycling_trees(at::TensorList index, at::TensorList rows, const Tensor& counts,
-                                                           at::IntArrayRef owner, at::IntArrayRef modes,
-                                                           at::IntArrayRef roots, at::IntArrayRef max_nodes,
-                                                           at::IntArrayRef max_depth, int64_t bit) {
+TreeArrays recycling_trees(at::TensorList index, at::TensorList rows, const Tensor& counts, at::IntArrayRef owner,
+                           at::IntArrayRef modes, at::IntArrayRef roots, at::IntArrayRef max_nodes,
+                           at::IntArrayRef max_depth, int64_t bit) {
   const std::vector<Matrix> matrices = matrices_of(index, rows, {});
   const Counts tally(counts);
   const int64_t count = owner.size();
@@ -235,33 +233,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recycling_trees(at::TensorList index,
   tally.check(modes, matrices);
   std::vector<std::vector<Node>> trees(count);
   std::vector<Offer> offers;
-  size_t width = 1;
-  for (int64_t row = 0; row < count; ++row) {
+  for (int64_t row = 0; row < count; ++row)
     grow(matrices[owner[row]], tally, modes[row], roots[row], max_nodes[row], max_depth[row], offers, trees[row]);
-    width = std::max(width, 1 + trees[row].size());
-  }
-  const int64_t columns = width;
-  const Tensor tokens = empty({count, columns}, at::kLong), parents = empty({count, columns}, at::kLong);
-  const Tensor confidence = empty({count, columns}, at::kFloat), source = empty({count, columns}, at::kLong);
-  for (int64_t row = 0; row < count; ++row) {
-    int64_t* token = tokens.mutable_data_ptr<int64_t>() + row * columns;
-    int64_t* parent = parents.mutable_data_ptr<int64_t>() + row * columns;
-    int64_t* from = source.mutable_data_ptr<int64_t>() + row * columns;
-    float* sure = confidence.mutable_data_ptr<float>() + row * columns;
-    std::fill(from, from + columns, 0);
-    std::fill(token, token + columns, -1);
-    std::fill(parent, parent + columns, kNoParent);
-    std::fill(sure, sure + columns, 0.0f);
-    token[0] = roots[row];
-    sure[0] = 1.0f;
-    for (size_t i = 0; i < trees[row].size(); ++i) {
-      token[i + 1] = trees[row][i].token;
-      parent[i + 1] = trees[row][i].parent;
-      sure[i + 1] = static_cast<float>(trees[row][i].chance);
-      from[i + 1] = int64_t(1) << bit;
-    }
-  }
-  return {tokens, parents, confidence, source};
+  return tree_arrays(
+      trees, [&](int64_t row) { return roots[row]; }, [&](const Node&) { return int64_t{1} << bit; });
 }
 
 TORCH_LIBRARY_FRAGMENT(saccade, m) {

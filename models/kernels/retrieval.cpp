@@ -10,9 +10,9 @@
 #include <algorithm>
 #include <array>
 #include <limits>
-#include <tuple>
 #include <vector>
 
+#include "host_trees.h"
 #include "tensors.h"
 
 namespace saccade {
@@ -20,7 +20,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kNoParent = -1, kNoToken = -1;
+constexpr int64_t kNoToken = -1;
 constexpr int64_t kSearchCost = 15'000;  // about the nanoseconds of one
 
 struct Limits {
@@ -108,9 +108,9 @@ struct Store {
   }
 };
 
-struct Trie {
-  std::vector<int64_t> tokens, parents;
-  std::vector<float> confidence;
+struct Node {
+  int64_t parent, token;
+  double confidence;
 };
 
 constexpr int kMostMatches = 4;  // the longest, and shorter ones
@@ -208,18 +208,16 @@ class Growth {
   Growth(const S& store, const std::vector<Level>& levels, at::ArrayRef<double> doubt, double least)
       : store_(store), levels_(levels), doubt_(doubt), least_(least) {}
 
-  void grow(const Limits& limits, Trie& trie) {
+  void grow(const Limits& limits, std::vector<Node>& trie) {
     Spans all{};
     for (size_t k = 0; k < levels_.size(); ++k) all[k] = {0, static_cast<int64_t>(levels_[k].places.size())};
     discover(all, 0, 0, 1.0);
-    while (!waiting_.empty() && static_cast<int64_t>(trie.tokens.size()) < limits.nodes) {
+    while (!waiting_.empty() && static_cast<int64_t>(trie.size()) < limits.nodes) {
       std::pop_heap(waiting_.begin(), waiting_.end());
       const Candidate taken = waiting_.back();
       waiting_.pop_back();
-      trie.tokens.push_back(taken.token);
-      trie.parents.push_back(taken.parent);
-      trie.confidence.push_back(static_cast<float>(taken.chance));
-      if (taken.depth < limits.depth) discover(taken.through, trie.tokens.size(), taken.depth, taken.path);
+      trie.push_back({taken.parent, taken.token, taken.chance});
+      if (taken.depth < limits.depth) discover(taken.through, trie.size(), taken.depth, taken.path);
     }
   }
 
@@ -282,39 +280,15 @@ void with_store(at::TensorList arrays, int64_t ids, const Body& body) {
   else body(store_of<uint32_t, int64_t>(arrays, ids));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> as_trees(const std::vector<Trie>& tries, at::TensorList texts, int64_t bit) {
-  size_t width = 1;
-  for (const Trie& trie : tries) width = std::max(width, 1 + trie.tokens.size());
-  const int64_t rows = tries.size(), columns = width;
-  const Tensor tokens = empty({rows, columns}, at::kLong), parents = empty({rows, columns}, at::kLong);
-  const Tensor confidence = empty({rows, columns}, at::kFloat), source = empty({rows, columns}, at::kLong);
-  for (int64_t row = 0; row < rows; ++row) {
-    const Trie& trie = tries[row];
-    const auto fill = [&](const Tensor& array, auto root, const auto& values, auto padding) {
-      auto* to = array.mutable_data_ptr<decltype(root)>() + row * columns;
-      *to = root;
-      std::fill(std::copy(values.begin(), values.end(), to + 1), to + columns, padding);
-    };
-    const int64_t last = index_data<int64_t>(texts[row], "text")[texts[row].numel() - 1];
-    fill(tokens, last, trie.tokens, int64_t{-1});
-    fill(parents, kNoParent, trie.parents, kNoParent);
-    fill(confidence, 1.0f, trie.confidence, 0.0f);
-    fill(source, int64_t{0}, std::vector<int64_t>(trie.tokens.size(), int64_t{1} << bit), int64_t{0});
-  }
-  return {tokens, parents, confidence, source};
-}
-
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> retrieval_trees(at::TensorList arrays, at::TensorList texts,
-                                                    at::IntArrayRef max_nodes,
-                                                    at::IntArrayRef max_depth, int64_t ids, int64_t max_match,
-                                                    int64_t min_match, int64_t max_matches, int64_t backoff,
-                                                    const at::ArrayRef<double> doubt, double least, int64_t bit) {
+TreeArrays retrieval_trees(at::TensorList arrays, at::TensorList texts, at::IntArrayRef max_nodes, at::IntArrayRef max_depth,
+                           int64_t ids, int64_t max_match, int64_t min_match, int64_t max_matches, int64_t backoff,
+                           const at::ArrayRef<double> doubt, double least, int64_t bit) {
   const int64_t rows = texts.size();
   TORCH_CHECK_VALUE(0 <= backoff && backoff < kMostMatches, "backoff from 0 to ", kMostMatches - 1);
   TORCH_CHECK_VALUE(int64_t(max_nodes.size()) == rows && int64_t(max_depth.size()) == rows, "a limit for each row");
-  std::vector<Trie> tries(rows);
+  std::vector<std::vector<Node>> tries(rows);
   for (const int64_t depth : max_depth)
     TORCH_CHECK_VALUE(max_match + depth <= int64_t(doubt.size()), "a doubt is missing");
   with_store(arrays, ids, [&](const auto& store) {
@@ -327,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> retrieval_trees(at::TensorList arrays
       growth.grow(limits, tries[row]);
     });
   });
-  return as_trees(tries, texts, bit);
+  return guessed_trees(tries, texts, bit);
 }
 
 TORCH_LIBRARY_FRAGMENT(saccade, m) {

@@ -149,6 +149,15 @@ inline T score(T x, T temperature, T noise, Formula formula) {
   return formula == kPlain ? x : formula == kDivide ? x / temperature + noise : x + temperature * noise;
 }
 
+// Sixteen of them, with the same bits.
+template <typename T, Formula F>
+inline vec_t<T> scores(const T* x, T temperature, const float* noise) {
+  const vec_t<T> values = load(x);
+  if constexpr (F == kPlain) return values;
+  else if constexpr (F == kDivide) return values / temperature + __builtin_convertvector(load(noise), vec_t<T>);
+  else return values + temperature * __builtin_convertvector(load(noise), vec_t<T>);
+}
+
 // Inserts behind all that are at least as good: equal values stay in the order of ids. NaN counts as -inf.
 template <typename T>
 inline void insert(Best<T>* best, int64_t& count, int64_t k, T value, int64_t id) {
@@ -159,11 +168,13 @@ inline void insert(Best<T>* best, int64_t& count, int64_t k, T value, int64_t id
   best[at] = {value, id};
 }
 
-// The k best of the ids [begin, end), descending, lowest id first among equals. Returns how many there are.
+// The k best of the ids [begin, end), descending, lowest id first among equals. Returns how many there are. `best` has
+// those of lower ids already, so many.
 template <typename T, Formula F>
-int64_t scan(const T* logits, const float* noise, T temperature, int64_t begin, int64_t end, int64_t k, Best<T>* best) {
+int64_t scan(const T* logits, const float* noise, T temperature, int64_t begin, int64_t end, int64_t k, Best<T>* best,
+             int64_t count = 0) {
   constexpr int64_t kBlock = 128, kPiece = 16;
-  int64_t count = 0, id = begin;
+  int64_t id = begin;
   T values[kBlock];
   for (; id + kBlock <= end; id += kBlock) {
     const T bar = count == k ? best[k - 1].value : -std::numeric_limits<T>::infinity();
@@ -186,12 +197,54 @@ int64_t scan(const T* logits, const float* noise, T temperature, int64_t begin, 
   return count;
 }
 
+// Inserts a number that is one, by value and id.
+template <typename T>
+inline void insert_in_order(Best<T>* best, int64_t& count, int64_t k, T value, int64_t id) {
+  const auto behind = [&](const Best<T>& other) { return value > other.value || (value == other.value && id < other.id); };
+  if (count == k && !behind(best[k - 1])) return;
+  int64_t at = count < k ? count++ : k - 1;
+  for (; at > 0 && behind(best[at - 1]); --at) best[at] = best[at - 1];
+  best[at] = {value, id};
+}
+
+// The same as `scan`, for several best of many ids: of disjoint strides of ids the maxima come first, without a branch;
+// what is below the k-th largest of these is not among the k best, so few strides need to be looked through.
+template <typename T, Formula F>
+int64_t scan_strides(const T* logits, const float* noise, T temperature, int64_t begin, int64_t end, int64_t k,
+                     Best<T>* best) {
+  constexpr int64_t kLength = 64, kGroup = kLanes * kLength, kMostGroups = 16;  // a stride has every kLanes-th id of a group
+  const int64_t groups = std::min((end - begin) / kGroup, kMostGroups), rest = begin + groups * kGroup;
+  if (k == 1 || groups * kLanes < 4 * k) return scan<T, F>(logits, noise, temperature, begin, end, k, best);
+  const auto at = [&](int64_t id) { return score<T>(logits[id], temperature, F == kPlain ? 0 : noise[id], F); };
+  T maxima[kMostGroups * kLanes];
+  for (int64_t group = 0; group < groups; ++group) {
+    vec_t<T> highest = splat<vec_t<T>>(-std::numeric_limits<T>::infinity());
+    for (int64_t id = begin + group * kGroup; id < begin + (group + 1) * kGroup; id += kLanes) {
+      const vec_t<T> values = scores<T, F>(logits + id, temperature, noise + (F == kPlain ? 0 : id));
+      highest = values > highest ? values : highest;
+    }
+    std::memcpy(maxima + group * kLanes, &highest, sizeof(highest));
+  }
+  int64_t count = 0;
+  for (int64_t stride = 0; stride < groups * kLanes; ++stride) insert<T>(best, count, k, maxima[stride], stride);
+  const T bar = best[k - 1].value;
+  if (bar == -std::numeric_limits<T>::infinity()) return scan<T, F>(logits, noise, temperature, begin, end, k, best);
+  count = 0;
+  for (int64_t stride = 0; stride < groups * kLanes; ++stride) {
+    if (maxima[stride] < bar) continue;
+    const int64_t first = begin + stride / kLanes * kGroup + stride % kLanes;
+    for (int64_t id = first; id < first + kGroup; id += kLanes)
+      if (const T value = at(id); value >= bar) insert_in_order<T>(best, count, k, value, id);
+  }
+  return scan<T, F>(logits, noise, temperature, rest, end, k, best, count);
+}
+
 template <typename T>
 int64_t scan_by(Formula formula, const T* logits, const float* noise, T temperature, int64_t begin, int64_t end, int64_t k,
                 Best<T>* best) {
-  if (noise == nullptr) return scan<T, kPlain>(logits, noise, temperature, begin, end, k, best);
-  if (formula == kDivide) return scan<T, kDivide>(logits, noise, temperature, begin, end, k, best);
-  return scan<T, kScale>(logits, noise, temperature, begin, end, k, best);
+  if (noise == nullptr) return scan_strides<T, kPlain>(logits, noise, temperature, begin, end, k, best);
+  if (formula == kDivide) return scan_strides<T, kDivide>(logits, noise, temperature, begin, end, k, best);
+  return scan_strides<T, kScale>(logits, noise, temperature, begin, end, k, best);
 }
 
 // Calls take(row, list of k) for every row of logits [W, V]. A long row is scanned in parts, merged in their order.
@@ -283,6 +336,15 @@ std::tuple<at::Tensor, at::Tensor> topk_rows(const at::Tensor& logits, const at:
     });
   });
   return {values, ids};
+}
+
+// The same without noise: the k largest.
+std::tuple<at::Tensor, at::Tensor> top_rows(const at::Tensor& logits, int64_t k) {
+  const int64_t rows = logits.size(0);
+  const at::Tensor temperature = empty({rows}, at::kFloat), noise_row = empty({rows}, at::kLong);
+  std::fill_n(temperature.mutable_data_ptr<float>(), rows, 1.0f);
+  std::fill_n(noise_row.mutable_data_ptr<int64_t>(), rows, int64_t{-1});
+  return topk_rows(logits, temperature, empty({0, 1}, at::kFloat), noise_row, k, false);
 }
 
 namespace {

@@ -3,12 +3,12 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
-#include <array>
 #include <memory>
 #include <tuple>
 #include <unordered_map>
 #include <vector>
 
+#include "host_trees.h"
 #include "suffix_tree.h"
 #include "tensors.h"
 
@@ -16,8 +16,6 @@ namespace saccade {
 namespace {
 
 using at::Tensor;
-
-constexpr int64_t kNoParent = -1;
 
 struct Guess {
   int64_t parent, token;  // parent: a column
@@ -182,6 +180,20 @@ struct SuffixCache : torch::CustomClassHolder {
     return {requests, tokens, outputs.nodes(), outputs.bytes() + tables};
   }
 
+  TreeArrays trees(const std::vector<int64_t>& numbers, const std::vector<Tensor>& given,
+                   const std::vector<int64_t>& max_nodes, const std::vector<int64_t>& max_depth, int64_t bit) {
+    const int64_t rows = given.size();
+    TORCH_CHECK_VALUE(int64_t(numbers.size()) == rows && int64_t(max_nodes.size()) == rows && int64_t(max_depth.size()) == rows,
+                      "a number and limits for each row");
+    std::vector<std::vector<Guess>> drafts(rows);
+    for (int64_t row = 0; row < rows; ++row) {
+      if (max_nodes[row] <= 0 || max_depth[row] <= 0) continue;
+      const int64_t* text = index_data<int64_t>(given[row], "text");
+      drafts[row] = draft(numbers[row], text, given[row].numel(), max_nodes[row], max_depth[row]).guesses;
+    }
+    return guessed_trees(drafts, given, bit);
+  }
+
   Draft draft(int64_t number, const int64_t* text, int64_t count, int64_t nodes, int64_t depth) {
     Follower& follower = followers.at(number);
     if (count - follower.learned >= learn_tokens) learn(follower, text, count);
@@ -263,55 +275,15 @@ struct SuffixCache : torch::CustomClassHolder {
   std::vector<Match> matches;  // kept for its memory
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> suffix_trees(const c10::intrusive_ptr<SuffixCache>& cache, at::IntArrayRef numbers,
-                                                        at::TensorList texts, at::IntArrayRef max_nodes,
-                                                        at::IntArrayRef max_depth, int64_t bit) {
-  const int64_t rows = texts.size();
-  TORCH_CHECK_VALUE(int64_t(numbers.size()) == rows && int64_t(max_nodes.size()) == rows && int64_t(max_depth.size()) == rows,
-                    "a number and limits for each row");
-  std::vector<Draft> drafts(rows);
-  size_t width = 1;
-  for (int64_t row = 0; row < rows; ++row) {
-    if (max_nodes[row] <= 0 || max_depth[row] <= 0) continue;
-    const int64_t* text = index_data<int64_t>(texts[row], "text");
-    drafts[row] = cache->draft(numbers[row], text, texts[row].numel(), max_nodes[row], max_depth[row]);
-    width = std::max(width, 1 + drafts[row].guesses.size());
-  }
-  const std::array<int64_t, 2> shape{rows, static_cast<int64_t>(width)};
-  const Tensor tokens = empty(shape, at::kLong), parents = empty(shape, at::kLong), source = empty(shape, at::kLong);
-  const Tensor confidence = empty(shape, at::kFloat);
-  for (int64_t row = 0; row < rows; ++row) {
-    int64_t* token = tokens.mutable_data_ptr<int64_t>() + row * width;
-    int64_t* parent = parents.mutable_data_ptr<int64_t>() + row * width;
-    int64_t* from = source.mutable_data_ptr<int64_t>() + row * width;
-    float* sure = confidence.mutable_data_ptr<float>() + row * width;
-    const auto set = [&](size_t column, const Guess& guess, int64_t by) {
-      token[column] = guess.token;
-      parent[column] = guess.parent;
-      sure[column] = static_cast<float>(guess.confidence);
-      from[column] = by;
-    };
-    const std::vector<Guess>& guesses = drafts[row].guesses;
-    set(0, {kNoParent, index_data<int64_t>(texts[row], "text")[texts[row].numel() - 1], 1.0}, 0);
-    for (size_t i = 0; i < guesses.size(); ++i) set(i + 1, guesses[i], int64_t{1} << bit);
-    for (size_t column = 1 + guesses.size(); column < width; ++column) set(column, {kNoParent, -1, 0.0}, 0);
-  }
-  return {tokens, parents, confidence, source};
-}
-
-TORCH_LIBRARY_FRAGMENT(saccade, m) {
+TORCH_LIBRARY_FRAGMENT(saccade, m) {  // methods: a call of an operator with an object costs some microseconds more
   m.class_<SuffixCache>("SuffixCache")
       .def(torch::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, std::vector<double>>())
       .def("admit", &SuffixCache::admit)
       .def("forget", &SuffixCache::forget)
       .def("insert", &SuffixCache::insert)
       .def("texts", &SuffixCache::texts)
-      .def("usage", &SuffixCache::usage);
-  m.def(
-      "suffix_trees(__torch__.torch.classes.saccade.SuffixCache cache, int[] numbers, Tensor[] texts, int[] max_nodes, "
-      "int[] max_depth, int bit) -> (Tensor tokens, Tensor parents, Tensor confidence, Tensor source)");
+      .def("usage", &SuffixCache::usage)
+      .def("trees", &SuffixCache::trees);
 }
-
-TORCH_LIBRARY_IMPL(saccade, CPU, m) { m.impl("suffix_trees", &suffix_trees); }
 
 }  // namespace saccade

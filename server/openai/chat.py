@@ -5,62 +5,44 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from decoding.text import Tokenizer
+from server.openai.chat_deltas import ChatDelta, ChoiceDeltas, ContentDeltas, ParsedDeltas, finish_reason, message, read
+from server.openai.chat_logprobs import scored_token
 from server.openai.choice_output import Delta, ScoredToken
 from server.openai.chunks import Chunks
 from server.openai.extras import prompt_ids, prompt_logprobs, token_ids, trace
 from server.openai.generation import Generation
-from server.openai.rendering import Head, StreamUsage, finite, token_name, usage
+from server.openai.output_parser import Reading
+from server.openai.rendering import Head, StreamUsage, usage
 from server.openai.sse import to_json
 
 KIND = "chat.completion"
 CHUNK_KIND = "chat.completion.chunk"
 
 
-@dataclass(frozen=True)
-class ChatDelta:
-    """What one chunk tells of a choice.
+class ChatRenderer:
+    """Renders an answer.
 
-    Attributes:
-        content: text of the answer; None: the chunk has none.
-        fields: the delta's other fields, in JSON's types.
+    Args:
+        alternatives: of each scored token.
+        reading: how the choices are read; None: they are text.
     """
 
-    content: str | None = None
-    fields: dict[str, Any] = field(default_factory=dict)
-    scored: tuple[ScoredToken, ...] | None = None
-    finish_reason: str | None = None
-
-
-class ChoiceDeltas(Protocol):
-    """Makes one choice's output into the deltas of chat."""
-
-    def push(self, delta: Delta) -> list[ChatDelta]:
-        """The deltas that what was gained makes certain, in order; the last one of all has the finish reason."""
-        ...
-
-
-class ContentDeltas:
-    """An output that is text and nothing else."""
-
-    def push(self, delta: Delta) -> list[ChatDelta]:
-        deltas = []
-        if delta.text or delta.scored:
-            deltas.append(ChatDelta(delta.text, scored=delta.scored))
-        if delta.finish_reason is not None:
-            deltas.append(ChatDelta(finish_reason=delta.finish_reason))
-        return deltas
-
-
-class ChatRenderer:
-    def __init__(self, head: Head, tokenizer: Tokenizer, generation: Generation, alternatives: int) -> None:
+    def __init__(
+        self,
+        head: Head,
+        tokenizer: Tokenizer,
+        generation: Generation,
+        alternatives: int,
+        reading: Reading | None = None,
+    ) -> None:
         self._head = head
         self._tokenizer = tokenizer
         self._generation = generation
         self._alternatives = alternatives
+        self._reading = reading
 
     async def whole(self) -> dict[str, Any]:
         """The answer to a request without ``stream``."""
@@ -81,7 +63,7 @@ class ChatRenderer:
             async for delta in deltas:
                 events = []
                 if delta.index not in begun:
-                    begun[delta.index] = ContentDeltas()
+                    begun[delta.index] = self._deltas(delta.index)
                     role = self._choice_json(delta.index, ChatDelta("", {"role": "assistant"}))
                     events.append(chunks.chunk(role, delta.index, prompt_ids(delta)))
                 if delta.token_ids is not None:
@@ -109,24 +91,25 @@ class ChatRenderer:
         ids = "" if made is None else f',"token_ids":{to_json(made)}'
         return f'{{"index":{index},"delta":{told},"logprobs":{logprobs},"finish_reason":{reason}{ids}}}'
 
+    def _deltas(self, index: int) -> ChoiceDeltas:
+        if self._reading is None:
+            return ContentDeltas()
+        return ParsedDeltas(self._reading.new_parser(), self._generation.choices[index])
+
     def _whole_choice(self, delta: Delta) -> dict[str, Any]:
+        told: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
+        if self._reading is not None:
+            told = message(read(self._reading.new_parser(), self._generation.returned[delta.index], delta))
         return {
             "index": delta.index,
-            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "message": told,
             "logprobs": self._logprobs(delta.scored),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": finish_reason(delta, called="tool_calls" in told),
             **token_ids(delta),
         }
 
     def _logprobs(self, scored: Sequence[ScoredToken] | None) -> dict[str, Any] | None:
         if scored is None:
             return None
-        return {"content": [self._scored_token(token) for token in scored], "refusal": None}
-
-    def _scored_token(self, token: ScoredToken) -> dict[str, Any]:
-        top = [self._entry(other, logprob) for other, logprob in token.top[: self._alternatives]]
-        return {**self._entry(token.token_id, token.logprob or 0.0), "top_logprobs": top}
-
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        spelled = list(self._tokenizer.token_bytes(token_id))
-        return {"token": token_name(self._tokenizer, token_id), "logprob": finite(logprob), "bytes": spelled}
+        content = [scored_token(self._tokenizer, token, self._alternatives) for token in scored]
+        return {"content": content, "refusal": None}

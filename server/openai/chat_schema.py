@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
 from decoding.errors import RequestError
 from decoding.text import Tokenizer
-from server.openai.fields import MAX_TEXT_PARTS, Fields, Integer, Name, SamplingFields, TextPart, as_parts, check_count
+from server.openai.fields import Fields, Integer, SamplingFields, check_count
+from server.openai.messages import Message
 from server.openai.template_kwargs import Effort, TemplateKwargs, template_variables
+from server.openai.tools.fields import ToolChoice, Tools, check_choice, check_tools
+from server.openai.tools.plan import ToolPlan, plan_tools
+from server.openai.tools.table import ToolFormat
 
 MAX_MESSAGES = 4096
-
-
-class Message(Fields):
-    """One message. Its text may come as a string or in text parts."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], Field(min_length=1, max_length=MAX_TEXT_PARTS), BeforeValidator(as_parts)]
-    name: Name | None = None
-    refusal: None = None
-    audio: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    function_call: None = None
-
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates know it; "developer" is OpenAI's newer word for "system"."""
-        role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": "\n".join(part.text for part in self.content)}
-        return message if self.name is None else {**message, "name": self.name}
 
 
 class ConversationFields(Fields):
     """What becomes a prompt through the chat template."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    tools: Tools | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -50,20 +36,30 @@ class ConversationFields(Fields):
         Raises:
             RequestError: fields that do not go together.
         """
+        for place, message in enumerate(self.messages):
+            message.check(f"messages.{place}")
+        check_tools(self.tools)
         if self.continue_final_message and self.add_generation_prompt:
-            message = "continue_final_message and add_generation_prompt cannot both be true."
-            raise RequestError(message, param="continue_final_message")
+            why = "continue_final_message and add_generation_prompt cannot both be true."
+            raise RequestError(why, param="continue_final_message")
 
-    def rendered(self, tokenizer: Tokenizer) -> str:
+    def rendered(
+        self, tokenizer: Tokenizer, shown: list[dict[str, Any]] | None, template_id: Callable[[str], str]
+    ) -> str:
         """The prompt's text.
+
+        Args:
+            shown: the tools that the model is to know.
+            template_id: makes a call's id one that the template takes.
 
         Raises:
             RequestError: there is no template, or it cannot render this.
         """
         return tokenizer.render_chat(
-            [message.for_template() for message in self.messages],
+            [message.for_template(template_id) for message in self.messages],
             add_generation_prompt=self.add_generation_prompt is not False and not self.continue_final_message,
             continue_final_message=bool(self.continue_final_message),
+            tools=shown,
             **template_variables(self.chat_template_kwargs, self.reasoning_effort, tokenizer.chat_variables),
         )
 
@@ -76,10 +72,13 @@ class ChatFields(SamplingFields, ConversationFields):
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     def check_combinations(self) -> None:
         super().check_combinations()
         self.check_conversation()
+        check_choice(self.tools, self.tool_choice)
         if self.top_logprobs is None:
             return
         if not self.logprobs:
@@ -100,3 +99,13 @@ class ChatFields(SamplingFields, ConversationFields):
         """max_tokens, by its new or its old name; by default what the context still holds."""
         given = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return max(room, 1) if given is None else given
+
+    def tool_plan(self, tool_format: ToolFormat | None, *, shows_tools: bool) -> ToolPlan:
+        """How the tools are used; see ``plan_tools``."""
+        return plan_tools(
+            self.tools,
+            self.tool_choice,
+            tool_format,
+            parallel=self.parallel_tool_calls is not False,
+            template_shows_tools=shows_tools,
+        )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from decoding.errors import RequestError
 from decoding.messages import SpeculationStats, StepTrace, TokenEvent, TokenLogprobs
 from decoding.request import GenerateRequest
 from decoding.text import TextStream, Tokenizer
@@ -22,6 +24,7 @@ class OutputOptions:
     skip_special_tokens: bool = True
     echo: bool = False
     prompt_only: bool = False  # the engine's one token is not wanted
+    kept: frozenset[int] = frozenset()  # special tokens that are not skipped
     scored: bool = True  # logprobs are told, where the engine was asked for them
     token_ids: bool = False  # told beside the text
     prompt_logprobs: int | None = None  # told of the prompt: how many alternatives a token
@@ -80,6 +83,7 @@ class ChoiceOutput:
         finished: the last delta was returned.
         speculation: the engine's account; with its terminal event.
         cached_tokens: prompt tokens that came from the prefix cache; with its first event.
+        reasoning_tokens: returned tokens before the answer, closing tag included; None: nobody tells the two apart.
         trace: of its first steps, when asked for.
     """
 
@@ -87,7 +91,12 @@ class ChoiceOutput:
         self.index = index
         self._options = options
         self._text = TextStream(
-            tokenizer, request.prompt_ids, options.stop, options.skip_special_tokens, options.include_stop
+            tokenizer,
+            request.prompt_ids,
+            options.stop,
+            options.skip_special_tokens,
+            options.include_stop,
+            options.kept,
         )
         self._prompt_ids = request.prompt_ids if options.token_ids else None  # to be told
         self._scored = request.params.logprobs is not None
@@ -99,7 +108,12 @@ class ChoiceOutput:
         self.finished = False
         self.speculation: SpeculationStats | None = None
         self.cached_tokens = 0
+        self.reasoning_tokens: int | None = None
         self.trace: list[StepTrace] = []
+
+    def tokens_before(self, place: int | None) -> int:
+        """Returned tokens whose text begins before that place of the output, in characters; None: all."""
+        return self.returned if place is None else min(bisect_left(self._text.offsets, place), self.returned)
 
     @property
     def mean_logprob(self) -> float:
@@ -116,6 +130,7 @@ class ChoiceOutput:
 
         Raises:
             GenerationError: the engine gave up on the request.
+            RequestError: it is the request that cannot be finished.
         """
         self.generated += len(event.token_ids)
         self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
@@ -124,6 +139,8 @@ class ChoiceOutput:
             return Delta(self.index)
         self.trace += event.trace
         if event.finish_reason == "error":
+            if event.error is not None and event.error_code is not None:
+                raise RequestError(event.error, code=event.error_code)
             raise GenerationError(event.error or "The engine could not finish this request.")
         if event.finish_reason == "cancelled":
             raise GenerationError("The engine cancelled this request.")
@@ -167,14 +184,15 @@ class ChoiceOutput:
 
 
 def score_prompt(
-    tokenizer: Tokenizer, prompt_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], top: int
+    tokenizer: Tokenizer, prompt_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], top: int, echoed: str
 ) -> tuple[ScoredToken, ...]:
     """The prompt's tokens with their logprobs; nothing stands before the first, so that it has none.
 
     Args:
         top: alternatives of each, at most.
+        echoed: the text that the offsets are in. Special tokens that the client wrote are in it, and others are not.
     """
-    text = TextStream(tokenizer)
+    text = TextStream(tokenizer, skip_special_tokens=tokenizer.decode(prompt_ids, skip_special_tokens=False) != echoed)
     text.push(prompt_ids)
     return tuple(
         ScoredToken(token, entry.logprob if entry else None, entry.top[:top] if entry else (), offset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from decoding.errors import RequestError
@@ -16,6 +16,10 @@ MAX_BEST_OF = 128  # as n
 DEFAULT_MAX_TOKENS = 16
 
 PromptForm = str | list[int]
+_TokenIds = Annotated[list[int], Field(min_length=1)]
+_SeveralTexts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+_SeveralTokenIds = Annotated[list[_TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+AnyPrompt = str | _TokenIds | _SeveralTexts | _SeveralTokenIds  # as clients may write it
 
 
 def _parse_prompt(value: Any) -> list[PromptForm]:
@@ -45,7 +49,7 @@ def _not_a_prompt() -> PydanticCustomError:
 
 
 class CompletionFields(SamplingFields):
-    prompt: Annotated[list[PromptForm], PlainValidator(_parse_prompt)]
+    prompt: Annotated[list[PromptForm], PlainValidator(_parse_prompt, json_schema_input_type=AnyPrompt)]
     best_of: Integer | None = None
     echo: bool | None = None
     logprobs: Integer | None = None

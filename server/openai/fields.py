@@ -36,11 +36,9 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Stop = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-    Field(max_length=MAX_STOP_STRINGS),
-    BeforeValidator(_as_list),
-]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+Stop = Annotated[StopStrings, BeforeValidator(_as_list, json_schema_input_type=StopString | StopStrings)]
 
 
 BadWords = Annotated[
@@ -105,11 +103,14 @@ def as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+PredictedParts = Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS)]
+
+
 class PredictionFields(Fields):
     """The text that the client expects; parts are put together as they are."""
 
     type: Literal["content"]
-    content: Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS), BeforeValidator(as_parts)]
+    content: Annotated[PredictedParts, BeforeValidator(as_parts, json_schema_input_type=str | PredictedParts)]
 
     @property
     def text(self) -> str:

@@ -167,7 +167,8 @@ class PromptRun:
         top = self.request.params.logprobs
         if not self._options.echo or not self._options.scored or top is None:
             return None
-        return await asyncio.to_thread(score_prompt, self._tokenizer, self.request.prompt_ids, logprobs, top)
+        ids, text = self.request.prompt_ids, self._prompt.text
+        return await asyncio.to_thread(score_prompt, self._tokenizer, ids, logprobs, top, text)
 
     def _take(self, event: TokenEvent, scores: tuple[ScoredToken, ...] | None) -> Delta:
         choice = self.choices[event.choice]

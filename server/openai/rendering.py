@@ -66,9 +66,16 @@ def usage(generation: Generation) -> dict[str, Any]:
             "acceptance": stats.acceptance,
             "lossy": stats.acceptance in LOSSY,
         }
+    details = _reasoning_details(generation)
     if stats is not None and generation.predicted:
-        account["completion_tokens_details"] = _prediction_details(stats.by_drafter.get(PREDICTION, DrafterStats()))
-    return account
+        details |= _prediction_details(stats.by_drafter.get(PREDICTION, DrafterStats()))
+    return {**account, "completion_tokens_details": details} if details else account
+
+
+def _reasoning_details(generation: Generation) -> dict[str, int]:
+    """OpenAI's count of the tokens that came before the answers, where they can be told from them."""
+    counts = [choice.reasoning_tokens for choice in generation.choices if choice.reasoning_tokens is not None]
+    return {"reasoning_tokens": sum(counts)} if counts else {}
 
 
 def usage_so_far(generation: Generation, index: int) -> dict[str, int]:

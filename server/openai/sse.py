@@ -44,6 +44,7 @@ class EventStreamResponse(Response):
         events: bytes of whole events, one or several at a time.
         ping_seconds: of silence before a comment.
         remaining: seconds to the deadline, None without one; raises LateError when it has passed.
+        last: what stands behind the last event.
     """
 
     media_type = "text/event-stream"
@@ -53,12 +54,14 @@ class EventStreamResponse(Response):
         events: AsyncGenerator[bytes, None],
         ping_seconds: float = PING_SECONDS,
         remaining: Callable[[], float | None] = lambda: None,
+        last: bytes = DONE,
     ) -> None:
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
         self._events = events
         self._ping_seconds = ping_seconds
         self._remaining = remaining
+        self._last = last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = _Sender(send, self.status_code, self.raw_headers)
@@ -81,7 +84,7 @@ class EventStreamResponse(Response):
             async with aclosing(self._events) as events:
                 async for event in events:
                     await sender.send(event)
-            await sender.end()
+            await sender.send(self._last, more=False)
         except Exception as error:
             await self._fail(sender, error, scope, receive, send)
             if not isinstance(error, SaccadeError):
@@ -90,7 +93,7 @@ class EventStreamResponse(Response):
     async def _fail(self, sender: _Sender, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
         if sender.started:
             await sender.send(event_bytes(reply_to(error).body()))
-            await sender.end()
+            await sender.send(self._last, more=False)
         elif isinstance(error, SaccadeError):
             await reply_to(error).response()(scope, receive, send)
 
@@ -119,9 +122,6 @@ class _Sender:
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
         self.last_sent = time.monotonic()
         self.busy = False
-
-    async def end(self) -> None:
-        await self.send(DONE, more=False)
 
 
 async def until_disconnect(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import Field
 
+from decoding.errors import RequestError
 from decoding.text import Tokenizer
 from server.openai.chat_schema import ConversationFields
 from server.openai.fields import Fields, Integer, Name
+from server.openai.tools.fields import shown_tools
 
 MAX_TOKENS = 2**20
 
@@ -21,7 +24,7 @@ class TokenizeFields(Fields):
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
-    def text(self, tokenizer: Tokenizer) -> str:
+    def text(self, tokenizer: Tokenizer, template_id: Callable[[str], str]) -> str:
         """What is tokenized."""
         return self.prompt
 
@@ -36,14 +39,17 @@ class TokenizeChatFields(ConversationFields):
     model: Name | None = None
     return_token_strs: bool | None = None
 
-    def text(self, tokenizer: Tokenizer) -> str:
+    def text(self, tokenizer: Tokenizer, template_id: Callable[[str], str]) -> str:
         """What is tokenized.
 
         Raises:
             RequestError: there is no template, or it cannot render this.
         """
         self.check_conversation()
-        return self.rendered(tokenizer)
+        if self.tools and "tools" not in tokenizer.chat_variables:
+            message = "This model's chat template has no place for tools; leave them out."
+            raise RequestError(message, param="tools", code="unsupported_parameter")
+        return self.rendered(tokenizer, shown_tools(self.tools), template_id)
 
 
 class DetokenizeFields(Fields):

@@ -10,7 +10,9 @@ from pydantic_core import ErrorDetails
 
 from decoding.errors import RequestError, nearest
 from server.openai.fields import AcceptanceFields, PredictionFields, SpeculationFields, StreamOptions
+from server.openai.responses.items import ITEM_TAGS
 from server.openai.template_kwargs import TemplateKwargs
+from server.openai.tools.fields import CHOICE_TAGS
 
 # Fields without an effect on the answer: accepted, so that clients which always send them work.
 IGNORED = frozenset(
@@ -66,6 +68,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 _INSTEAD = {
     "chat_template": "templates come with the model, or by the server's --chat-template",
     "documents": "put their text into the messages",
+    "function_call": "send tool_choice",
+    "functions": "send tools",
     "use_beam_search": "best_of draws several answers and returns the likeliest",
 }
 
@@ -96,7 +100,7 @@ _NESTED: dict[str, type[BaseModel]] = {
     "prediction": PredictionFields,
     "chat_template_kwargs": TemplateKwargs,
 }
-_UNION_TAGS = frozenset({"switch", "limits"})
+_UNION_TAGS = frozenset({"switch", "limits"}) | CHOICE_TAGS | ITEM_TAGS
 _MAX_NAME_CHARS = 60
 
 F = TypeVar("F", bound=BaseModel)
@@ -149,7 +153,7 @@ def _request_error(details: ErrorDetails) -> RequestError:
     if kind == "extra_forbidden":
         return _unknown_nested(place)
     if kind == "literal_error" and place[-1] == "type" and "content" in place:
-        message = f"{param}: this model reads text only, so the content's type must be 'text'."
+        message = f"{param}: this model reads text only, so it must be {details['ctx']['expected']}."
         return RequestError(message, param=param, code="unsupported_value")
     return RequestError(f"{param}: {_words(details)}.", param=param)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass, replace
 
 from fastapi import APIRouter, Request, Response
 
@@ -13,7 +14,9 @@ from server.api import Api, output_options
 from server.engine_client import check_ready
 from server.openai.chat import ChatRenderer
 from server.openai.chat_schema import ChatFields
+from server.openai.choice_output import OutputOptions
 from server.openai.generation import PromptRequest
+from server.openai.output_parser import Reading
 from server.openai.rendering import Head
 
 
@@ -27,15 +30,28 @@ def chat_router(api: Api) -> APIRouter:
         model, seed = api.model_name(fields.model), fields.resolved_seed(api.settings.seed)
         check_ready(api.client.state)
         head = Head(model, seed, "chatcmpl", api.fingerprint())
-        prompt = await asyncio.to_thread(prepare_conversation, api, fields, head)
-        generation = api.generation(request, [prompt], output_options(fields), arrived)
-        renderer = ChatRenderer(head, api.tokenizer, generation, fields.top_logprobs or 0)
+        conversation = await asyncio.to_thread(prepare_conversation, api, fields, head)
+        options = conversation.options(output_options(fields))
+        generation = api.generation(request, [conversation.prompt], options, arrived)
+        renderer = ChatRenderer(head, api.tokenizer, generation, fields.top_logprobs or 0, conversation.reading)
         return await api.answer(request, renderer, fields)
 
     return router
 
 
-def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> PromptRequest:
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, ready for the engine, and how its answer is to be read."""
+
+    prompt: PromptRequest
+    reading: Reading | None
+
+    def options(self, asked: OutputOptions) -> OutputOptions:
+        """How the tokens are returned; the special ones that mark calls and reasoning are kept for the reading."""
+        return asked if self.reading is None else replace(asked, kept=self.reading.kept)
+
+
+def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> Conversation:
     """Render, tokenize and check the messages; runs in a worker thread.
 
     Raises:
@@ -43,16 +59,17 @@ def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> PromptRequ
             with the messages.
     """
     try:
-        return PromptRequest(_request(api, fields, head))
+        return _prepared(api, fields, head)
     except RequestError as error:
         renamed = {"prompt": "messages", "max_tokens": fields.limit_field}
         message = error.message.replace("max_tokens", fields.limit_field)
         raise RequestError(message, param=renamed.get(error.param or "", error.param), code=error.code) from None
 
 
-def _request(api: Api, fields: ChatFields, head: Head) -> GenerateRequest:
+def _prepared(api: Api, fields: ChatFields, head: Head) -> Conversation:
     info = api.client.info
-    text = fields.rendered(api.tokenizer)
+    plan = fields.tool_plan(api.formats.tools, shows_tools=api.shows_tools)
+    text = fields.rendered(api.tokenizer, plan.shown, api.formats.template_id)
     api.check_length(text, api.prompt_times(fields))
     ids = fields.truncated(tuple(fields.tokens(api.tokenizer, text)), info.max_model_len - fields.token_limit(1))
     api.check_tokens(ids)
@@ -72,4 +89,6 @@ def _request(api: Api, fields: ChatFields, head: Head) -> GenerateRequest:
         prediction_ids=api.prediction_ids(fields.prediction),
     )
     request.validate(info.vocab_size, info.max_model_len, info.drafters)
-    return request
+    shows_special = fields.skip_special_tokens is False
+    reading = api.formats.reading(plan, text, shows_special=shows_special)
+    return Conversation(PromptRequest(request), reading)

@@ -106,7 +106,7 @@ def _prompt_ids(
     if isinstance(prompt, str):
         api.check_length(prompt, api.prompt_times(fields))
     if infill is not None and fields.suffix:
-        api.check_length(fields.suffix)
+        api.check_length(fields.suffix, param="suffix")
         return infill.prompt(api.tokenizer, prompt, fields.suffix, special)
     return tuple(api.tokenizer.encode(prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt)
 

@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from decoding.errors import RequestError
 from decoding.request import check_token_ids
 from server.api import LONGEST_CUT, Api
 from server.openai.tokenize_schema import DetokenizeFields, TokenizeChatFields, TokenizeFields
@@ -41,12 +40,8 @@ def tokenized(api: Api, fields: TokenizeFields | TokenizeChatFields) -> dict[str
     Raises:
         RequestError: naming the field at fault.
     """
-    text = fields.text(api.tokenizer)
-    try:
-        api.check_length(text, LONGEST_CUT)
-    except RequestError as error:
-        param = "prompt" if isinstance(fields, TokenizeFields) else "messages"
-        raise RequestError(error.message, param=param, code=error.code) from None
+    text = fields.text(api.tokenizer, api.formats.template_id)
+    api.check_length(text, LONGEST_CUT, param="prompt" if isinstance(fields, TokenizeFields) else "messages")
     ids = fields.tokens(api.tokenizer, text)
     return {
         "count": len(ids),

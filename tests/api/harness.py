@@ -95,21 +95,26 @@ def fake(script: Script = echo_script, info: EngineInfo = INFO) -> FakeEngineCli
     return FakeEngineClient(info, script)
 
 
+def _served(template: str | None) -> Tokenizer:
+    return tokenizer() if template is None else Tokenizer.load(DEMO, chat_template=template)
+
+
 @contextlib.contextmanager
 def api(
     client: EngineClient | Script = echo_script, settings: ServerSettings = SETTINGS, template: str | None = None
 ) -> Iterator[TestClient]:
     """A client of the application, without a port. A script stands for a fake engine that plays it."""
     engine = client if not callable(client) else fake(client)
-    text = tokenizer() if template is None else Tokenizer.load(DEMO, chat_template=template)
-    yield TestClient(build_app(engine, text, settings), raise_server_exceptions=False)
+    yield TestClient(build_app(engine, _served(template), settings), raise_server_exceptions=False)
 
 
 @contextlib.contextmanager
-def live(client: EngineClient | Script = echo_script, settings: ServerSettings = SETTINGS) -> Iterator[str]:
+def live(
+    client: EngineClient | Script = echo_script, settings: ServerSettings = SETTINGS, template: str | None = None
+) -> Iterator[str]:
     """The application behind uvicorn on a free port, in a thread; its base URL."""
     engine = client if not callable(client) else fake(client)
-    server = http_server(build_app(engine, tokenizer(), settings), settings.limits)
+    server = http_server(build_app(engine, _served(template), settings), settings.limits)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -12,6 +12,7 @@ from decoding.config import EngineConfig
 from decoding.errors import ConfigError
 from server.cli import parse
 from server.flags import engine_config, size
+from server.reading_flags import reading
 
 
 def test_no_flags_are_the_defaults_of_the_config() -> None:
@@ -163,3 +164,21 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         parse(["--help"])
     assert ended.value.code == 0
     assert "saccade serve demo/target" in capsys.readouterr().out
+
+
+def test_formats_of_tools_and_reasoning() -> None:
+    assert reading(parse(["serve", "m"])) == {}
+    flags = "serve m --tool-call-parser hermes --reasoning-parser qwen3 --enable-auto-tool-choice"
+    asked = {"tool_call_parser": "hermes", "reasoning_parser": "qwen3", "enable_auto_tool_choice": True}
+    assert reading(parse(flags.split())) == asked
+
+
+@pytest.mark.parametrize(
+    ("flags", "instead"), [("--tool-call-parser mistrall", "mistral"), ("--reasoning-parser qwen", "qwen3")]
+)
+def test_unknown_formats_are_answered_with_the_nearest(
+    flags: str, instead: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(["serve", "m", *flags.split()])
+    assert f"did you mean {instead!r}?" in capsys.readouterr().err

@@ -129,6 +129,10 @@ def test_several_prompts_have_one_suffix() -> None:
     assert engine.requests[-1].prompt_ids in expected
 
 
+def test_a_suffix_that_cannot_fit_is_named() -> None:
+    refused(COMPLETIONS, {"suffix": "x" * 1_000_000}, "suffix", "maximum context length")
+
+
 def test_an_empty_suffix_asks_for_nothing() -> None:
     assert reached(COMPLETIONS, {"suffix": ""}).prompt_ids == ids("def f")
 

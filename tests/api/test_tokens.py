@@ -211,3 +211,16 @@ def test_an_answer_of_no_tokens_has_no_ids() -> None:
         ask = {"prompt": "a b", "echo": True, "max_tokens": 0, "return_token_ids": True}
         [choice] = client.post(COMPLETIONS, json=ask).json()["choices"]
     assert (choice["token_ids"], choice["prompt_token_ids"]) == ([], list(ids("a b")))
+
+
+@pytest.mark.parametrize("prompt", ["<|im_start|>return x", [1, *ids("return x")]])
+@pytest.mark.parametrize("skip", [True, False])
+def test_offsets_are_places_in_the_echoed_text(prompt: str | list[int], skip: bool) -> None:
+    """A special token that the client wrote is part of the text; one among token ids is, if it is not skipped."""
+    ask = {"prompt": prompt, "echo": True, "logprobs": 0, "skip_special_tokens": skip}
+    with api(scoring) as client:
+        [choice] = client.post(COMPLETIONS, json=ask).json()["choices"]
+    text, told = choice["text"], choice["logprobs"]
+    begin = len("<|im_start|>") if isinstance(prompt, str) or not skip else 0
+    assert told["text_offset"][:3] == [0, begin, begin + len("return")]
+    assert text[begin:].startswith("return x")

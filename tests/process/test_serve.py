@@ -115,6 +115,25 @@ def test_choices_echo_and_logprobs_of_the_real_engine(server: Served) -> None:
         assert all(starts)
 
 
+def test_what_is_told_of_a_text_beside_it(server: Served) -> None:
+    """Over the engine's socket: token ids, the prompt's ranks, bans, the trace of the steps."""
+    ask: dict[str, Any] = {"max_tokens": 24, "seed": 5, "return_token_ids": True, "speculation": {"trace": True}}
+    first = complete(server, **ask, prompt_logprobs=1)
+    [choice], steps = first["choices"], first["speculation_trace"][0]["steps"]
+    assert len(steps) == first["usage"]["speculation"]["steps"]
+    made = []
+    for step in steps:
+        made += [step["tokens"][node] for node in step["accepted"]] + [step["bonus"]]
+    assert [token for token in made if token is not None] == choice["token_ids"]
+    assert len(choice["prompt_logprobs"]) == len(choice["prompt_token_ids"])
+    assert all(entry["rank"] >= 1 for told in choice["prompt_logprobs"][1:] for entry in told.values())
+
+    bans = {**ask, "allowed_token_ids": sorted({*choice["token_ids"][::2], 200, 201, 202})}
+    texts = [complete(server, **{**bans, "speculation": on})["choices"][0] for on in (True, False)]
+    assert texts[0] == texts[1]
+    assert set(texts[0]["token_ids"]) <= set(bans["allowed_token_ids"])
+
+
 def test_a_stop_string_ends_the_request_in_the_engine(server: Served) -> None:
     answer = complete(server, max_tokens=900, ignore_eos=True, stop=["e"], seed=4)
     assert answer["choices"][0]["finish_reason"] == "stop"

@@ -41,8 +41,9 @@ from models.heads.mtp import MTPModel
 from models.heads.parallel_heads import ParallelHeads
 from tests.doubles import AlternatingDrafter, GarbageDrafter, OracleDrafter
 from tests.eagle import fitted_eagle, fitted_eagle3
-from tests.engines import VOCAB, BuildDrafter, device_ops, make_engine, run, tiny_decoder
+from tests.engines import EOS, VOCAB, BuildDrafter, device_ops, make_engine, run, tiny_decoder
 from tests.feature_doubles import ToyFeatureModel
+from tests.grammars import GRAMMARS, fulfils, spelled
 from tests.medusa import fit_weights, make_heads
 from tests.moods import make_moody
 from tests.mtp import fitted_model, random_heads
@@ -113,6 +114,7 @@ class Setup:
     mood: int  # of the prices that an auto plan is told; 0: those that it is born with
 
 
+OFF = SpeculationParams(enabled=False)
 TYPICAL = Acceptance("typical", epsilon=0.05)
 token = st.integers(0, VOCAB - 1)
 salted_prefixes = [np.random.default_rng(i).integers(0, VOCAB, 80).tolist() for i in range(3)]
@@ -163,7 +165,9 @@ def workloads(draw: st.DrawFn) -> list[GenerateRequest]:
         params = draw(sampling)
         params = SamplingParams(**{**vars(params), "min_tokens": draw(st.integers(0, params.max_tokens))})
         salt = draw(st.sampled_from(["", "", "tenant"]))
-        requests.append(GenerateRequest(f"r{number}", tuple(draw(prompts)), params, draw(speculation), salt))
+        grammar = draw(st.sampled_from([*[None] * 14, *GRAMMARS]))
+        given = tuple(draw(prompts)), params, draw(speculation), salt
+        requests.append(GenerateRequest(f"r{number}", *given, grammar=grammar))
     return requests
 
 
@@ -298,7 +302,8 @@ def assert_bans_hold(params: SamplingParams, output: list[int]) -> None:
 def test_text_depends_on_the_request_alone(requests: list[GenerateRequest], setup: Setup) -> None:
     alone = {}
     for request in requests:
-        alone.update(run(plain_engine(), [GenerateRequest(request.request_id, request.prompt_ids, request.params)]))
+        plain = GenerateRequest(request.request_id, request.prompt_ids, request.params, OFF, grammar=request.grammar)
+        alone.update(run(plain_engine(), [plain]))
     prompt_of = {request.request_id: list(request.prompt_ids) for request in requests}
     texts = {key: prompt_of[key[0]] + outcome.tokens for key, outcome in alone.items()}
 
@@ -320,8 +325,11 @@ def test_text_depends_on_the_request_alone(requests: list[GenerateRequest], setu
         make_moody(engine, setup.mood)
     together = run(engine, [predicting(request, texts) for request in requests])
     lossy = {request.request_id for request in requests if is_lossy(request)}
+    grammars = {request.request_id: request.grammar for request in requests}
     for key, outcome in together.items():
-        judge = alone[key]
+        judge, grammar = alone[key], grammars[key[0]]
+        if grammar is not None and outcome.last.finish_reason == "stop" and outcome.tokens[-1] == EOS:
+            assert fulfils(spelled(outcome.tokens), grammar)
         assert outcome.last.speculation is not None
         assert outcome.last.speculation.acceptance == ("typical" if key[0] in lossy else "exact")
         if key[0] in lossy:  # has a text of its own, and changes nobody else's

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decoding.request import GenerateRequest
-from server.openai.chat import ChatDelta, ChatRenderer
+from server.openai.chat import ChatRenderer
+from server.openai.chat_deltas import ChatDelta
 from server.openai.choice_output import Delta, OutputOptions, ScoredToken
 from server.openai.chunks import Chunks
 from server.openai.completions import CompletionRenderer

@@ -207,6 +207,13 @@ def test_stores_are_measured_without_a_model() -> None:
     assert "ngram" in stores_text([{"drafters": "ngram", **found}])
 
 
+def test_stores_say_what_they_may_take() -> None:
+    assert store_bounds.bound_of(["suffix:max_cache_mb=3"], 100) == 3 * 2**20
+    assert store_bounds.bound_of(["recycling:top_k=4,salts=2"], 100) == 2 * 100 * 4 * (1 + 4)
+    assert store_bounds.bound_of(["ngram", "recycling:salts=1", "suffix:max_cache_mb=1"], 10) == 2**20 + 360
+    assert store_bounds.bound_of(["ngram", "lookahead"], 100) is None
+
+
 def test_the_dictated_text_comes_out_whatever_is_drafted() -> None:
     options = store_bounds.parse(["--prompt-tokens", "16", "--tokens", "48"])
     target = SilentTarget(demo_tokenizer().vocab_size, 256)

@@ -21,6 +21,7 @@ MAY_IMPORT = {
 TEXT_SIDE = {"decoding.config", "decoding.messages", "decoding.errors", "decoding.text", "decoding.request"}
 TEXT_SIDE |= {"decoding.acceptance", "decoding.command_line"}
 TEXT_SIDE |= {f"decoding.datastore.{name}" for name in ("build", "corpus", "layout")}  # a corpus is text
+TEXT_SIDE |= {"decoding.grammar.compiler"}  # a grammar is text, too
 # the engine itself runs or is started here; everything else in server/ speaks to it through an EngineClient
 ENGINE_SIDE = {"inprocess_client", "supervisor", "engine_process", "engine_launch", "engine_driver", "offline"}
 MAX_FILE_BYTES = 20 * 2**20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from decoding.acceptance import Acceptance
 from decoding.assemble import LoadedModel, build_drafters, build_stepper, load_target
 from decoding.config import EngineConfig
 from decoding.drafters.base import DrafterContext
-from decoding.drafters.lookahead import LookaheadDrafter, LookaheadOptions, branches_of, columns_of
+from decoding.drafters.lookahead import NOBODY, LookaheadDrafter, LookaheadOptions
+from decoding.drafters.lookahead_states import PlainStates, branches_of, columns_of
 from decoding.drafters.lookahead_window import Window
 from decoding.drafters.ngram_pool import MAX_KEYS, NgramPool
 from decoding.engine import Engine
@@ -151,9 +152,9 @@ class Spied(LookaheadDrafter):
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
         trees = super().propose(plan, quota, sampling)
         self.rows = None
-        for state in self._proposed.values():
-            assert state.window is not None
-            self.rows, self.text = [list(row) for row in state.window.rows], tuple(state.sequence.tokens.tolist())
+        for row, number in zip(plan.deciding, self._proposed, strict=False):
+            if number != NOBODY:
+                self.rows, self.text = self._states.window(number).tolist(), tuple(row.sequence.tokens.tolist())
         if self.rows is not None:
             assert trees is not None
             self.check(trees)
@@ -185,12 +186,12 @@ def test_a_window_goes_on_with_what_the_target_draws_after_it(temperature: float
     while engine.has_work and checked < 6:
         engine.step()
         spy = spies[0]
-        if spy.rows is None or spy._draws is None or ("r", 0) not in spy._states:
+        if spy.rows is None or spy._draws is None or ("r", 0) not in spy._numbers:
             continue
         spy._read_draws()
-        window = spy._states["r", 0].window
-        assert window is not None
-        for column, drawn in enumerate(window.rows[-1]):
+        window = spy._states.window(spy._numbers["r", 0]).tolist()
+        assert window[:-1] == spy.rows[1:]
+        for column, drawn in enumerate(window[-1]):
             path = (*spy.rows[0][: column + 1], *(row[column] for row in spy.rows[1:]))
             request = GenerateRequest("p", (*spy.text, *path), replace(params, max_tokens=1))
             assert run(plain(), [request])["p", 0].tokens == [drawn]
@@ -237,10 +238,38 @@ def test_a_window_is_as_wide_as_the_row_has_room_for(nodes: int, depth: int, wid
     engine.submit(GenerateRequest("r", (3, 1, 4, 1, 5), SamplingParams(60, 0.0, ignore_eos=True)))
     for _ in range(4):
         engine.step()
-    window = drafters[0]._states["r", 0].window
-    assert (window.width if window else 0) == width
+    [drafter] = drafters
+    assert drafter._states.window(drafter._numbers["r", 0]).shape[1] == width
     engine.cancel("r")
-    assert not drafters[0]._states
+    assert not drafter._numbers
+    assert drafter._states.usage() == [0, 0]
+
+
+# without a compiler ---------------------------------------------------------------------------------------------------
+
+
+class Plain(LookaheadDrafter):
+    """As where there is no compiler."""
+
+    def __init__(self, options: LookaheadOptions, context: DrafterContext) -> None:
+        super().__init__(options, context)
+        self._states = PlainStates(self._rules)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_without_a_compiler_it_drafts_the_same(temperature: float) -> None:
+    params = SamplingParams(60, temperature, seed=5, ignore_eos=True)
+    requests = [GenerateRequest(f"r{number}", tuple(range(1, 9 + number)), params) for number in range(3)]
+    drafted = []
+    for plainly in (False, True):
+        build = Plain if plainly else LookaheadDrafter
+        options = LookaheadOptions(4, 3, 5)
+        drafters = {"lookahead": partial(build, options)}
+        engine = make_engine(target(), drafters, max_nodes=30, max_depth=8)  # type: ignore[arg-type]
+        run(engine, requests)
+        drafted.append((engine.stats().steps, engine.stats().drafted, engine.stats().accepted))
+    assert drafted[0] == drafted[1]
+    assert drafted[0][2] > 0
 
 
 # what it brings -------------------------------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def steps(guessers: Guessers, count: int, trees: dict[int, Trees], saved: float 
     """In which steps the window is asked for, if its guesses are ``trees``."""
     asked = []
     for _ in range(count):
-        quota = guessers.ask_pinning(LIMITS, 1)
+        quota = guessers.ask_lightly(LIMITS, 1)
         asked.append("window" in quota.rows[0].drafters)
         assert "cheap" in quota.rows[0].drafters
         guesses = trees if asked[-1] else {bit: each for bit, each in trees.items() if bit != 0}

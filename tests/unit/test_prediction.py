@@ -15,8 +15,9 @@ import torch
 
 from decoding.assemble import LoadedModel, build_drafters, build_stepper, load_target
 from decoding.config import EngineConfig
+from decoding.drafters.alignment import Alignment, AlignmentRules, FusedAlignments, PlainAlignments
 from decoding.drafters.base import DrafterContext
-from decoding.drafters.prediction import Alignment, PredictionDrafter, PredictionOptions
+from decoding.drafters.prediction import PredictionDrafter, PredictionOptions
 from decoding.engine import Engine
 from decoding.errors import ConfigError, RequestError
 from decoding.plan import Plan, PlannedRow, Quota, RowQuota
@@ -208,6 +209,55 @@ def test_an_alignment_says_how_long_a_match_is() -> None:
     assert (alignment.index, alignment.lost) == (3, 0), "it is certain, so the place is known again"
 
 
+# the kernel -----------------------------------------------------------------------------------------------------------
+
+
+def grown(luck: random.Random, text: list[int], prediction: list[int], place: int, words: int) -> int:
+    """Let a text go on: mostly as predicted from a place on, sometimes with an edit; returns the place after that."""
+    for _ in range(luck.choice([0, 1, 1, 3, 9])):
+        edit = luck.random()
+        if edit < 0.1:
+            text.append(luck.randrange(words))
+        elif edit < 0.2:
+            place = luck.randrange(len(prediction) + 1)
+        if place < len(prediction):
+            text.append(prediction[place])
+            place += 1
+    return place
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_kernel_finds_what_the_definition_finds(seed: int) -> None:
+    """While texts follow their predictions and leave them, also after steps in which a row was not asked."""
+    luck = random.Random(seed)
+    rules = AlignmentRules(luck.choice([1, 2, 4, 32, 64]), luck.choice([1, 2, 3, 9]))
+    both = PlainAlignments(rules), FusedAlignments(rules)
+    words = luck.choice([1, 2, 5, 50, 1000])
+    predictions = [[luck.randrange(words) for _ in range(luck.choice([1, 3, 20, 300]))] for _ in range(3)]
+    texts = [[luck.randrange(words)] for _ in predictions]
+    numbers = [[each.begin(torch.tensor(tokens), 1) for tokens in predictions] for each in both]
+    places, drafted = [0, 0, 0], 0
+    for _ in range(40):
+        known = [torch.tensor(text) for text in texts]
+        nodes, depths = (
+            [luck.choice([0, 1, 8, 24, 63]) for _ in texts],
+            [luck.choice([0, 1, 5, 16, 63]) for _ in texts],
+        )
+        expected, found = (each.trees(mine, known, nodes, depths, 1) for each, mine in zip(both, numbers, strict=True))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+        drafted += found[0].shape[1] - 1
+        places = [grown(luck, *each, words) for each in zip(texts, predictions, places, strict=True)]
+    assert drafted > 0
+
+
+def test_a_text_that_is_not_followed_is_refused() -> None:
+    alignments = FusedAlignments(AlignmentRules(32, 2))
+    with pytest.raises(IndexError, match="text 3 is not followed"):
+        alignments.trees([3], [torch.tensor([1])], [8], [8], 0)
+
+
 # requests ------------------------------------------------------------------------------------------------------------
 
 
@@ -218,11 +268,11 @@ def test_rows_without_a_prediction_cost_nothing_and_get_bare_roots() -> None:
     trees = row.drafter.propose(plan, Quota((limit, limit)), cast(Any, None))
     assert trees is not None
     assert (trees.parents >= 0).sum(dim=1).tolist() == [0, 5]
-    assert list(row.drafter._followers) == [row.sequence.id]
+    assert list(row.drafter._followed) == [row.sequence.id]
     alone = Plan(plan_rows[:1], plan_rows[:1])
     assert row.drafter.propose(alone, Quota((limit,)), cast(Any, None)) is None
     row.drafter.forget(row.sequence.id)
-    assert not row.drafter._followers
+    assert not row.drafter._followed
 
 
 def test_ids_that_are_not_there_are_refused_by_name() -> None:
@@ -231,7 +281,7 @@ def test_ids_that_are_not_there_are_refused_by_name() -> None:
     assert caught.value.param == "prediction"
 
 
-@pytest.mark.parametrize("options", [{"max_match": 0}, {"max_match": 65}, {"branches": 0}])
+@pytest.mark.parametrize("options", [{"max_match": 0}, {"max_match": 65}, {"branches": 0}, {"branches": 65}])
 def test_options_that_cannot_be(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         PredictionDrafter(PredictionOptions(**options), CONTEXT)

@@ -23,13 +23,15 @@ from decoding.drafters.successors import grow_anywhere, grow_fused, learn_anywhe
 from decoding.drafters.team import DrafterTeam
 from decoding.engine import Engine
 from decoding.plan import Plan, Quota, RowQuota
+from decoding.planner import Limits
+from decoding.probe import Probe
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
 from decoding.sampling import Sampling
 from decoding.sampling_ops import CpuSamplingOps
 from decoding.step_ops import StepOps, load_step_ops
 from models.target import ForwardOutput, Top
 from models.tree import Trees
-from tests.engines import ALL_NODES, ROOT, device_ops, make_engine, run, tiny_decoder
+from tests.engines import ALL_NODES, ROOT, VOCAB, device_ops, make_engine, run, tiny_decoder
 from tests.waits import watch
 
 CPU = torch.device("cpu")
@@ -161,6 +163,24 @@ def test_the_kernel_takes_the_likeliest_of_the_tokenizers_ids(vocab: int, dtype:
     assert CpuSamplingOps().top(logits, 3)[1].tolist() == [[0, 1, 2]] * 7
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("vocab", [1023, 2048, 5000, 16_384, 20_000])
+def test_of_equal_values_the_lowest_ids_come_first(vocab: int, dtype: torch.dtype) -> None:
+    """However many values are the same, or none at all."""
+    generator = torch.Generator().manual_seed(vocab)
+    kinds = [torch.randn(vocab, generator=generator, dtype=dtype).mul(scale).round() for scale in (0.1, 1, 30)]
+    rows = [*kinds, kinds[1].clone(), torch.full_like(kinds[0], -torch.inf), torch.arange(vocab, dtype=dtype)]
+    rows[3][torch.randperm(vocab, generator=generator)[: vocab - 5]] = -torch.inf
+    rows[2][::3] = torch.nan
+    logits = torch.stack([*rows, rows[-1].flip(0)])
+    known = logits.nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
+    for k in (1, 2, 8, 20, 64):
+        values, ids = CpuSamplingOps().top(logits, k)
+        expected = known.sort(dim=1, descending=True, stable=True)
+        assert torch.equal(ids, expected.indices[:, :k])
+        assert torch.equal(values, expected.values[:, :k])
+
+
 # what is learned, and for whom ---------------------------------------------------------------------------------------
 
 
@@ -213,6 +233,25 @@ def test_options_limit_the_tree() -> None:
     run(engine, [GenerateRequest("r", PROMPT, GREEDY)])
     stats = engine.stats()
     assert 0 < stats.drafted <= 5 * stats.steps
+
+
+def test_nothing_stays_of_made_up_texts() -> None:
+    """Those of a probe: neither successors nor what was counted of them; and only those."""
+    drafters: list[Noting] = []
+    engine = make_engine(target(), {"recycling": recycling(drafters)}, plan=ALL_NODES)
+    [drafter] = drafters
+    run(engine, [GenerateRequest("r", PROMPT, GREEDY)])
+    drafter._settle()
+    known, counts = drafter.tokens(), drafter._counts[[0, 1]]
+    stepper = engine._stepper
+    limits = Limits(stepper.cache, stepper.drafters.members, 24, 8)
+    with torch.inference_mode():
+        assert Probe(stepper, limits, VOCAB, 8).measure() is not None
+    assert drafter.known[-1] == known, "it was asked, and learned from them meanwhile"
+    assert (drafter.tokens(), len(drafter._matrices)) == (known, 1)
+    assert torch.equal(drafter._counts[[0, 1]], counts)
+    assert drafter._heard is None
+    assert not drafter._made_up
 
 
 # on a device ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 
 from decoding.drafters.successors import (
     EDGES,
+    MODES,
     Lesson,
     Matrices,
     Matrix,
@@ -47,7 +48,7 @@ def a_lesson(luck: np.random.Generator, matrices: int, top_k: int) -> Lesson:
     logits = np.sort(luck.normal(0, 3, (nodes, known)).astype(np.float32))[:, ::-1].copy()
     return Lesson(
         owner=luck.integers(0, matrices, rows).tolist(),
-        modes=luck.integers(0, 2, rows).tolist(),
+        modes=luck.integers(0, MODES, rows).tolist(),
         texts=[luck.integers(0, VOCAB, luck.integers(1, 8)) for _ in range(rows)],
         tokens=luck.integers(0, VOCAB, nodes),
         first=np.concatenate([[0], sizes[:-1].cumsum()]),
@@ -61,7 +62,7 @@ def a_wish(luck: np.random.Generator, matrices: int) -> Wish:
     rows = int(luck.integers(1, 5))
     return Wish(
         owner=luck.integers(0, matrices, rows).tolist(),
-        modes=luck.integers(0, 2, rows).tolist(),
+        modes=luck.integers(0, MODES, rows).tolist(),
         roots=luck.integers(0, VOCAB, rows).tolist(),
         nodes=luck.choice([0, 1, 5, 24, 63], rows).tolist(),
         depth=luck.integers(1, 9, rows).tolist(),

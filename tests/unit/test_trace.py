@@ -12,7 +12,7 @@ from decoding.drafters.ngram import NgramDrafter, NgramOptions
 from decoding.engine import Engine
 from decoding.messages import StepTrace
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
-from decoding.trace import MAX_STEPS
+from decoding.trace import MAX_NODES, MAX_STEPS
 from models.decoder import Decoder
 from tests.doubles import GarbageDrafter, OracleDrafter
 from tests.engines import ALL_NODES, BuildDrafter, Outcome, device_ops, make_engine, run, tiny_decoder
@@ -40,7 +40,7 @@ def oracle_engine(text: list[int], *, noise: bool = True, **settings: object) ->
     texts = {("r", 0): [*PROMPT, *text]}
     drafters: dict[str, BuildDrafter] = {"oracle": lambda c: OracleDrafter(c, texts)}
     drafters |= {"garbage": GarbageDrafter} if noise else {}
-    return make_engine(target(), drafters, plan=ALL_NODES, max_nodes=12, max_depth=4, **settings)
+    return make_engine(target(), drafters, **{"plan": ALL_NODES, "max_nodes": 12, "max_depth": 4, **settings})
 
 
 def steps_of(outcome: Outcome) -> list[StepTrace]:
@@ -124,6 +124,13 @@ def test_nobody_asked() -> None:
     assert mates["r", 0].tokens == alone.tokens
     assert not steps_of(mates["r", 0])
     check(mates["other", 0])
+
+
+def test_large_trees_fill_a_trace_sooner() -> None:
+    engine = oracle_engine([0] * 600, max_nodes=60)
+    outcome = run(engine, [ask(max_tokens=450)])["r", 0]
+    nodes = sum(len(step.tokens) for step in steps_of(outcome))
+    assert MAX_NODES <= nodes < MAX_NODES + 64
 
 
 def test_long_texts_tell_their_first_steps() -> None:

@@ -1,0 +1,160 @@
+"""Compiles grammars for one model, within limits; and in the background, so that no step of the engine waits for it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from decoding.errors import RequestError
+from decoding.grammar.source import brief, library_text, refuse
+from decoding.grammar.vocabulary import Vocabulary
+from decoding.request import Grammar
+from decoding.text import Tokenizer
+
+logger = logging.getLogger("saccade.engine")
+
+KEPT = 32  # compiled grammars that wait for the next request of the kind
+STACK_BYTES = 64 * 2**20  # of the compiling thread: more than what the server's check of the grammar had
+# Of one mask, at worst some 15 ms of work, and 100 MB of states of one grammar.
+LIMITS: dict[str, Any] = {
+    "max_items_in_row": 2000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,  # no states of the parser in messages for clients
+}
+_LIMIT_WORDS = re.compile(r"too (big|large|many|complex|deep)|limit|fuel|exceed", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A grammar for one vocabulary."""
+
+    start: Any  # LLMatcher at the beginning of a text; never advanced, always copied
+    vocab_size: int
+
+    def mask_seconds(self) -> float:
+        """What the first mask takes, once everything for it is there."""
+        first = self.start.deep_copy()
+        started = time.perf_counter()
+        first.compute_bitmask()
+        return time.perf_counter() - started
+
+
+class GrammarCompiler:
+    """One model's compiler. Not thread-safe.
+
+    Args:
+        vocab_size: ids that can be drawn.
+        eos_ids: of them, those that end a text.
+        limits: of ``llguidance.LLParserLimits``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        eos_ids: tuple[int, ...],
+        limits: Mapping[str, Any] = LIMITS,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_ids = eos_ids
+        self._limits = LLParserLimits(**limits)
+        self._library: Any = None  # LLTokenizer; a second of work for a large vocabulary, when first needed
+
+    def prepare(self) -> None:
+        """Do what is the same for all grammars."""
+        if self._library is None:
+            self._library = LLTokenizer(Vocabulary(self._tokenizer, self._vocab_size, self._eos_ids))
+
+    def compile(self, grammar: Grammar) -> Compiled:
+        """The grammar, ready to match; its first mask has been made once.
+
+        Raises:
+            RequestError: code ``invalid_grammar`` for what is no grammar, or can never be fulfilled;
+                ``grammar_too_complex`` beyond the limits.
+        """
+        self.prepare()
+        text = library_text(grammar)
+        start = LLMatcher(self._library, text, log_level=0, limits=self._limits)
+        self._check(start)
+        first = start.deep_copy()
+        first.compute_bitmask()
+        self._check(first)
+        return Compiled(start, self._vocab_size)
+
+    @staticmethod
+    def _check(matcher: Any) -> None:
+        if not matcher.is_error():
+            return
+        message = brief(matcher.get_error())
+        if message.startswith("NoExtension"):  # there is no first token
+            refuse("No text can be what the grammar asks for.")
+        if _LIMIT_WORDS.search(message):
+            refuse(f"The grammar is too complex: {message}", "grammar_too_complex")
+        refuse(f"The grammar cannot be compiled: {message}")
+
+
+def outcome(future: Future[Compiled]) -> Compiled:
+    """What compiling came to; waits for it.
+
+    Raises:
+        RequestError: it failed. If by a mistake of the library, that is one request's trouble, not the engine's.
+    """
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if not isinstance(error, RequestError):
+        logger.error("the grammar library failed", exc_info=error)
+        refuse("The grammar cannot be compiled: the library that reads it failed.")
+    raise error
+
+
+class BackgroundCompiler:
+    """Compiles in a thread of its own, one grammar after the other, and keeps the last ones."""
+
+    def __init__(self, compiler: GrammarCompiler) -> None:
+        self._compiler = compiler
+        self._thread: ThreadPoolExecutor | None = None
+        self._kept: OrderedDict[Grammar, Future[Compiled]] = OrderedDict()
+
+    def start(self, grammar: Grammar) -> Future[Compiled]:
+        """The grammar as soon as it is compiled; the future raises what ``GrammarCompiler.compile`` does."""
+        future = self._kept.get(grammar)
+        if future is None or (future.done() and future.exception() is not None):
+            future = self._kept[grammar] = self._executor().submit(self._compiler.compile, grammar)
+        self._kept.move_to_end(grammar)
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return future
+
+    def forget(self, grammar: Grammar) -> None:
+        """Compile it anew next time: it has come to the limit of what it may remember."""
+        self._kept.pop(grammar, None)
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._thread = None
+            self._kept.clear()
+
+    def _executor(self) -> ThreadPoolExecutor:
+        if self._thread is None:
+            before = threading.stack_size(STACK_BYTES)  # holds for threads that start from now on
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+            self._thread.submit(self._compiler.prepare)
+            threading.stack_size(before)
+        return self._thread

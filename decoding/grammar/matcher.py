@@ -1,0 +1,184 @@
+"""Where one text stands in its grammar, and what may follow it and every path of a tree that hangs on its end.
+
+The library's matcher walks forward by tokens and back again. Here it visits the paths of a tree depth first, so that a
+node costs one token forward, one back, and its mask. What may follow is a function of the grammar and the tokens alone,
+so the text cannot depend on which paths were visited.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decoding.grammar.compiler import Compiled
+from models.batch import MAX_TREE
+
+Words = NDArray[np.int32]  # 32 ids a word, the lowest bit first
+Path = tuple[int, ...]
+Ending = Literal["stop", "error"]
+
+SLOW = 0.002  # seconds a mask, beside which drafts do not pay
+SLOWNESS_RATE = 0.2
+
+
+def words_of(vocab_size: int) -> int:
+    """Words of a mask: there is one bit more than ids, the library's own "here it may end"."""
+    return vocab_size // 32 + 1
+
+
+class Matcher:
+    """Of one sequence. It stands at the committed text; paths are tokens after that.
+
+    Args:
+        ends: ids that end a text where it is complete, the likeliest one first. Without any, it ends by itself where
+            nothing can follow.
+        min_tokens: before that many it ends only where nothing else can follow.
+        goes_on: it always ends only there (``ignore_eos``).
+    """
+
+    def __init__(self, compiled: Compiled, ends: tuple[int, ...], min_tokens: int = 0, goes_on: bool = False) -> None:
+        self._start = compiled.start
+        self._inner = compiled.start.deep_copy()
+        self._vocab_size = compiled.vocab_size
+        self._ends = ends
+        self._end_words = np.zeros(words_of(compiled.vocab_size), dtype=np.int32)
+        for token in ends:
+            self._end_words[token // 32] |= np.uint32(1 << token % 32).astype(np.int32)
+        self._min_tokens = min_tokens
+        self._goes_on = goes_on
+        self._text: list[int] = []
+        self._path: list[int] = []  # where ``_inner`` stands, after the text
+        # of paths in this step; None: no text gets there, or what follows could not be computed
+        self._masks: dict[Path, Words | None] = {}
+        self._failed: set[Path] = set()  # the library came to its limits
+        self._forced: list[int] | None = None  # tokens that must follow the text; None: not looked at yet
+        self._slowness = 0.0  # seconds that a mask takes
+
+    @property
+    def is_slow(self) -> bool:
+        """Masks take so long that every drafted node costs more than it can save."""
+        return self._slowness > SLOW
+
+    def masks(self, paths: Sequence[Path]) -> list[Words | None]:
+        """What may follow each path; None where it does not matter: no text gets there, or none goes on from there."""
+        for path in sorted(set(paths)):  # depth first
+            if path not in self._masks:
+                self._masks[path] = self._mask() if self._walk(path) else None
+        return [self._masks[path] for path in paths]
+
+    def allows(self, path: Path) -> bool:
+        """Whether the text may go on like this; of what is forced, in the very tokens that ``forced`` names."""
+        forced = self.forced()[: len(path)]
+        if tuple(forced) != path[: len(forced)]:
+            return False
+        if path[-1] in self._ends and self._walk(path[:-1]) and self._may_end():
+            return True
+        return self._walk(path)
+
+    def forced(self) -> list[int]:
+        """Tokens of which each must follow the one before: a guess at how the model spells the text that must come."""
+        if self._forced is None:
+            self._forced = self._found_forced()
+        return self._forced
+
+    def commit(self, tokens: Sequence[int]) -> tuple[int, Ending | None]:
+        """Move the text on by the tokens that were drawn: (how many of them are its own, why it ends there)."""
+        self._walk(())
+        kept = 0
+        ending: Ending | None = None
+        while kept < len(tokens) and ending is None:
+            if tuple(self._path) in self._failed:  # what was drawn there was drawn without a mask
+                ending = "error"
+            else:
+                ending = self._step(tokens[kept])
+                kept += ending != "error"
+        self._follow_forced(tokens[:kept])
+        self._text += self._path
+        self._path = []
+        self._masks.clear()
+        self._failed.clear()
+        return kept, ending
+
+    def _found_forced(self) -> list[int]:
+        self._walk(())
+        found = [] if self._inner.is_stopped() else self._inner.compute_ff_tokens()
+        if self._inner.is_error():
+            self._mend()
+            return []
+        then_complete = len(found) < MAX_TREE and self._walk(tuple(found)) and self._inner.is_stopped()
+        return [*found, self._ends[0]] if then_complete and self._ends else list(found)
+
+    def _step(self, token: int) -> Ending | None:
+        if token in self._ends and self._may_end():
+            return "stop"
+        if not self._take(token):
+            return "error"
+        self._path.append(token)
+        return "stop" if not self._ends and self._inner.is_stopped() else None
+
+    def _follow_forced(self, tokens: Sequence[int]) -> None:
+        count = len(tokens)
+        known = self._forced is not None and len(self._forced) > count and self._forced[:count] == list(tokens)
+        self._forced = self._forced[count:] if known and self._forced else None
+
+    # the library's matcher --------------------------------------------------------------------------------------------
+
+    def _walk(self, path: Path) -> bool:
+        """Stand after ``path``; False where the grammar refuses it."""
+        shared = 0
+        while shared < min(len(path), len(self._path)) and path[shared] == self._path[shared]:
+            shared += 1
+        if shared < len(self._path):
+            back = len(self._path) - shared
+            del self._path[shared:]
+            if not self._inner.rollback(back):
+                self._mend()
+        for token in path[len(self._path) :]:
+            if not self._take(token):
+                return False
+            self._path.append(token)
+        return True
+
+    def _take(self, token: int) -> bool:
+        if self._inner.is_stopped():  # complete, or beyond repair
+            return False
+        taken = bool(self._inner.try_consume_tokens([token]) == 1)
+        if self._inner.is_error():
+            self._failed.add((*self._path, token))
+            self._mend()
+            return False
+        return taken
+
+    def _may_end(self) -> bool:
+        """Whether the text is complete here."""
+        return bool(not self._inner.is_error() and (self._inner.is_stopped() or self._inner.is_accepting()))
+
+    def _mask(self) -> Words | None:
+        words = np.zeros_like(self._end_words)
+        complete = self._inner.is_stopped()
+        if not complete:
+            started = time.perf_counter()
+            self._inner.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            self._slowness += SLOWNESS_RATE * (time.perf_counter() - started - self._slowness)
+        if self._inner.is_error():
+            self._failed.add(tuple(self._path))
+            self._mend()
+            return None
+        place, bit = self._vocab_size // 32, np.uint32(1 << self._vocab_size % 32).astype(np.int32)
+        may_end = complete or bool(words[place] & bit)
+        words[place] &= ~bit
+        early = self._goes_on or len(self._text) + len(self._path) < self._min_tokens
+        if may_end and not (early and words.any()):
+            words |= self._end_words
+        return words if words.any() else None
+
+    def _mend(self) -> None:
+        """Begin anew at the committed text: after an error the library's matcher does nothing more."""
+        self._inner = self._start.deep_copy()
+        self._path = []
+        if self._text:
+            self._inner.consume_tokens(self._text)

@@ -1,0 +1,74 @@
+"""Requests whose grammar is being compiled: they stand in the scheduler's queue, and are passed over until it is."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, wait
+
+from decoding.errors import RequestError
+from decoding.grammar.compiler import BackgroundCompiler, Compiled, outcome
+from decoding.grammar.matcher import Matcher
+from decoding.request import Grammar
+from decoding.sequence import Sequence, SequenceId
+
+PATIENCE = 0.02  # seconds that an engine with nothing else to do waits at a time
+
+
+class GrammarQueue:
+    """Gives sequences their matchers.
+
+    Args:
+        eos_ids: ids that end a text.
+    """
+
+    def __init__(self, compiler: BackgroundCompiler, eos_ids: tuple[int, ...]) -> None:
+        self._compiler = compiler
+        self._eos_ids = eos_ids
+        self._waiting: dict[SequenceId, tuple[Sequence, Future[Compiled]]] = {}
+
+    def require(self, grammar: Grammar) -> None:
+        """Compile a grammar and wait for it.
+
+        Raises:
+            RequestError: it cannot be compiled.
+        """
+        outcome(self._compiler.start(grammar))
+
+    def add(self, sequence: Sequence) -> None:
+        """Compile what the sequence needs, if it needs anything."""
+        grammar = sequence.request.grammar
+        if grammar is not None:
+            self._waiting[sequence.id] = (sequence, self._compiler.start(grammar))
+
+    def settle(self, *, idle: bool) -> list[tuple[Sequence, RequestError]]:
+        """Hand out what is ready; the sequences whose grammar cannot be compiled, and why.
+
+        Args:
+            idle: there is nothing else to do, so this may take a moment.
+        """
+        if not self._waiting:
+            return []
+        if idle:
+            wait([future for _, future in self._waiting.values()], PATIENCE, return_when="FIRST_COMPLETED")
+        failed = []
+        for sequence, future in [each for each in self._waiting.values() if each[1].done()]:
+            del self._waiting[sequence.id]
+            try:
+                sequence.matcher = self._matcher(sequence, outcome(future))
+            except RequestError as error:
+                failed.append((sequence, error))
+        return failed
+
+    def forget(self, sequence: Sequence, error_code: str | None) -> None:
+        """The sequence ended. If by the limits of its grammar, the next one begins anew: texts share some of them."""
+        self._waiting.pop(sequence.id, None)
+        if error_code is not None and sequence.request.grammar is not None:
+            self._compiler.forget(sequence.request.grammar)
+
+    def close(self) -> None:
+        """End what runs beside the engine."""
+        self._compiler.close()
+
+    def _matcher(self, sequence: Sequence, compiled: Compiled) -> Matcher:
+        params = sequence.params
+        ends = tuple(dict.fromkeys((*self._eos_ids, *params.stop_token_ids)))
+        return Matcher(compiled, ends, params.min_tokens, params.ignore_eos)

@@ -1,0 +1,84 @@
+"""What a request's tools come to: what the template prints, and how the output is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from decoding.errors import RequestError
+from server.openai.tools.base import Offer, ToolParser
+from server.openai.tools.fields import AllowedChoice, NamedChoice, Tool, ToolChoice, shown_tools
+from server.openai.tools.table import ToolFormat, new_call_id
+
+
+@dataclass(frozen=True)
+class ToolPlan:
+    """How a request's tools are used; by default, there are none.
+
+    Attributes:
+        shown: for the template; None: the model is not to know of any.
+        names: of the functions that may be called.
+        parser: reads an output; None: there are no calls in it.
+        new_id: makes a call's id.
+        parallel: more than one call may be told.
+    """
+
+    shown: list[dict[str, Any]] | None = None
+    names: frozenset[str] = frozenset()
+    parser: Callable[[Offer], ToolParser] | None = None
+    new_id: Callable[[], str] = new_call_id
+    parallel: bool = True
+
+    def new_parser(self, hidden: frozenset[str]) -> ToolParser | None:
+        """A parser for one output; ``hidden`` are the markers that are special tokens."""
+        return None if self.parser is None else self.parser(Offer(self.names, self.new_id, hidden))
+
+
+def plan_tools(
+    tools: Sequence[Tool] | None,
+    choice: ToolChoice | None,
+    tool_format: ToolFormat | None,
+    *,
+    parallel: bool = True,
+    template_shows_tools: bool = True,
+) -> ToolPlan:
+    """What becomes of checked fields.
+
+    Args:
+        tool_format: of the served model, if it is known.
+        parallel: more than one call is wanted.
+        template_shows_tools: the model's chat template prints them.
+
+    Raises:
+        RequestError: the model is to choose freely, and cannot call tools.
+    """
+    if not tools or choice == "none":
+        return ToolPlan()
+    offered, mode = _offered(tools, choice)
+    shown = shown_tools(offered)
+    new_id = tool_format.new_id if tool_format is not None else new_call_id
+    names = frozenset(tool.function.name for tool in offered)
+    if mode == "auto":
+        if tool_format is None or not template_shows_tools:
+            raise _cannot_choose(template_shows_tools)
+        return ToolPlan(shown, names, tool_format.parser, new_id, parallel)
+    message = "Calls are left to the model's choice, and cannot be forced: no output is held to a schema here."
+    raise RequestError(message, param="tool_choice", code="unsupported_value")
+
+
+def _offered(tools: Sequence[Tool], choice: ToolChoice | None) -> tuple[Sequence[Tool], str]:
+    """The tools that the model is to know, and whether it may, must, or must call a certain one."""
+    if isinstance(choice, AllowedChoice):
+        allowed = {each.function.name for each in choice.allowed_tools.tools}
+        return [tool for tool in tools if tool.function.name in allowed], choice.allowed_tools.mode
+    return tools, "named" if isinstance(choice, NamedChoice) else choice or "auto"
+
+
+def _cannot_choose(template_shows_tools: bool) -> RequestError:
+    if template_shows_tools:
+        why = "how this model writes tool calls is unknown; start the server with --tool-call-parser"
+    else:
+        why = "this model's chat template has no place for tools"
+    message = f"Tools cannot be left to the model's choice: {why}."
+    return RequestError(message, param="tools", code="unsupported_parameter")

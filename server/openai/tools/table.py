@@ -1,0 +1,80 @@
+"""The tool formats, by vLLM's names: one file and one line each."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from decoding.errors import ConfigError, nearest
+from server.openai.tools import hermes, llama3_json, mistral
+from server.openai.tools.base import Offer, ToolParser
+
+
+def new_call_id() -> str:
+    """An id as OpenAI's look."""
+    return f"call_{secrets.token_hex(12)}"
+
+
+def _same_id(call_id: str) -> str:
+    return call_id
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How a family of models writes tool calls.
+
+    Attributes:
+        signs: what a chat template of the family has in it, any of them.
+        foreign: what it cannot have, being of another family.
+        markers: texts that are special tokens in some tokenizers, and must reach the parser all the same.
+        new_id: makes a call's id.
+        template_id: makes a client's id one that the template takes.
+    """
+
+    parser: Callable[[Offer], ToolParser]
+    signs: tuple[str, ...]
+    foreign: tuple[str, ...] = ()
+    markers: tuple[str, ...] = ()
+    new_id: Callable[[], str] = new_call_id
+    template_id: Callable[[str], str] = _same_id
+
+    def matches(self, template: str) -> bool:
+        """Whether a chat template is of this family."""
+        return any(sign in template for sign in self.signs) and not any(sign in template for sign in self.foreign)
+
+
+TOOL_FORMATS: dict[str, ToolFormat] = {
+    "hermes": ToolFormat(
+        hermes.HermesParser, (hermes.OPEN,), foreign=("<function=", "<arg_key>"), markers=(hermes.OPEN, hermes.CLOSE)
+    ),
+    "llama3_json": ToolFormat(
+        llama3_json.Llama3JsonParser,
+        (llama3_json.PYTHON_TAG, '"parameters": dictionary of argument name'),
+        markers=(llama3_json.PYTHON_TAG,),
+    ),
+    "mistral": ToolFormat(
+        mistral.MistralParser,
+        (mistral.MARKER,),
+        markers=(mistral.MARKER, mistral.CALL_ID, mistral.ARGS),
+        new_id=mistral.new_id,
+        template_id=mistral.template_id,
+    ),
+}
+
+
+def find_tool_format(name: str, template: str) -> ToolFormat | None:
+    """The format of that name; "auto": the one that the chat template is written for, None if it is none of them.
+
+    Raises:
+        ConfigError: there is no format of that name.
+    """
+    if name == "auto":
+        return next((each for each in TOOL_FORMATS.values() if each.matches(template)), None)
+    if name == "none":
+        return None
+    if name not in TOOL_FORMATS:
+        raise ConfigError(
+            f"no format of tool calls is called {name!r}: {nearest(name, ['auto', 'none', *TOOL_FORMATS])}."
+        )
+    return TOOL_FORMATS[name]
