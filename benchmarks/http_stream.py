@@ -37,6 +37,8 @@ RATES = (10_000.0, 20_000.0, 40_000.0, 0.0)
 WARM_UP = 0.1  # of the steps, not counted
 UNPACED_STEPS = 1000
 WORD = "return"  # one token
+COMPLETIONS = ("/v1/completions", {"prompt": WORD})
+CHAT = ("/v1/chat/completions", {"messages": [{"role": "user", "content": WORD}]})
 _END_SECONDS = 20.0
 
 
@@ -129,8 +131,9 @@ def measure(rate: float, args: argparse.Namespace) -> Result:
         log = Path(folder, "times.json")
         http_core, other_core = args.cores
         pace = Pace(args.streams, args.tokens, rate, token_id, other_core, str(log))
-        body = {"prompt": [token_id], "max_tokens": steps * args.tokens, "stream": True, "ignore_eos": True}
-        request = post("/v1/completions", json.dumps(body).encode())
+        path, prompt = CHAT if args.chat else COMPLETIONS
+        body = {**prompt, "max_tokens": steps * args.tokens, "stream": True, "ignore_eos": True}
+        request = post(path, json.dumps(body).encode())
         with http_process(pace, args.tokenizer, http_core, args.profile) as (port, clock):
             before = clock.seconds()
             streams = read_streams(port, request, args.streams)
@@ -165,6 +168,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="tokens a second; 0: no limit")
     parser.add_argument("--streams", type=int, default=STREAMS)
     parser.add_argument("--tokens", type=int, default=TOKENS_PER_EVENT, help="of an event")
+    parser.add_argument("--chat", action="store_true", help="/v1/chat/completions in place of /v1/completions")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each rate")
     parser.add_argument("--cores", type=int, nargs=2, metavar=("HTTP", "OTHERS"), help="default: the first two")
     parser.add_argument("--tokenizer", default="demo/target")
@@ -199,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(args: argparse.Namespace, results: Sequence[Result]) -> dict[str, Any]:
     from benchmarks.provenance import provenance  # imports torch, which would take time from what is measured
 
-    setting = {name: getattr(args, name) for name in ("streams", "tokens", "seconds", "cores")}
+    setting = {name: getattr(args, name) for name in ("streams", "tokens", "chat", "seconds", "cores")}
     origin = provenance([sys.executable, "-m", "benchmarks.http_stream", *sys.argv[1:]], {}, {})
     return {"setting": setting, "results": [asdict(result) for result in results], "provenance": origin}
 

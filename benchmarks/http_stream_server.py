@@ -20,7 +20,7 @@ from benchmarks.paced_engine import ENGINE, Pace
 from decoding.text import Tokenizer
 from server.app import build_app
 from server.listening import Address, listen
-from server.serve import http_server
+from server.serve import exempt_from_collection, http_server
 from server.settings import ServerSettings
 from server.socket_client import SocketEngineClient
 from server.supervisor import Supervisor
@@ -35,6 +35,7 @@ async def run(pace: Pace, tokenizer: Tokenizer) -> None:
         with listen(Address("127.0.0.1", 0), settings.limits.write_timeout) as listener:
             server = http_server(build_app(engine, tokenizer, settings), settings.limits)
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: setattr(server, "should_exit", True))
+            exempt_from_collection()
             print(listener.getsockname()[1], flush=True)
             await server.serve(sockets=[listener])
     finally:

@@ -14,7 +14,7 @@ from itertools import accumulate
 
 _PIECE_BYTES = 1 << 16
 _SILENCE_SECONDS = 30.0
-_TEXT = re.compile(rb'"text":"([^"]*)"[^\n]*\n\n')
+_TEXT = re.compile(rb'"(?:text|content)":"([^"]*)"[^\n]*\n\n')
 
 
 class Stream:
@@ -25,7 +25,7 @@ class Stream:
         self.pieces: list[bytes] = []
 
     def texts(self) -> list[tuple[int, int]]:
-        """Of each chunk of /v1/completions: when its last byte came, and the characters of its text.
+        """Of each chunk of an answer: when its last byte came, and the characters of its text.
 
         Raises:
             RuntimeError: the stream broke off, or is an error.

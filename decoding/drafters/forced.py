@@ -8,7 +8,8 @@ masks ask for the tokenizer's own spelling too, so it is almost never wrong, and
 from __future__ import annotations
 
 from decoding.drafters.base import Needs, TokenDrafter
-from decoding.drafters.continuations import Node, trees_of
+from decoding.drafters.rows import last_tokens
+from decoding.drafters.tries import Node, as_trees
 from decoding.plan import Plan, Quota, RowQuota
 from decoding.sampling import Sampling
 from decoding.sequence import Sequence
@@ -29,7 +30,7 @@ class ForcedDrafter(TokenDrafter):
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
         rows = zip(plan.deciding, quota.rows, strict=True)
         chains = [self._chain(row.sequence, limit) for row, limit in rows]
-        return trees_of(plan, chains, self._bit)
+        return as_trees(chains, last_tokens(plan), self._bit)
 
     def _chain(self, sequence: Sequence, limit: RowQuota) -> list[Node]:
         if sequence.matcher is None or self.name not in limit.drafters:

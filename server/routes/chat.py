@@ -18,6 +18,7 @@ from server.openai.choice_output import OutputOptions
 from server.openai.generation import PromptRequest
 from server.openai.output_parser import Reading
 from server.openai.rendering import Head
+from server.openai.tools.plan import ToolPlan
 
 
 def chat_router(api: Api) -> APIRouter:
@@ -30,7 +31,7 @@ def chat_router(api: Api) -> APIRouter:
         model, seed = api.model_name(fields.model), fields.resolved_seed(api.settings.seed)
         check_ready(api.client.state)
         head = Head(model, seed, "chatcmpl", api.fingerprint())
-        conversation = await asyncio.to_thread(prepare_conversation, api, fields, head)
+        conversation = await prepare_conversation(api, fields, head)
         options = conversation.options(output_options(fields))
         generation = api.generation(request, [conversation.prompt], options, arrived)
         renderer = ChatRenderer(head, api.tokenizer, generation, fields.top_logprobs or 0, conversation.reading)
@@ -51,24 +52,31 @@ class Conversation:
         return asked if self.reading is None else replace(asked, kept=self.reading.kept)
 
 
-def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> Conversation:
-    """Render, tokenize and check the messages; runs in a worker thread.
+async def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> Conversation:
+    """Render, tokenize and check the messages, in a worker thread, and what the answer is to be held to.
 
     Raises:
-        RequestError: naming the field at fault by the name that the client used; what is wrong with the prompt is wrong
-            with the messages.
+        RequestError: naming the field at fault by the name that the client used.
+        UnavailableError: too many grammars wait to be checked.
     """
+    plan = await asyncio.to_thread(fields.tool_plan, api.formats.tools, shows_tools=api.shows_tools)
+    if plan.grammar is not None:
+        await api.grammars.check(plan.grammar, "tools")
+    return await asyncio.to_thread(_named_as_sent, api, fields, head, plan)
+
+
+def _named_as_sent(api: Api, fields: ChatFields, head: Head, plan: ToolPlan) -> Conversation:
+    """What is wrong with the prompt is wrong with the messages, and a limit has two names."""
     try:
-        return _prepared(api, fields, head)
+        return _prepared(api, fields, head, plan)
     except RequestError as error:
         renamed = {"prompt": "messages", "max_tokens": fields.limit_field}
         message = error.message.replace("max_tokens", fields.limit_field)
         raise RequestError(message, param=renamed.get(error.param or "", error.param), code=error.code) from None
 
 
-def _prepared(api: Api, fields: ChatFields, head: Head) -> Conversation:
+def _prepared(api: Api, fields: ChatFields, head: Head, plan: ToolPlan) -> Conversation:
     info = api.client.info
-    plan = fields.tool_plan(api.formats.tools, shows_tools=api.shows_tools)
     text = fields.rendered(api.tokenizer, plan.shown, api.formats.template_id)
     api.check_length(text, api.prompt_times(fields))
     ids = fields.truncated(tuple(fields.tokens(api.tokenizer, text)), info.max_model_len - fields.token_limit(1))
@@ -87,8 +95,10 @@ def _prepared(api: Api, fields: ChatFields, head: Head) -> Conversation:
         speculation=fields.speculation_params(),
         cache_salt=fields.cache_salt or "",
         prediction_ids=api.prediction_ids(fields.prediction),
+        grammar=plan.grammar,
     )
     request.validate(info.vocab_size, info.max_model_len, info.drafters)
     shows_special = fields.skip_special_tokens is False
-    reading = api.formats.reading(plan, text, shows_special=shows_special)
+    constrained = request.grammar is not None
+    reading = api.formats.reading(plan, text, shows_special=shows_special, constrained=constrained)
     return Conversation(PromptRequest(request), reading)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any
 
@@ -50,7 +49,7 @@ async def _renderer(
     chat = api.checked(request, parse_fields(chat_body(body, fields), ChatFields))
     head = Head(api.model_name(chat.model), chat.resolved_seed(api.settings.seed), "resp")
     check_ready(api.client.state)
-    conversation: Conversation = await asyncio.to_thread(prepare_conversation, api, chat, head)
+    conversation: Conversation = await prepare_conversation(api, chat, head)
     options = conversation.options(output_options(chat))
     generation = api.generation(request, [conversation.prompt], options, arrived)
     params = conversation.prompt.request.params

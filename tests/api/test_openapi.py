@@ -94,6 +94,12 @@ def test_schemas_are_schemas_and_references_lead_somewhere() -> None:
     assert found == {f"#/components/schemas/{name}" for name in schemas}
 
 
+def test_an_object_has_no_other_fields_than_it_shows() -> None:
+    schemas = document()["components"]["schemas"]
+    open_ones = [name for name, schema in schemas.items() if schema.get("additionalProperties") is not False]
+    assert open_ones == []
+
+
 @pytest.mark.parametrize(("path", "body"), [*REQUESTS, *WHOLE])
 def test_answers_have_the_shape_that_it_shows(path: str, body: dict[str, Any]) -> None:
     with api(saying("a", " b", reason="stop", stats=STATS)) as client:

@@ -101,3 +101,9 @@ def test_the_format_can_be_set(setting: str) -> None:
     with api(saying(*STEPS), ServerSettings(("demo",), reasoning_parser=setting), THINKING) as client:
         message = client.post(URL, json=ASK).json()["choices"][0]["message"]
     assert message == {"role": "assistant", "content": "".join(STEPS), "refusal": None}
+
+
+def test_an_output_that_is_held_to_calls_has_no_reasoning() -> None:
+    named = {"type": "function", "function": {"name": "time"}}
+    message = whole("{}", tools=TOOLS, tool_choice=named)["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"]["name"] == "time"

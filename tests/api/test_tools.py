@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from decoding.errors import ConfigError
@@ -203,6 +204,40 @@ def test_of_allowed_tools_the_model_knows_and_of_others_not() -> None:
         choice = client.post(URL, json=body).json()["choices"][0]
     assert "weather" not in prompt(engine).partition("</tools>")[0]
     assert choice["message"]["content"] == TAGGED
+
+
+# what they are held to -------------------------------------------------------------------------------------------
+
+
+def held_to(body: dict[str, Any], said: str) -> tuple[GenerateRequest, dict[str, Any]]:
+    engine = fake(saying(said, reason="stop"))
+    with api(engine) as client:  # the demo's template, which has no place for tools
+        response = client.post(URL, json={**ASK, **body})
+    assert response.status_code == 200, response.text
+    choice: dict[str, Any] = response.json()["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
+    return engine.requests[0], choice["message"]
+
+
+def test_a_required_call_is_held_to_the_tools_schemas() -> None:
+    call = {"name": "weather", "parameters": {"city": "Oslo"}}
+    request, message = held_to({"tool_choice": "required"}, json.dumps([call, {"name": "time", "parameters": {}}]))
+    assert [each["function"]["arguments"] for each in message["tool_calls"]] == ['{"city": "Oslo"}', "{}"]
+    assert request.grammar is not None
+    assert request.grammar.kind == "json_schema"
+    schema = jsonschema.Draft202012Validator(json.loads(request.grammar.source))
+    assert schema.is_valid([call, call])
+    assert not schema.is_valid([])
+    assert not schema.is_valid([{"name": "weather", "parameters": {}}])
+
+
+def test_a_named_call_is_its_arguments() -> None:
+    named = {"type": "function", "function": {"name": "weather"}}
+    request, message = held_to({"tool_choice": named}, '{"city": "Oslo"}')
+    assert message["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    assert request.grammar is not None
+    assert json.loads(request.grammar.source) == WEATHER["function"]["parameters"]
 
 
 @pytest.mark.parametrize(

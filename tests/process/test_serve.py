@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -99,6 +100,42 @@ def test_openai_client_on_both_endpoints(server: Served) -> None:
     chat = client.chat.completions.create(model="demo", messages=messages, max_tokens=20, seed=3)
     deltas = list(client.chat.completions.create(model="demo", messages=messages, max_tokens=20, seed=3, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in deltas) == chat.choices[0].message.content
+
+
+def test_a_forced_call_follows_its_schema_whatever_drafts(server: Served) -> None:
+    cities = {"city": {"enum": ["Oslo", "Rome"]}}
+    schema = {"type": "object", "properties": cities, "required": ["city"], "additionalProperties": False}
+    asked: dict[str, Any] = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "Rain?"}],
+        "tools": [{"type": "function", "function": {"name": "weather", "parameters": schema}}],
+        "parallel_tool_calls": False,
+        "seed": 3,
+        "max_tokens": 100,
+    }
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        told = []
+        for speculation in (True, False):
+            done = client.chat.completions.create(**asked, tool_choice=choice, extra_body={"speculation": speculation})
+            assert done.choices[0].finish_reason == "tool_calls"
+            (call,) = done.choices[0].message.tool_calls
+            assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
+            told.append(call.function.arguments)
+        chunks = list(client.chat.completions.create(**asked, tool_choice=choice, stream=True))
+        parts = [part.function for chunk in chunks for part in chunk.choices[0].delta.tool_calls or ()]
+        assert told == ["".join(part.arguments for part in parts)] * 2
+
+
+def test_responses_of_the_real_engine(server: Served) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0, _strict_response_validation=True)
+    asked: dict[str, Any] = {"model": "demo", "input": PROMPT, "max_output_tokens": 16, "temperature": 0}
+    whole = client.responses.create(**asked)
+    with client.responses.stream(**asked) as stream:
+        *_, last = stream
+    assert last.type == "response.incomplete"
+    assert whole.output_text == last.response.output_text != ""
+    assert whole.usage.output_tokens == 16
 
 
 def test_choices_echo_and_logprobs_of_the_real_engine(server: Served) -> None:

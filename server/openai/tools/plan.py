@@ -1,14 +1,18 @@
-"""What a request's tools come to: what the template prints, and how the output is read."""
+"""What a request's tools come to: what the template prints, what the output is held to, how it is read."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from decoding.errors import RequestError
+from decoding.request import Grammar
 from server.openai.tools.base import Offer, ToolParser
 from server.openai.tools.fields import AllowedChoice, NamedChoice, Tool, ToolChoice, shown_tools
+from server.openai.tools.forced import ForcedArgumentsParser, ForcedCallsParser
+from server.openai.tools.schema import arguments_schema, calls_schema
 from server.openai.tools.table import ToolFormat, new_call_id
 
 
@@ -18,6 +22,7 @@ class ToolPlan:
 
     Attributes:
         shown: for the template; None: the model is not to know of any.
+        grammar: what the output is held to.
         names: of the functions that may be called.
         parser: reads an output; None: there are no calls in it.
         new_id: makes a call's id.
@@ -25,6 +30,7 @@ class ToolPlan:
     """
 
     shown: list[dict[str, Any]] | None = None
+    grammar: Grammar | None = None
     names: frozenset[str] = frozenset()
     parser: Callable[[Offer], ToolParser] | None = None
     new_id: Callable[[], str] = new_call_id
@@ -62,9 +68,13 @@ def plan_tools(
     if mode == "auto":
         if tool_format is None or not template_shows_tools:
             raise _cannot_choose(template_shows_tools)
-        return ToolPlan(shown, names, tool_format.parser, new_id, parallel)
-    message = "Calls are left to the model's choice, and cannot be forced: no output is held to a schema here."
-    raise RequestError(message, param="tool_choice", code="unsupported_value")
+        return ToolPlan(shown, None, names, tool_format.parser, new_id, parallel)
+    if isinstance(choice, NamedChoice):
+        named = next(tool.function for tool in offered if tool.function.name == choice.function.name)
+        grammar = _held_to(arguments_schema(named.parameters))
+        return ToolPlan(shown, grammar, frozenset({named.name}), ForcedArgumentsParser, new_id, parallel)
+    schema = calls_schema([(tool.function.name, tool.function.parameters) for tool in offered], parallel=parallel)
+    return ToolPlan(shown, _held_to(schema), names, ForcedCallsParser, new_id, parallel)
 
 
 def _offered(tools: Sequence[Tool], choice: ToolChoice | None) -> tuple[Sequence[Tool], str]:
@@ -75,10 +85,14 @@ def _offered(tools: Sequence[Tool], choice: ToolChoice | None) -> tuple[Sequence
     return tools, "named" if isinstance(choice, NamedChoice) else choice or "auto"
 
 
+def _held_to(schema: dict[str, Any]) -> Grammar:
+    return Grammar("json_schema", json.dumps(schema))
+
+
 def _cannot_choose(template_shows_tools: bool) -> RequestError:
     if template_shows_tools:
         why = "how this model writes tool calls is unknown; start the server with --tool-call-parser"
     else:
         why = "this model's chat template has no place for tools"
-    message = f"Tools cannot be left to the model's choice: {why}."
+    message = f'Tools cannot be left to the model\'s choice: {why}. With tool_choice "required" it is held to a call.'
     return RequestError(message, param="tools", code="unsupported_parameter")
