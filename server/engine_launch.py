@@ -66,7 +66,9 @@ class EngineProcess:
     async def stop(self) -> None:
         """Wait for it to end by itself, and kill it if it does not."""
         try:
-            await asyncio.wait_for(self.wait(), EXIT_SECONDS)
+            # not wait_for: before Python 3.12 it loses a cancellation that comes as the process ends
+            async with asyncio.timeout(EXIT_SECONDS):
+                await self.wait()
         except TimeoutError:
             self.kill()
             await self.wait()

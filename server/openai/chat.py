@@ -65,7 +65,7 @@ class ChatRenderer:
                 if delta.index not in begun:
                     begun[delta.index] = self._deltas(delta.index)
                     role = self._choice_json(delta.index, ChatDelta("", {"role": "assistant"}))
-                    events.append(chunks.chunk(role, delta.index, prompt_ids(delta)))
+                    events.append(chunks.chunk(role, delta.index, prompt_ids(delta), begins=True))
                 if delta.token_ids is not None:
                     untold[delta.index] = untold.get(delta.index, ()) + delta.token_ids
                 for each in begun[delta.index].push(delta):

@@ -36,16 +36,17 @@ class Chunks:
         self._stream_usage = stream_usage
         self._generation = generation
 
-    def chunk(self, choice: str, index: int, beside: Mapping[str, Any] | None = None) -> bytes:
+    def chunk(self, choice: str, index: int, beside: Mapping[str, Any] | None = None, *, begins: bool = False) -> bytes:
         """The event of one choice.
 
         Args:
             choice: JSON in ASCII.
             index: of the choice.
             beside: further fields of the chunk.
+            begins: it tells nothing of the choice's tokens yet.
         """
         if self._stream_usage.continuous:
-            beside = {**(beside or {}), "usage": usage_so_far(self._generation, index)}
+            beside = {**(beside or {}), "usage": usage_so_far(self._generation, index, begins=begins)}
         elif beside:
             beside = {**beside, "usage": None} if self._stream_usage.final else beside
         else:

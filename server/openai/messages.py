@@ -28,6 +28,8 @@ class Message(Fields):
     reasoning_content: str | None = None
     reasoning: str | None = None
     function_call: None = None
+    annotations: Any = None  # of an earlier answer, sent back; they say nothing to a model
+    parsed: Any = None  # likewise, by the official client
 
     def check(self, place: str) -> None:
         """Check what no single field shows; ``place`` is where the message stands in the request.
@@ -52,9 +54,9 @@ class Message(Fields):
         Args:
             template_id: makes a call's id one that the template takes.
         """
-        told: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
-        if self.content is not None:
-            told["content"] = "\n".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
+        # of a message that only calls, too: many templates look into the content without asking whether there is one
+        told: dict[str, Any] = {"role": role, "content": "\n".join(part.text for part in self.content or ())}
         if self.name is not None:
             told["name"] = self.name
         if self.reasoning_content or self.reasoning:

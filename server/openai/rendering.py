@@ -78,9 +78,10 @@ def _reasoning_details(generation: Generation) -> dict[str, int]:
     return {"reasoning_tokens": sum(counts)} if counts else {}
 
 
-def usage_so_far(generation: Generation, index: int) -> dict[str, int]:
+def usage_so_far(generation: Generation, index: int, *, begins: bool) -> dict[str, int]:
     """What one choice has come to, as vLLM tells it in every chunk of a stream."""
-    prompt, completion = generation.so_far(index)
+    prompt, returned = generation.so_far(index)
+    completion = 0 if begins else returned
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 

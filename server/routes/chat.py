@@ -92,7 +92,7 @@ def _prepared(api: Api, fields: ChatFields, head: Head, plan: ToolPlan) -> Conve
         request_id=f"{head.id}-0",
         prompt_ids=ids,
         params=params,
-        speculation=fields.speculation_params(),
+        speculation=api.speculation(fields),
         cache_salt=fields.cache_salt or "",
         prediction_ids=api.prediction_ids(fields.prediction),
         grammar=plan.grammar,

@@ -76,7 +76,7 @@ def prepare_prompts(api: Api, fields: CompletionFields, head: Head) -> list[Prom
             request_id=f"{head.id}-{place}",
             prompt_ids=cut,
             params=params,
-            speculation=fields.speculation_params(),
+            speculation=api.speculation(fields),
             cache_salt=fields.cache_salt or "",
             prediction_ids=prediction,
         )

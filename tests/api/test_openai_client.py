@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
 
 from decoding.request import GenerateRequest
 from server.fake_client import Death, Line
+from tests.api import families
 from tests.api.harness import live, saying
 
 
@@ -41,6 +43,29 @@ def test_completions(url: str) -> None:
     assert done.usage.completion_tokens == 6
     assert done.model_extra is not None
     assert done.model_extra["seed"] == 5
+
+
+def test_fields_beyond_the_core_are_where_the_client_keeps_them(url: str) -> None:
+    more = {"return_token_ids": True, "prompt_logprobs": 1, "speculation": {"trace": True}}
+    told = strict(url).completions.create(model="demo", prompt="return x", best_of=2, suffix="y", extra_body=more)
+    assert told.system_fingerprint is not None
+    extra = told.choices[0].model_extra
+    assert extra is not None
+    assert told.usage is not None
+    assert len(extra["prompt_token_ids"]) == len(extra["prompt_logprobs"]) == told.usage.prompt_tokens
+    assert told.model_extra is not None
+    assert [trace["index"] for trace in told.model_extra["speculation_trace"]] == [0]
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y ="}]
+    chat = strict(url).chat.completions.create(
+        model="demo",
+        messages=messages,  # type: ignore[arg-type]
+        reasoning_effort="none",
+        service_tier="flex",
+        extra_body={"continue_final_message": True, "return_token_ids": True, "prompt_logprobs": 0},
+    )
+    assert chat.system_fingerprint == told.system_fingerprint
+    assert chat.model_extra is not None
+    assert len(chat.model_extra["prompt_logprobs"]) == len(chat.model_extra["prompt_token_ids"])
 
 
 def test_completions_stream(url: str) -> None:  # its type has no finish_reason null, so that strict cannot work
@@ -113,3 +138,19 @@ def test_an_engine_that_dies_on_the_way_is_an_api_error() -> None:
         with pytest.raises(openai.InternalServerError) as dead:
             lax(base + "/v1").completions.create(model="demo", prompt="x")
         assert dead.value.code == "engine_dead"
+
+
+def test_a_conversation_with_tools_goes_on_with_what_the_client_was_given() -> None:
+    call = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
+    tools: Any = [families.WEATHER]
+    messages: list[Any] = [{"role": "user", "content": "Rain in Oslo?"}]
+    with live(saying("Hm. ", call, reason="stop"), template=families.HERMES) as base:
+        client = strict(base + "/v1")
+        with client.chat.completions.stream(model="demo", messages=messages, tools=tools) as stream:
+            message = stream.get_final_completion().choices[0].message
+        assert message.content == "Hm. "
+        assert message.tool_calls is not None
+        result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "yes"}
+        for form in (message, message.model_dump(), message.to_dict()):
+            done = client.chat.completions.create(model="demo", messages=[*messages, form, result], tools=tools)
+            assert done.choices[0].finish_reason == "tool_calls"

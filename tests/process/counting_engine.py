@@ -6,13 +6,14 @@ import itertools
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from decoding.config import EngineConfig
 from decoding.errors import ModelError
-from decoding.messages import EngineInfo, EngineStats, FinishReason, SpeculationStats, TokenEvent
+from decoding.messages import EngineInfo, EngineStats, FinishReason, SpeculationStats, TokenEvent, TokenLogprobs
 from decoding.request import GenerateRequest
 
-CRASH, FAIL, HANG = 13, 14, 15  # token ids at which it crashes, fails the request, or never comes back
+CRASH, FAIL, HANG, SLOW = 13, 14, 15, 16  # tokens at which it crashes, fails the request, hangs, or takes its time
 
 
 @dataclass
@@ -23,7 +24,9 @@ class _Choice:
 
 
 class CountingEngine:
-    """Implements SteppedEngine. The model's name says how loading goes: "missing", "broken", "exits" or anything."""
+    """Implements SteppedEngine. The model's name says how loading goes: "missing", "broken", "slow", "exits" or
+    anything.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self.info = EngineInfo(config.model, 1000, 100, (0,), (), "float32", "cpu")
@@ -39,6 +42,8 @@ class CountingEngine:
             raise ModelError("there is no folder 'missing'; give another")
         if config.model == "broken":
             raise RuntimeError("a mistake")
+        if Path(config.model).name == "slow":
+            time.sleep(2.0)
         if config.model == "exits":
             os._exit(3)
         return cls(config)
@@ -83,6 +88,8 @@ class CountingEngine:
         choice.made += 1
         if token == CRASH:
             raise RuntimeError("the engine met its crash token")
+        if token == SLOW:
+            time.sleep(0.05)
         if token == HANG:
             time.sleep(3600)
         if token == FAIL:
@@ -91,7 +98,11 @@ class CountingEngine:
             return self._end(choice, (token,), "length")
         first = choice.made == 1
         return TokenEvent(
-            choice.request.request_id, choice.choice, (token,), seed=choice.request.params.seed if first else None
+            choice.request.request_id,
+            choice.choice,
+            (token,),
+            logprobs=_scored(choice, (token,)),
+            seed=choice.request.params.seed if first else None,
         )
 
     def _end(self, choice: _Choice, tokens: tuple[int, ...], reason: FinishReason) -> TokenEvent:
@@ -103,7 +114,16 @@ class CountingEngine:
             choice.request.request_id,
             choice.choice,
             tokens,
+            logprobs=_scored(choice, tokens),
             finish_reason=reason,
             error="the request failed" if reason == "error" else None,
             speculation=SpeculationStats(steps=choice.made),
         )
+
+
+def _scored(choice: _Choice, tokens: tuple[int, ...]) -> tuple[TokenLogprobs, ...] | None:
+    """The next ids as alternatives."""
+    count = choice.request.params.logprobs
+    if count is None:
+        return None
+    return tuple(TokenLogprobs(token, -0.5, tuple((token + i, -0.5 - i) for i in range(count))) for token in tokens)

@@ -66,7 +66,7 @@ def run(*args: str, seconds: float = START_SECONDS) -> subprocess.CompletedProce
 @contextlib.contextmanager
 def serving(*args: str, program: Sequence[str] = (*COMMAND, "serve"), **environment: str) -> Iterator[Served]:
     """A server on a free port, ready for requests; ended at the latest when the context is left."""
-    command = [*program, *args, "--port", "0"]
+    command = [*program, "--port", "0", *args]
     process = subprocess.Popen(
         command,
         cwd=ROOT,

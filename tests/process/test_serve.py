@@ -251,7 +251,7 @@ def test_a_killed_engine_fails_what_runs_once_and_comes_back(server: Served) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_everything_in_time(number: signal.Signals) -> None:
-    with serving(*DEMO) as server:
+    with serving(*DEMO, "--shutdown-timeout", "1") as server:
         engine = server.engine_pid()
         with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=60) as response:
             lines = response.iter_lines()

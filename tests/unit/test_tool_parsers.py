@@ -17,6 +17,7 @@ from server.openai.tools.forced import ForcedArgumentsParser, ForcedCallsParser
 from server.openai.tools.hermes import HermesParser
 from server.openai.tools.llama3_json import Llama3JsonParser
 from server.openai.tools.mistral import MistralParser, new_id, template_id
+from server.openai.tools.qwen3_coder import Qwen3CoderParser, SeedOssParser
 from server.openai.tools.table import TOOL_FORMATS, find_tool_format
 
 NAMES = ("weather", "time")
@@ -24,9 +25,13 @@ PARSERS: dict[str, Callable[[Offer], ToolParser]] = {
     "hermes": HermesParser,
     "llama3_json": Llama3JsonParser,
     "mistral": MistralParser,
+    "qwen3_coder": Qwen3CoderParser,
+    "seed_oss": SeedOssParser,
     "calls": ForcedCallsParser,
     "arguments": ForcedArgumentsParser,
 }
+SCHEMAS = {"weather": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}}
+TAGGED = "<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>"
 W = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 P = '{"name": "time", "parameters": {"zone": [1, {"a": "}"}]}}'
 OSLO = ("weather", {"city": "Oslo"})
@@ -77,6 +82,19 @@ CALLS: list[tuple[str, str, str, list[tuple[str, object]]]] = [
     ("llama3_json", f"No call: {P}", f"No call: {P}", []),
     ("llama3_json", '{"answer": {"name": "weather"}}', '{"answer": {"name": "weather"}}', []),
     ("llama3_json", '  {"name": "Ada", "parameters": {}}', '  {"name": "Ada", "parameters": {}}', []),
+    ("qwen3_coder", f"<tool_call>\n{TAGGED}\n</tool_call>", "", [OSLO]),
+    ("qwen3_coder", f"So. {TAGGED}{TAGGED} \n", "So. ", [OSLO, OSLO]),
+    ("qwen3_coder", f"<tool_call>{TAGGED}</tool_call>\n<tool_call>{TAGGED}</tool_call>ok", "ok", [OSLO, OSLO]),
+    ("qwen3_coder", f"<tool_call>{TAGGED}</tool_c", "", [OSLO]),
+    ("qwen3_coder", "<tool_call><function=time></function></tool_call>", "", [("time", {})]),
+    (
+        "qwen3_coder",
+        '<function=weather><parameter=city>3 < "4"\n\n</parameters>\n</parameter>'
+        "<parameter=days>\n3\n</parameter><parameter=x>[1, True]</parameter><parameter=y>True</parameter></function>",
+        "",
+        [("weather", {"city": '3 < "4"\n\n</parameters>', "days": 3, "x": "[1, True]", "y": True})],
+    ),
+    ("seed_oss", f"Hm.<seed:tool_call>{TAGGED}</seed:tool_call>\n{TAGGED}", "Hm.", [OSLO, OSLO]),
     ("mistral", f"[TOOL_CALLS] [{W}]", "", [OSLO]),
     ("mistral", f"[TOOL_CALLS][{W}, {P}]", "", [OSLO, ZONE]),
     ("mistral", f"[TOOL_CALLS] {W}", "", [OSLO]),
@@ -107,6 +125,13 @@ BROKEN: list[tuple[str, str]] = [
     ("hermes", "<tool_call><tool_call><tool_call>"),
     ("llama3_json", '{"name": "weather", "parameters": {"city":'),
     ("llama3_json", "<|python_tag|>import os"),
+    ("qwen3_coder", "<tool_call>\n<function=disk>\n</function></tool_call>"),
+    ("qwen3_coder", "<tool_call> weather</tool_call>"),
+    ("qwen3_coder", "<tool_call> <funct"),
+    ("qwen3_coder", "<function=weather><parameter=city>Oslo</function>"),
+    ("qwen3_coder", "<function=weather>Oslo</function>"),
+    ("qwen3_coder", "<function=time><parameter=a>1</parameter><parameter=a>2</parameter></function>"),
+    ("qwen3_coder", "<function=" + "x" * 2000),
     ("mistral", "[TOOL_CALLS]"),
     ("mistral", "[TOOL_CALLS] nothing to call"),
     ("mistral", "[TOOL_CALLS]disk[ARGS]{}"),
@@ -121,7 +146,8 @@ BROKEN: list[tuple[str, str]] = [
 def pieces(kind: str, parts: Sequence[str], hidden: Sequence[str] = ()) -> list[Piece]:
     count = itertools.count()
     names = NAMES[:1] if kind == "arguments" else NAMES
-    parser = PARSERS[kind](Offer(frozenset(names), lambda: f"id{next(count)}", frozenset(hidden)))
+    schemas = {name: SCHEMAS.get(name, {}) for name in names}
+    parser = PARSERS[kind](Offer(frozenset(names), lambda: f"id{next(count)}", frozenset(hidden), schemas))
     found = [piece for part in parts for piece in parser.push(part)]
     return found + parser.finish()
 
@@ -189,7 +215,22 @@ def test_special_markers_are_hidden_where_they_mark_nothing() -> None:
 
 
 FRAGMENTS = st.sampled_from(
-    ["<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[", "]", "{", "}", '"', "\\", ",", ":"]
+    [TAGGED, "<function=weather>", "<parameter=city>", "</parameter>", "</function>", "<function="]
+    + [
+        "<tool_call>",
+        "</tool_call>",
+        "<|python_tag|>",
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "[",
+        "]",
+        "{",
+        "}",
+        '"',
+        "\\",
+        ",",
+        ":",
+    ]
     + ["name", '"name"', '"arguments"', '"weather"', W, P, "weather", " ", "\n", "null", "1", "é", ";", "<", "\x00"]
 )
 
@@ -218,6 +259,9 @@ HOSTILE = [
     f"<tool_call>{W}</tool_call>" * 800,
     f"<tool_call>{W}" + "</tool_cal" * 4_000,
     "[TOOL_CALLS]" * 4_000,
+    "<function=weather>" * 3_000,
+    "<function=weather><parameter=city>" + "\n</parameter" * 4_000,
+    "<function=weather><parameter=x>" + "[" * 30_000 + "</parameter></function>",
     "[TOOL_CALLS]" + "[ARGS]" * 8_000,
     ";" * 40_000,
 ]
@@ -237,6 +281,8 @@ def test_hostile_outputs_are_read_to_their_end(kind: str, number: int) -> None:
 TEMPLATES = {
     "hermes": "{% if tools %}<tools>{{ tools | tojson }}</tools> answer in <tool_call></tool_call>{% endif %}",
     "llama3_json": 'Respond in the format {"name": f, "parameters": dictionary of argument name and value}',
+    "qwen3_coder": "{% if tools %}<tool_call>\n<function=example_function_name>\n<parameter=x>{% endif %}",
+    "seed_oss": "{% if tools %}<seed:tool_call>\n<function=example_function_name>{% endif %}",
     "mistral": "{% if tools %}[AVAILABLE_TOOLS]{% endif %}{% if message.tool_calls %}[TOOL_CALLS]{% endif %}",
 }
 
@@ -249,7 +295,8 @@ def test_formats_are_known_by_their_templates(name: str) -> None:
 
 def test_a_template_of_another_family_has_no_format() -> None:
     assert find_tool_format("auto", "{{ messages }}") is None
-    assert find_tool_format("auto", "<tool_call><function=f><parameter=x>") is None
+    assert find_tool_format("auto", "<tool_call>{name}<arg_key>{key}</arg_key>") is None
+    assert find_tool_format("auto", "<|python_tag|> or <function=name>{arguments}</function>") is None
     assert find_tool_format("none", TEMPLATES["hermes"]) is None
 
 

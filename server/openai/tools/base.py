@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from server.openai.marker_scan import MarkerScan
 from server.openai.pieces import CallArguments, CallFailed, CallStart, Piece, Text
@@ -24,11 +24,13 @@ class Offer:
         names: of the functions that may be called.
         new_id: makes a call's id.
         hidden: markers that the client is not to see when they mark no call: the tokenizer's special tokens.
+        schemas: of the parameters of each function.
     """
 
     names: frozenset[str]
     new_id: Callable[[], str]
     hidden: frozenset[str] = frozenset()
+    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class Reader(Protocol):

@@ -10,7 +10,7 @@ import pydantic_core
 from pydantic import Discriminator, Field, Tag
 
 from decoding.errors import RequestError
-from server.openai.fields import Fields
+from server.openai.fields import Fields, Integer
 
 MAX_TOOLS = 512
 MAX_TOOL_BYTES = 2**20  # of all definitions together, as JSON: templates print them into the prompt
@@ -30,11 +30,8 @@ class FunctionDefinition(Fields):
 
     def for_template(self) -> dict[str, Any]:
         """The definition as transformers makes it of a Python function, which is what templates expect."""
-        return {
-            "name": self.name,
-            **({} if self.description is None else {"description": self.description}),
-            "parameters": self.parameters or {"type": "object", "properties": {}},
-        }
+        parameters = self.parameters or {"type": "object", "properties": {}}
+        return {"name": self.name, "description": self.description or "", "parameters": parameters}
 
 
 class Tool(Fields):
@@ -90,6 +87,7 @@ Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
 class FunctionCall(Fields):
     name: FunctionName
     arguments: str
+    parsed_arguments: Any = None  # added by the official client
 
     def for_template(self) -> dict[str, Any]:
         """The call as templates expect it: arguments as an object; what is none stays the text that it was."""
@@ -104,6 +102,7 @@ class ToolCall(Fields):
     id: CallId
     type: Literal["function"]
     function: FunctionCall
+    index: Integer | None = None  # of streams, which clients put together and send back
 
 
 def shown_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:

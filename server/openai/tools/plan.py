@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from decoding.errors import RequestError
@@ -23,7 +23,7 @@ class ToolPlan:
     Attributes:
         shown: for the template; None: the model is not to know of any.
         grammar: what the output is held to.
-        names: of the functions that may be called.
+        schemas: of the parameters of each function that may be called.
         parser: reads an output; None: there are no calls in it.
         new_id: makes a call's id.
         parallel: more than one call may be told.
@@ -31,14 +31,21 @@ class ToolPlan:
 
     shown: list[dict[str, Any]] | None = None
     grammar: Grammar | None = None
-    names: frozenset[str] = frozenset()
+    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     parser: Callable[[Offer], ToolParser] | None = None
     new_id: Callable[[], str] = new_call_id
     parallel: bool = True
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The functions that may be called."""
+        return frozenset(self.schemas)
+
     def new_parser(self, hidden: frozenset[str]) -> ToolParser | None:
         """A parser for one output; ``hidden`` are the markers that are special tokens."""
-        return None if self.parser is None else self.parser(Offer(self.names, self.new_id, hidden))
+        if self.parser is None:
+            return None
+        return self.parser(Offer(self.names, self.new_id, hidden, self.schemas))
 
 
 def plan_tools(
@@ -64,17 +71,17 @@ def plan_tools(
     offered, mode = _offered(tools, choice)
     shown = shown_tools(offered)
     new_id = tool_format.new_id if tool_format is not None else new_call_id
-    names = frozenset(tool.function.name for tool in offered)
+    schemas = {tool.function.name: tool.function.parameters or {} for tool in offered}
     if mode == "auto":
         if tool_format is None or not template_shows_tools:
             raise _cannot_choose(template_shows_tools)
-        return ToolPlan(shown, None, names, tool_format.parser, new_id, parallel)
+        return ToolPlan(shown, None, schemas, tool_format.parser, new_id, parallel)
     if isinstance(choice, NamedChoice):
         named = next(tool.function for tool in offered if tool.function.name == choice.function.name)
         grammar = _held_to(arguments_schema(named.parameters))
-        return ToolPlan(shown, grammar, frozenset({named.name}), ForcedArgumentsParser, new_id, parallel)
+        return ToolPlan(shown, grammar, {named.name: schemas[named.name]}, ForcedArgumentsParser, new_id, parallel)
     schema = calls_schema([(tool.function.name, tool.function.parameters) for tool in offered], parallel=parallel)
-    return ToolPlan(shown, _held_to(schema), names, ForcedCallsParser, new_id, parallel)
+    return ToolPlan(shown, _held_to(schema), schemas, ForcedCallsParser, new_id, parallel)
 
 
 def _offered(tools: Sequence[Tool], choice: ToolChoice | None) -> tuple[Sequence[Tool], str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from decoding.errors import ConfigError, nearest
-from server.openai.tools import hermes, llama3_json, mistral
+from server.openai.tools import hermes, llama3_json, mistral, qwen3_coder
 from server.openai.tools.base import Offer, ToolParser
 
 
@@ -46,11 +46,15 @@ class ToolFormat:
 
 TOOL_FORMATS: dict[str, ToolFormat] = {
     "hermes": ToolFormat(
-        hermes.HermesParser, (hermes.OPEN,), foreign=("<function=", "<arg_key>"), markers=(hermes.OPEN, hermes.CLOSE)
+        hermes.HermesParser,
+        (hermes.OPEN,),
+        foreign=(qwen3_coder.FUNCTION, "<arg_key>", "<tool_calls>", "<invoke"),  # GLM, Apriel, MiniMax
+        markers=(hermes.OPEN, hermes.CLOSE),
     ),
     "llama3_json": ToolFormat(
         llama3_json.Llama3JsonParser,
         (llama3_json.PYTHON_TAG, '"parameters": dictionary of argument name'),
+        foreign=(qwen3_coder.FUNCTION,),  # Functionary
         markers=(llama3_json.PYTHON_TAG,),
     ),
     "mistral": ToolFormat(
@@ -59,6 +63,17 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
         markers=(mistral.MARKER, mistral.CALL_ID, mistral.ARGS),
         new_id=mistral.new_id,
         template_id=mistral.template_id,
+    ),
+    "qwen3_coder": ToolFormat(
+        qwen3_coder.Qwen3CoderParser,
+        (qwen3_coder.FUNCTION,),
+        foreign=(qwen3_coder.SEED_OPEN, llama3_json.PYTHON_TAG),
+        markers=(qwen3_coder.OPEN, qwen3_coder.CLOSE),
+    ),
+    "seed_oss": ToolFormat(
+        qwen3_coder.SeedOssParser,
+        (qwen3_coder.SEED_OPEN,),
+        markers=(qwen3_coder.SEED_OPEN, qwen3_coder.SEED_CLOSE),
     ),
 }
 

@@ -1,0 +1,117 @@
+"""What fault tests do to a server, and what must be true of it afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import socket
+import struct
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.api.harness import eventually
+from tests.process.serving import Served
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+SETTLE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a server process holds."""
+
+    descriptors: int
+    resident: int  # bytes
+
+    @classmethod
+    def of(cls, server: Served) -> Resources:
+        folder = Path(f"/proc/{server.process.pid}")
+        resident = folder.joinpath("status").read_text().split("VmRSS:")[1].split()[0]
+        return cls(len(list(folder.joinpath("fd").iterdir())), int(resident) * 1024)
+
+
+def settled(server: Served, before: Resources) -> Resources:
+    """Wait until nothing is left of what was asked: no request, no page, no connection; the server serves on.
+
+    Returns:
+        what it holds then.
+    """
+
+    def quiet() -> bool:
+        found = server.metrics()
+        pages = found["saccade_pages_free"] + found["saccade_pages_cached"] == found["saccade_pages_total"]
+        idle = found["saccade_running"] == found["saccade_waiting"] == 0
+        return pages and idle and found["saccade_http_requests_in_flight"] == 1  # the scrape itself
+
+    assert eventually(quiet, SETTLE_SECONDS), server.metrics()
+    # one of the scrape's own connections may be closing
+    assert eventually(lambda: Resources.of(server).descriptors <= before.descriptors + 1, SETTLE_SECONDS)
+    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": [40, 41], "max_tokens": 3}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 3
+    assert httpx.get(f"{server.url}/ready").status_code == 200
+    return Resources.of(server)
+
+
+def open_to(server: Served, receive_buffer: int | None = None) -> socket.socket:
+    opened = socket.socket()
+    if receive_buffer is not None:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    opened.settimeout(60)
+    opened.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    return opened
+
+
+def request_bytes(body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    return HEAD + b"Content-Length: %d\r\n\r\n" % len(content) + content
+
+
+def how_it_ended(server: Served, body: dict[str, Any]) -> str:
+    """The one end of a streamed request: a finish reason, an error's code, or how the rule of one end was broken."""
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
+        content = response.read().decode()
+    if response.status_code != 200:
+        return str(response.json()["error"]["code"])
+    *frames, done, rest = content.split("\n\n")
+    if (done, rest) != ("data: [DONE]", ""):
+        return "no end"
+    chunks = [json.loads(frame.removeprefix("data: ")) for frame in frames if frame.startswith("data: ")]
+    errors = [chunk["error"]["code"] for chunk in chunks if "error" in chunk]
+    reasons = [
+        choice["finish_reason"]
+        for chunk in chunks
+        for choice in chunk.get("choices", ())
+        if choice["finish_reason"] is not None
+    ]
+    ends = errors or reasons
+    expected = 1 if errors else body.get("n", 1)
+    return str(ends[0]) if len(ends) == expected and not (errors and reasons) else f"{len(ends)} ends"
+
+
+def ends_of(server: Served, bodies: Sequence[dict[str, Any]]) -> Counter[str]:
+    """All at once."""
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        return Counter(pool.map(lambda body: how_it_ended(server, body), bodies))
+
+
+def come_and_go(server: Served, dice: random.Random, body: dict[str, Any]) -> None:
+    """Connect, and leave at some moment, politely or not."""
+    whole = request_bytes(body)
+    with contextlib.suppress(OSError), open_to(server, dice.choice([None, 4096])) as opened:
+        sent = dice.choice([0, 1, len(HEAD) // 2, len(HEAD), len(whole) - 1, len(whole), len(whole), len(whole)])
+        opened.sendall(whole[:sent])
+        time.sleep(dice.choice([0, 0, 0.01, 0.05, 0.2]) * dice.random())
+        if dice.random() < 0.3:
+            opened.settimeout(0.05)
+            opened.recv(dice.choice([1, 100, 5000]))
+        if dice.random() < 0.5:  # RST in place of FIN
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
