@@ -1,4 +1,4 @@
-"""AIPerf, NVIDIA's benchmark of inference servers; with the server's own counts, since texts do not always split alike."""
+"""AIPerf, NVIDIA's benchmark of inference servers; with the server's counts, as texts do not always split alike."""
 
 from __future__ import annotations
 
