@@ -21,7 +21,7 @@ Words = NDArray[np.int32]  # 32 ids a word, the lowest bit first
 Path = tuple[int, ...]
 Ending = Literal["stop", "error"]
 
-SLOW = 0.002  # seconds a mask, beside which drafts do not pay
+SLOW = 0.002  # seconds a node, beside which drafts do not pay
 SLOWNESS_RATE = 0.2
 
 
@@ -57,7 +57,7 @@ class Matcher:
         self._masks: dict[Path, Words | None] = {}
         self._failed: set[Path] = set()  # the library came to its limits
         self._forced: list[int] | None = None  # tokens that must follow the text; None: not looked at yet
-        self._slowness = 0.0  # seconds that a mask takes
+        self._slowness = 0.0  # seconds that a node's mask takes, walking there included
 
     @property
     def is_slow(self) -> bool:
@@ -66,9 +66,12 @@ class Matcher:
 
     def masks(self, paths: Sequence[Path]) -> list[Words | None]:
         """What may follow each path; None where it does not matter: no text gets there, or none goes on from there."""
-        for path in sorted(set(paths)):  # depth first
-            if path not in self._masks:
-                self._masks[path] = self._mask() if self._walk(path) else None
+        new = sorted(set(paths) - self._masks.keys())  # depth first
+        started = time.perf_counter()
+        for path in new:
+            self._masks[path] = self._mask() if self._walk(path) else None
+        if new:
+            self._slowness += SLOWNESS_RATE * ((time.perf_counter() - started) / len(new) - self._slowness)
         return [self._masks[path] for path in paths]
 
     def allows(self, path: Path) -> bool:
@@ -168,9 +171,7 @@ class Matcher:
         words = np.zeros_like(self._end_words)
         complete = self._inner.is_stopped()
         if not complete:
-            started = time.perf_counter()
             self._inner.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            self._slowness += SLOWNESS_RATE * (time.perf_counter() - started - self._slowness)
         if self._inner.is_error():
             self._failed.add(tuple(self._path))
             self._mend()
