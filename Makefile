@@ -21,7 +21,8 @@ LLAMA_SOURCES := build/llama-source
 KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kernels/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench-quick bench-matrix bench-offline bench-compare bench-drafters bench-gpu bench-http \
+.PHONY: help setup serve test lint faults soak overload bench-quick bench-matrix bench-offline bench-compare \
+    bench-drafters bench-gpu bench-http \
     bench-report clients llama-cpp clean
 
 help:
@@ -31,6 +32,9 @@ help:
 	@echo "make test          set up, then lint, types and all tests; this is what CI runs"
 	@echo "make lint          set up, then lint and types only"
 	@echo "make clients       set up, then run real clients of OpenAI's API, each in an environment of its own (CLIENTS=\"NAME ...\")"
+	@echo "make faults        set up, then the fault tests at full size, on the demo model as well"
+	@echo "make soak          set up, then half an hour of mixed load; memory and descriptors must stay flat (ARGS=--minutes 2)"
+	@echo "make overload      set up, then four times the load that the server can take (ARGS=--seconds 20)"
 	@echo "make bench-quick   set up, then measure the demo model against plain decoding and transformers"
 	@echo "make bench-matrix  set up, then compare auto with plain decoding and fixed trees (FAMILY=demo)"
 	@echo "make bench-offline set up, then measure one request at a time, and what its step is made of (FAMILY=demo)"
@@ -76,6 +80,15 @@ test: lint
 
 clients: setup
 	$(BIN)/python -m tests.clients.run $(CLIENTS)
+
+faults: setup
+	FAULTS=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/process/test_faults.py $(ARGS)
+
+soak: setup
+	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+overload: setup
+	$(BIN)/python -m benchmarks.overload $(ARGS)
 
 bench-quick: setup
 	$(BIN)/python -m benchmarks.quick $(ARGS)
