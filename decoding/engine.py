@@ -52,6 +52,7 @@ class Engine:
             default_sampling=loaded.default_sampling,
             quantization=config.quantization,
             acceptance=config.acceptance,
+            recalling=tuple(drafter.name for drafter in stepper.drafters.members if drafter.needs.recalls),
         )
         self._stepper = stepper
         compiler = GrammarCompiler(loaded.tokenizer, loaded.vocab_size, loaded.eos_ids)

@@ -98,6 +98,7 @@ class EngineInfo:
     default_sampling: dict[str, float] = field(default_factory=dict)  # from generation_config.json
     quantization: str = "none"  # of the weights of linear layers
     acceptance: str = "exact"  # the rule of requests that name none, as --acceptance takes it
+    recalling: tuple[str, ...] = ()  # drafters whose drafts can come from other requests' texts, see Needs.recalls
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ class Grammar:
     """What a text must be, from its first token to its last; see docs/structured-output.md.
 
     ``source`` by kind: nothing for json_object; the schema as JSON text for json_schema; a regular expression that the
-    whole text matches; a JSON array of strings for choice; a grammar in llguidance's variant of Lark.
+    whole text matches; a JSON array of strings for choice; a grammar in GBNF or in llguidance's variant of Lark.
     """
 
     kind: GrammarKind

@@ -187,10 +187,14 @@ class Sampling:
     vocab_size: int  # ids of the tokenizer; logits beyond are padding
     ops: SamplingOps
 
-    def needs_paths(self) -> bool:
-        """Whether ``process`` must know what stands between the root and a node."""
+    def needs_paths(self, *, masked: bool = False) -> bool:
+        """Whether ``process`` must know what stands between the root and a node.
+
+        Args:
+            masked: it is given the grammars' masks.
+        """
         table = self.table
-        return bool(table.penalised) or table.words is not None or table.grammars is not None
+        return bool(table.penalised) or table.words is not None or (table.grammars is not None and not masked)
 
     def process(
         self,

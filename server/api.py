@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from decoding.errors import ConfigError, RequestError, nearest
+from decoding.request import SpeculationParams
 from decoding.text import Tokenizer
 from server.admission import ticket_of
 from server.engine_client import EngineClient
@@ -166,6 +167,24 @@ class Api:
                 param="prompt",
                 code="context_length_exceeded",
             )
+
+    def speculation(self, fields: SamplingFields) -> SpeculationParams:
+        """What the request allows of speculation.
+
+        Raises:
+            RequestError: a trace is wanted that could show texts of other clients.
+        """
+        params = fields.speculation_params()
+        if params.trace and params.enabled and self.settings.security.api_keys and not fields.cache_salt:
+            asked = self.client.info.drafters if params.drafters is None else params.drafters
+            if shared := set(self.client.info.recalling).intersection(asked):
+                raise RequestError(
+                    f"A trace would show what {' and '.join(sorted(shared))} learned from other clients. "
+                    "Send a cache_salt of your own, which nobody else knows, or leave these drafters out.",
+                    param="speculation.trace",
+                    code="unsupported_value",
+                )
+        return params
 
     def prediction_ids(self, prediction: PredictionFields | None) -> tuple[int, ...]:
         """The tokens of the text that the client expects, as many as a context could hold; takes the time to tokenize.

@@ -18,8 +18,8 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
         "--tool-call-parser",
         type=_tool_format,
         metavar="NAME",
-        help="how the model writes tool calls: hermes, llama3_json, mistral, qwen3_coder or none (default: auto, by "
-        "its chat template)",
+        help="how the model writes tool calls: hermes, llama3_json, mistral, qwen3_coder, seed_oss or none (default: "
+        "auto, by its chat template)",
     )
     add(
         "--enable-auto-tool-choice",

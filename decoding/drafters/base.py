@@ -35,6 +35,7 @@ class Needs:
     fixed_tree: bool = False  # all its nodes are wanted, however improbable; --max-nodes and --max-depth still hold
     draws: bool = False  # the token drawn at every verified node, in ``Verdict.drawn``
     pins: bool = False  # it pins nodes, see ``Trees``: these cost whatever they promise, and its gain comes later
+    recalls: bool = False  # what it drafts can come from texts of other requests, those of the same cache_salt
     automatic: bool = False  # it is there without being asked for, for requests with a grammar
 
 

@@ -17,7 +17,7 @@ import torch
 
 from decoding.batcher import Nodes
 from decoding.drafters.base import DrafterContext, Needs, TokenDrafter
-from decoding.drafters.lookahead_states import WindowRules, load_states
+from decoding.drafters.lookahead_states import Draws, WindowRules, load_states
 from decoding.errors import ConfigError
 from decoding.plan import Plan, Quota, RowQuota
 from decoding.sampling import Sampling
@@ -64,18 +64,18 @@ class LookaheadDrafter(TokenDrafter):
         self._is_narrow = False  # the log says so
 
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
-        self._read_draws()
         self._proposed = []
         nodes = [limit.nodes if self.name in limit.drafters else 0 for limit in quota.rows]
         if not any(nodes):
+            self._learn()
             return None
         sequences = [row.sequence for row in plan.deciding]
         numbers = [self._number(each) if asked else NOBODY for each, asked in zip(sequences, nodes, strict=True)]
         texts = [torch.from_numpy(sequence.tokens) for sequence in sequences]
         depths = [limit.depth for limit in quota.rows]
-        arrays, windows = self._states.trees(numbers, texts, nodes, depths, self._bit)
+        arrays, windows = self._states.trees(numbers, texts, nodes, depths, self._bit, self._read_draws())
         self._proposed = [number if width else NOBODY for number, width in zip(numbers, windows, strict=True)]
-        if not self._is_narrow:
+        if not self._is_narrow and min(windows) < self._rules.window_size:
             self._say_if_narrow(zip(windows, sequences, quota.rows, strict=True))
         return Trees(*arrays) if arrays[0].shape[1] > 1 else None
 
@@ -97,12 +97,19 @@ class LookaheadDrafter(TokenDrafter):
             number = self._numbers[sequence.id] = self._states.begin(sequence.seed)
         return number
 
-    def _read_draws(self) -> None:
+    def _learn(self) -> None:
         """Let the windows of the last step that had any move on, if they were verified."""
-        draws, self._draws = self._draws, None
+        draws = self._read_draws()
         if draws is not None:
-            tokens, masks, drawn, first = (torch.from_numpy(each) for each in draws())
-            self._states.learn(self._waiting, tokens, masks, drawn, first)
+            self._states.learn(*draws)
+
+    def _read_draws(self) -> Draws | None:
+        """What was drawn for the windows of the last step that had any; None: nothing that has not been read."""
+        draws, self._draws = self._draws, None
+        if draws is None:
+            return None
+        tokens, masks, drawn, first = (torch.from_numpy(each) for each in draws())
+        return self._waiting, tokens, masks, drawn, first
 
     def _say_if_narrow(self, rows: Iterable[tuple[int, Sequence, RowQuota]]) -> None:
         """Log, once, that a text's windows are narrower than asked for, if it is long enough for that to matter."""

@@ -30,6 +30,7 @@ RIVAL = 0.35  # of each different token after the same ones, times this
 AHEAD = 0.01  # chance of a window's node
 ALL_ONES = (1 << 64) - 1
 
+Draws = tuple[list[int], Tensor, Tensor, Tensor, Tensor]  # arguments of ``LookaheadStates.learn``
 Branches = dict[tuple[int, int], int]  # (column of the parent, token) -> column of the node
 
 
@@ -64,11 +65,20 @@ class LookaheadStates(Protocol):
         ...
 
     def trees(
-        self, numbers: list[int], texts: list[Tensor], max_nodes: list[int], max_depth: list[int], bit: int
+        self,
+        numbers: list[int],
+        texts: list[Tensor],
+        max_nodes: list[int],
+        max_depth: list[int],
+        bit: int,
+        draws: Draws | None = None,
     ) -> tuple[TreeArrays, list[int]]:
         """The fields of Trees [R, N], one row for each text [n] int64, and the width of the window in each of them.
 
         A row without nodes gets a bare root, and its number may be any.
+
+        Args:
+            draws: what is to be learned before.
         """
         ...
 
@@ -142,8 +152,16 @@ class PlainStates:
         self._states.pop(number, None)
 
     def trees(
-        self, numbers: Many[int], texts: Many[Tensor], max_nodes: Many[int], max_depth: Many[int], bit: int
+        self,
+        numbers: Many[int],
+        texts: Many[Tensor],
+        max_nodes: Many[int],
+        max_depth: Many[int],
+        bit: int,
+        draws: Draws | None = None,
     ) -> tuple[TreeArrays, list[int]]:
+        if draws is not None:
+            self.learn(*draws)
         trees, windows = [], []
         for number, text, nodes, depth in zip(numbers, texts, max_nodes, max_depth, strict=True):
             tree, width = self._tree(number, text.numpy(), min(nodes, MAX_TREE - 1), depth, bit)
@@ -253,16 +271,24 @@ class FusedStates:
         kernels.required()
         self._states: Any = torch.classes.saccade.LookaheadStates(*rules.numbers())
         self.forget, self.window, self.learn = self._states.forget, self._states.window, self._states.learn
-        self._trees = self._states.trees
+        self._trees, self._learn_and_draft = self._states.trees, self._states.learn_and_draft
 
     def begin(self, seed: int) -> int:
         number: int = self._states.begin(as_int64(seed))
         return number
 
     def trees(
-        self, numbers: list[int], texts: list[Tensor], max_nodes: list[int], max_depth: list[int], bit: int
+        self,
+        numbers: list[int],
+        texts: list[Tensor],
+        max_nodes: list[int],
+        max_depth: list[int],
+        bit: int,
+        draws: Draws | None = None,
     ) -> tuple[TreeArrays, list[int]]:
-        tokens, parents, confidence, source, windows = self._trees(numbers, texts, max_nodes, max_depth, bit)
+        wish = (numbers, texts, max_nodes, max_depth, bit)
+        made = self._trees(*wish) if draws is None else self._learn_and_draft(*draws, *wish)
+        tokens, parents, confidence, source, windows = made
         return (tokens, parents, confidence, source), windows
 
     def usage(self) -> list[int]:

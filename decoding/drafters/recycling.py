@@ -14,6 +14,7 @@ import numpy as np
 
 from decoding.batcher import Nodes
 from decoding.drafters.base import DrafterContext, Needs, TokenDrafter
+from decoding.drafters.rows import last_tokens
 from decoding.drafters.successors import (
     GREEDY,
     MADE_UP,
@@ -55,7 +56,8 @@ class RecyclingOptions:
 class _Heard:
     """A step's nodes on their way to the host."""
 
-    rows: list[tuple[Sequence, int]]  # those that decided, and the lengths of their texts then
+    sequences: list[Sequence]  # those that decided
+    lengths: list[int]  # of their texts then
     fetched: Callable[[], list[np.ndarray]]  # nodes' tokens, roots, successors, their logits; paths if there are nodes
 
 
@@ -83,7 +85,7 @@ class RecyclingDrafter(TokenDrafter):
                 "use another drafter, such as ngram"
             )
         self.name = context.name
-        self.needs = Needs(host=True, top=options.top_k)
+        self.needs = Needs(host=True, top=options.top_k, recalls=True)
         self._bit = context.bit
         self._options = options
         self._matrices = Matrices(vocab_size, options.top_k, options.salts)
@@ -100,25 +102,28 @@ class RecyclingDrafter(TokenDrafter):
             self._made_up.add(sequence.id)
 
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
-        if not self._waits:
-            self._settle()
         nodes = [min(row.nodes, self._options.nodes) if self.name in row.drafters else 0 for row in quota.rows]
         if not any(nodes):
+            if not self._waits:
+                self._settle()
             return None
+        heard = None if self._waits else self._take_heard()
+        before = [] if heard is None else heard.sequences
         sequences = [row.sequence for row in plan.deciding]
-        matrices, owner = self._matrices.of(_salts(sequences))
-        roots = [int(sequence.tokens[-1]) for sequence in sequences]
-        wish = Wish(owner, _modes(sequences), roots, nodes, [row.depth for row in quota.rows])
-        return self._grow(matrices, self._counts, wish, self._bit)
+        matrices, owner = self._matrices.of(_salts([*before, *sequences]))
+        lesson = None if heard is None else self._lesson(heard, owner[: len(before)])
+        roots, depths = last_tokens(plan), [row.depth for row in quota.rows]
+        wish = Wish(owner[len(before) :], _modes(sequences), roots, nodes, depths)
+        return self._grow(matrices, self._counts, wish, self._bit, lesson)
 
     def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
         self._settle()
         if out.top is None:  # it was not asked
             return
-        rows = [(row.sequence, row.sequence.length) for row in plan.deciding]
+        sequences = [row.sequence for row in plan.deciding]
         paths = (verdict.path,) if verdict.path.shape[1] else ()
         shown = (batch.at_wanted(batch.token_ids), nodes.first, out.top.ids, out.top.logits)
-        self._heard = _Heard(rows, fetch(*shown, *paths))
+        self._heard = _Heard(sequences, [each.length for each in sequences], fetch(*shown, *paths))
 
     def forget(self, sequence: SequenceId) -> None:
         if sequence in self._made_up:
@@ -126,25 +131,30 @@ class RecyclingDrafter(TokenDrafter):
             self._heard = None
             self._matrices.drop(None)
 
+    def _take_heard(self) -> _Heard | None:
+        """What was heard and is not yet learned."""
+        heard, self._heard = self._heard, None
+        return heard
+
     def _settle(self) -> None:
         """Learn from the last step in which it was asked; by now the text has gone on."""
-        heard, self._heard = self._heard, None
-        if heard is None:
-            return
+        heard = self._take_heard()
+        if heard is not None:
+            matrices, owner = self._matrices.of(_salts(heard.sequences))
+            self._learn(matrices, self._counts, self._lesson(heard, owner))
+
+    def _lesson(self, heard: _Heard, owner: list[int]) -> Lesson:
         tokens, first, ids, logits, *paths = heard.fetched()
-        sequences = [sequence for sequence, _ in heard.rows]
-        matrices, owner = self._matrices.of(_salts(sequences))
-        lesson = Lesson(
+        return Lesson(
             owner=owner,
-            modes=_modes(sequences),
-            texts=[sequence.tokens[length - 1 :] for sequence, length in heard.rows],
+            modes=_modes(heard.sequences),
+            texts=[each.tokens[length - 1 :] for each, length in zip(heard.sequences, heard.lengths, strict=True)],
             tokens=tokens,
             first=first,
             path=paths[0] if paths else np.empty((len(first), 0), dtype=np.int64),
             ids=ids[:, : self._options.top_k],
             logits=logits[:, : self._options.top_k],
         )
-        self._learn(matrices, self._counts, lesson)
 
 
 def _salts(sequences: list[Sequence]) -> list[str | None]:

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -140,11 +141,19 @@ Learn = Callable[[list[Matrix], Tensor, Lesson], None]
 Every verified node teaches, accepted or not; of nodes with one token the last counts, and those on the text come last.
 """
 
-Grow = Callable[[list[Matrix], Tensor, Wish, int], Trees | None]
-"""Trees of the nodes with the highest path probabilities, parents first, from the drafter of that bit; None: no nodes.
 
-A node is an entry of its parent's token's row, and its confidence the entry's chance.
-"""
+class Grow(Protocol):
+    """Trees of the nodes with the highest path probabilities, parents first, from the drafter of that bit."""
+
+    def __call__(
+        self, matrices: list[Matrix], counts: Tensor, wish: Wish, bit: int, lesson: Lesson | None = None
+    ) -> Trees | None:
+        """A node is an entry of its parent's token's row, and its confidence the entry's chance. None: no nodes.
+
+        Args:
+            lesson: to be learned before, as ``Learn`` does; of the same matrices.
+        """
+        ...
 
 
 def learn_anywhere(matrices: list[Matrix], counts: Tensor, lesson: Lesson) -> None:
@@ -197,8 +206,12 @@ def _write(matrix: Matrix, token: int, entries: np.ndarray) -> None:
     row[: len(entries)] = torch.from_numpy(entries)
 
 
-def grow_anywhere(matrices: list[Matrix], counts: Tensor, wish: Wish, bit: int) -> Trees | None:
+def grow_anywhere(
+    matrices: list[Matrix], counts: Tensor, wish: Wish, bit: int, lesson: Lesson | None = None
+) -> Trees | None:
     """``Grow`` in Python: what it means."""
+    if lesson is not None:
+        learn_anywhere(matrices, counts, lesson)
     rows = zip(wish.owner, wish.modes, wish.roots, wish.nodes, wish.depth, strict=True)
     made = [_tree(matrices[owner], counts[mode].numpy(), *limits) for owner, mode, *limits in rows]
     return as_trees(made, wish.roots, bit)
@@ -228,35 +241,41 @@ def _tree(matrix: Matrix, cells: np.ndarray, root: int, nodes: int, depth: int) 
 
 def learn_fused(matrices: list[Matrix], counts: Tensor, lesson: Lesson) -> None:
     """``learn_anywhere`` in one call: see models/kernels/recycling.cpp."""
+    _used(matrices, torch.ops.saccade.recycling_learn.default(*_taught(matrices, counts, lesson)))
+
+
+def grow_fused(
+    matrices: list[Matrix], counts: Tensor, wish: Wish, bit: int, lesson: Lesson | None = None
+) -> Trees | None:
+    """``grow_anywhere`` in one call: see models/kernels/recycling.cpp."""
+    wanted = (wish.owner, wish.modes, wish.roots, wish.nodes, wish.depth, bit)
+    if lesson is None:
+        arrays = torch.ops.saccade.recycling_trees.default(*_tensors(matrices), counts, *wanted)
+    else:
+        both = torch.ops.saccade.recycling_learn_and_grow.default
+        *arrays, used = both(*_taught(matrices, counts, lesson), *wanted)
+        _used(matrices, used)
+    return Trees(*arrays) if arrays[0].shape[1] > 1 else None
+
+
+def _tensors(matrices: list[Matrix]) -> tuple[list[Tensor], list[Tensor]]:
+    return [matrix.index for matrix in matrices], [matrix.rows for matrix in matrices]
+
+
+def _taught(matrices: list[Matrix], counts: Tensor, lesson: Lesson) -> tuple[Any, ...]:
+    """A lesson as the kernel takes it; the matrices have room for it then."""
     for matrix in matrices:
         matrix.reserve(len(lesson.tokens))
     shown = (lesson.tokens, lesson.first, lesson.path, lesson.ids, lesson.logits)
-    used = torch.ops.saccade.recycling_learn.default(
-        [matrix.index for matrix in matrices],
-        [matrix.rows for matrix in matrices],
-        [matrix.used for matrix in matrices],
-        counts,
-        FADING,
-        EDGES,
-        lesson.owner,
-        lesson.modes,
-        [torch.from_numpy(text) for text in lesson.texts],
-        *(torch.from_numpy(array) for array in shown),
-    )
-    for matrix, rows in zip(matrices, used, strict=True):
-        matrix.used = rows
+    used, texts = [matrix.used for matrix in matrices], [torch.from_numpy(text) for text in lesson.texts]
+    told = (lesson.owner, lesson.modes, texts, *(torch.from_numpy(array) for array in shown))
+    return (*_tensors(matrices), used, counts, FADING, EDGES, *told)
 
 
-def grow_fused(matrices: list[Matrix], counts: Tensor, wish: Wish, bit: int) -> Trees | None:
-    """``grow_anywhere`` in one call: see models/kernels/recycling.cpp."""
-    arrays = torch.ops.saccade.recycling_trees.default(
-        [matrix.index for matrix in matrices],
-        [matrix.rows for matrix in matrices],
-        counts,
-        *(wish.owner, wish.modes, wish.roots, wish.nodes, wish.depth),
-        bit,
-    )
-    return Trees(*arrays) if arrays[0].shape[1] > 1 else None
+def _used(matrices: list[Matrix], rows: list[int]) -> None:
+    """So many rows of each are used now."""
+    for matrix, count in zip(matrices, rows, strict=True):
+        matrix.used = count
 
 
 def load_recycling() -> tuple[Learn, Grow]:

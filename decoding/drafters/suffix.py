@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from decoding.drafters.base import DrafterContext, TokenDrafter
+from decoding.drafters.base import DrafterContext, Needs, TokenDrafter
 from decoding.drafters.suffix_file import Kept, SuffixFile, fingerprint
 from decoding.drafters.suffix_search import PlainSuffixCache, Saved, SearchSettings
 from decoding.drafters.tries import TreeArrays
@@ -92,6 +92,8 @@ class FusedSuffixCache:
 
 class SuffixDrafter(TokenDrafter):
     """Follows every text from its admission on; reads it when it is asked, and to its end when it ends."""
+
+    needs = Needs(host=True, recalls=True)
 
     def __init__(self, options: SuffixOptions, context: DrafterContext) -> None:
         check(options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -107,7 +107,8 @@ class DrafterTeam:
         if not asked:
             return out
         started = time.perf_counter()
-        out = replace(out, top=sampling.top(logits, max(d.needs.top for d in asked)))
+        top = sampling.top(logits, max(d.needs.top for d in asked))
+        out = ForwardOutput(out.hidden, out.taps, top)
         share = (time.perf_counter() - started) / len(asked)
         for drafter in asked:
             self.taken[drafter.name] += share

@@ -63,7 +63,8 @@ class GrammarMasks:
             raw: [W, >= V] the logits before anything was banned, for nodes at which nothing would be left.
             ids: [V] the id of each column; None: columns are ids.
         """
-        allowed = _unpacked(filled, self._vocab_size)
+        unpacked = unpacked_by_host if filled.device.type == "cpu" else unpacked_anywhere
+        allowed = unpacked(filled, self._vocab_size)
         if ids is None:
             masked = x.masked_fill(~allowed, -torch.inf)
             if not self._contested or raw is None:
@@ -112,10 +113,13 @@ def _refused(matcher: Matcher, tokens: list[int], parents: list[int]) -> list[bo
     return [not kept[path] for path in paths]
 
 
-def _unpacked(filled: Tensor, vocab_size: int) -> Tensor:
-    """[W, V] bool."""
-    if filled.device.type == "cpu":
-        bits = np.unpackbits(filled.numpy().view(np.uint8), axis=1, count=vocab_size, bitorder="little")
-        return torch.from_numpy(bits.view(bool))
+def unpacked_by_host(filled: Tensor, vocab_size: int) -> Tensor:
+    """[W, V] bool, the bits of masks [W, words] on the host."""
+    bits = np.unpackbits(filled.numpy().view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_))
+
+
+def unpacked_anywhere(filled: Tensor, vocab_size: int) -> Tensor:
+    """The same on any device."""
     shifts = torch.arange(32, dtype=torch.int32, device=filled.device)
     return (filled[:, :, None] >> shifts & 1).flatten(1)[:, :vocab_size].bool()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from decoding.errors import RequestError
 from decoding.request import Grammar
@@ -16,6 +18,7 @@ MAX_CHOICES = 10_000
 # something else by "x-guidance".
 JSON_DEFAULTS = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 JSON_OVERRIDES = {"lenient": False}  # a keyword that is not implemented is an error, whatever the schema says
+GBNF = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)  # a rule of llama.cpp's grammars; Lark's have a colon
 META = frozenset("\\.+*?()|[]{}^$#&-~/")
 CONTROL = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -64,6 +67,12 @@ def _choice(source: str) -> str:
 
 
 def _grammar(source: str) -> str:
+    if GBNF.search(source):
+        try:
+            source = gbnf_to_lark(source)
+        except Exception as error:  # the library raises no narrower type
+            message = f"The grammar cannot be read as GBNF: {brief(error)}"
+            raise RequestError(message, param="grammar", code="invalid_grammar") from error
     return str(LLMatcher.grammar_from_lark(source))
 
 

@@ -109,7 +109,7 @@ def verify(
         masks: what ``masks_ahead`` gave; None: they are filled when the logits are there.
         draws: ``Verdict.drawn`` is wanted whatever the rule, but not in a plain step.
     """
-    paths = node_paths(trees, nodes, deepest) if sampling.needs_paths() else None
+    paths = node_paths(trees, nodes, deepest) if sampling.needs_paths(masked=masks is not None) else None
     x = sampling.process(logits, nodes.row, nodes.depth, paths, masks=None if masks is None else masks())
     verdict = rule(trees, nodes, x, sampling, deepest)
     if not draws or trees.width == 1 or verdict.drawn is not None:

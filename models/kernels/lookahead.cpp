@@ -364,6 +364,14 @@ struct LookaheadStates : torch::CustomClassHolder {
     }
   }
 
+  // Both in one call, which costs more than what either does.
+  auto learn_and_draft(const std::vector<int64_t>& waiting, const Tensor& tokens, const Tensor& masks, const Tensor& drawn,
+                       const Tensor& first, const std::vector<int64_t>& numbers, const std::vector<Tensor>& given,
+                       const std::vector<int64_t>& max_nodes, const std::vector<int64_t>& max_depth, int64_t bit) {
+    learn(waiting, tokens, masks, drawn, first);
+    return trees(numbers, given, max_nodes, max_depth, bit);
+  }
+
   // [N - 1, W] the tokens of a text's window; [0, 0]: it has none.
   Tensor window(int64_t number) {
     const Entry& entry = texts.at(number);
@@ -415,6 +423,7 @@ TORCH_LIBRARY_FRAGMENT(saccade, m) {  // methods: a call of an operator with an 
       .def("forget", &LookaheadStates::forget)
       .def("trees", &LookaheadStates::trees)
       .def("learn", &LookaheadStates::learn)
+      .def("learn_and_draft", &LookaheadStates::learn_and_draft)
       .def("window", &LookaheadStates::window)
       .def("usage", &LookaheadStates::usage);
 }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 #include "host_trees.h"
@@ -187,34 +188,43 @@ struct Node {
 
 struct Offer {
   double path;
-  int64_t number;  // among equals, the one that was offered first
-  Node node;
+  int64_t number;  // of the node among all that were offered
 
+  // among equals, the one that was offered first
   bool operator<(const Offer& other) const {
     return path < other.path || (path == other.path && number > other.number);
   }
 };
 
+// What is used again from row to row, for its memory.
+struct Offers {
+  std::vector<Node> nodes;
+  std::vector<Offer> heap;
+};
+
 // The nodes with the highest path probabilities, parents first.
 void grow(const Matrix& matrix, const Counts& counts, int64_t mode, int64_t root, int64_t nodes, int64_t depth,
-          std::vector<Offer>& offers, std::vector<Node>& made) {
-  offers.clear();
-  int64_t number = 0;
+          Offers& offers, std::vector<Node>& made) {
+  auto& [offered, heap] = offers;
+  offered.clear();
+  heap.clear();
   const auto offer = [&](int64_t token, int64_t column, int64_t level, double path) {
     matrix.each(token, [&](int64_t rank, int32_t entry) {
       const double* cell = counts.at(mode, level, rank, class_of(entry));
       const double chance = cell[0] / cell[1];
-      offers.push_back({path * chance, number++, {column, id_of(entry), level + 1, chance}});
-      std::push_heap(offers.begin(), offers.end());
+      heap.push_back({path * chance, static_cast<int64_t>(offered.size())});
+      std::push_heap(heap.begin(), heap.end());
+      offered.push_back({column, id_of(entry), level + 1, chance});
     });
   };
   if (nodes > 0 && depth > 0) offer(root, 0, 0, 1.0);
-  while (!offers.empty() && int64_t(made.size()) < nodes) {
-    std::pop_heap(offers.begin(), offers.end());
-    const Offer best = offers.back();
-    offers.pop_back();
-    made.push_back(best.node);
-    if (best.node.level < depth) offer(best.node.token, made.size(), best.node.level, best.path);
+  while (!heap.empty() && int64_t(made.size()) < nodes) {
+    std::pop_heap(heap.begin(), heap.end());
+    const Offer best = heap.back();
+    heap.pop_back();
+    const Node node = offered[best.number];
+    made.push_back(node);
+    if (node.level < depth) offer(node.token, made.size(), node.level, best.path);
   }
 }
 
@@ -232,14 +242,33 @@ TreeArrays recycling_trees(at::TensorList index, at::TensorList rows, const Tens
   check_owners(owner, matrices);
   tally.check(modes, matrices);
   std::vector<std::vector<Node>> trees(count);
-  std::vector<Offer> offers;
+  Offers offers;
   for (int64_t row = 0; row < count; ++row)
     grow(matrices[owner[row]], tally, modes[row], roots[row], max_nodes[row], max_depth[row], offers, trees[row]);
   return tree_arrays(
       trees, [&](int64_t row) { return roots[row]; }, [&](const Node&) { return int64_t{1} << bit; });
 }
 
+// Both in one call, which costs more than what either does; the matrices are those of both.
+std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<int64_t>> recycling_learn_and_grow(
+    at::TensorList index, at::TensorList rows, at::IntArrayRef used, const Tensor& counts, double fading,
+    const at::ArrayRef<double> edges, at::IntArrayRef owner, at::IntArrayRef modes, at::TensorList texts,
+    const Tensor& tokens, const Tensor& first, const Tensor& path, const Tensor& ids, const Tensor& logits,
+    at::IntArrayRef owner_of_tree, at::IntArrayRef mode_of_tree, at::IntArrayRef roots, at::IntArrayRef max_nodes,
+    at::IntArrayRef max_depth, int64_t bit) {
+  std::vector<int64_t> grown = recycling_learn(index, rows, used, counts, fading, edges, owner, modes, texts, tokens, first,
+                                               path, ids, logits);
+  const auto [token, parent, confidence, source] =
+      recycling_trees(index, rows, counts, owner_of_tree, mode_of_tree, roots, max_nodes, max_depth, bit);
+  return {token, parent, confidence, source, grown};
+}
+
 TORCH_LIBRARY_FRAGMENT(saccade, m) {
+  m.def(
+      "recycling_learn_and_grow(Tensor(a!)[] index, Tensor(b!)[] rows, int[] used, Tensor(c!) counts, float fading, "
+      "float[] edges, int[] owner, int[] modes, Tensor[] texts, Tensor tokens, Tensor first, Tensor path, Tensor ids, "
+      "Tensor logits, int[] owner_of_tree, int[] mode_of_tree, int[] roots, int[] max_nodes, int[] max_depth, int bit) "
+      "-> (Tensor tokens_, Tensor parents, Tensor confidence, Tensor source, int[] grown)");
   m.def(
       "recycling_learn(Tensor(a!)[] index, Tensor(b!)[] rows, int[] used, Tensor(c!) counts, float fading, float[] edges, "
       "int[] owner, int[] modes, Tensor[] texts, Tensor tokens, Tensor first, Tensor path, Tensor ids, Tensor logits) "
@@ -251,6 +280,7 @@ TORCH_LIBRARY_FRAGMENT(saccade, m) {
 }
 
 TORCH_LIBRARY_IMPL(saccade, CPU, m) {
+  m.impl("recycling_learn_and_grow", &recycling_learn_and_grow);
   m.impl("recycling_learn", &recycling_learn);
   m.impl("recycling_trees", &recycling_trees);
 }

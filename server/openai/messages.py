@@ -54,9 +54,9 @@ class Message(Fields):
         Args:
             template_id: makes a call's id one that the template takes.
         """
-        told: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
-        if self.content is not None:
-            told["content"] = "\n".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
+        # of a message that only calls, too: many templates look into the content without asking whether there is one
+        told: dict[str, Any] = {"role": role, "content": "\n".join(part.text for part in self.content or ())}
         if self.name is not None:
             told["name"] = self.name
         if self.reasoning_content or self.reasoning:

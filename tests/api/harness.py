@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from decoding.text import Tokenizer
 from server.app import build_app
 from server.engine_client import EngineClient
 from server.fake_client import FakeEngineClient, Line, Script, echo_script
+from server.listening import Address, listen
 from server.serve import http_server
 from server.settings import ServerSettings
 
@@ -115,7 +115,9 @@ def live(
     """The application behind uvicorn on a free port, in a thread; its base URL."""
     engine = client if not callable(client) else fake(client)
     server = http_server(build_app(engine, _served(template), settings), settings.limits)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    # the server's own: a socket made without its protocol's number is one that asyncio leaves Nagle's algorithm on, and
+    # an answer in two pieces waits 40 ms for the client's acknowledgement
+    with listen(Address("127.0.0.1", 0), settings.limits.write_timeout) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -11,6 +11,7 @@ import pytest
 from decoding.messages import StepTrace, TokenEvent
 from decoding.request import GenerateRequest, SpeculationParams
 from server.fake_client import Line
+from server.security import Security
 from server.settings import ServerSettings
 from tests.api.asking import ASK, CHAT, COMPLETIONS, reached, refused
 from tests.api.harness import INFO, SETTINGS, STATS, api, events, fake, ids, saying, tokenizer
@@ -149,3 +150,38 @@ def test_a_trace_of_too_many_choices(body: dict[str, Any]) -> None:
 def test_speculation_can_be_switched_in_its_object(given: dict[str, Any], expected: SpeculationParams) -> None:
     assert reached(COMPLETIONS, {"speculation": given}).speculation == expected
     refused(COMPLETIONS, {"speculation": {"enabled": 1}}, "speculation.enabled", "true or false")
+
+
+# what drafters remember of others -------------------------------------------------------------------------------------
+
+KEYS = Security(api_keys=("sk-a",))
+
+
+@pytest.mark.parametrize("url", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize(
+    ("security", "body", "told"),
+    [
+        (Security(), {}, True),
+        (KEYS, {}, False),
+        (KEYS, {"cache_salt": ""}, False),
+        (KEYS, {"cache_salt": "mine alone"}, True),
+        (replace(KEYS, isolate_keys=True), {}, True),
+        (KEYS, {"speculation": {"trace": True, "drafters": ["ngram"]}}, True),
+        (KEYS, {"speculation": {"trace": True, "drafters": ["draft", "ngram"]}}, False),
+        (KEYS, {"speculation": {"trace": True, "enabled": False}}, True),
+        (KEYS, {"speculation": {"trace": False}}, True),
+    ],
+)
+def test_a_trace_does_not_show_what_other_clients_were_told(
+    url: str, security: Security, body: dict[str, Any], told: bool
+) -> None:
+    engine = fake(tracing, replace(INFO, recalling=("draft",)))
+    with api(engine, replace(SETTINGS, security=security)) as client:
+        ask = {**ASK[url], "speculation": {"trace": True}, **body}
+        response = client.post(url, json=ask, headers={"Authorization": "Bearer sk-a"})
+    if told:
+        assert response.status_code == 200, response.text
+        return
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "speculation.trace")
+    assert "cache_salt" in error["message"]

@@ -14,9 +14,9 @@ from decoding.errors import ConfigError
 from server.cli import parse
 from server.flags import engine_config, size
 from server.limits import Limits
+from server.reading_flags import reading
 from server.security import Security
 from server.serve_flags import limits, security, tls
-from server.reading_flags import reading
 
 
 def test_no_flags_are_the_defaults_of_the_config() -> None:
@@ -173,9 +173,8 @@ def test_limits_that_cannot_be(line: str, part: str, capsys: pytest.CaptureFixtu
 
 
 def test_who_may_use_the_server() -> None:
-    args = parse(
-        "serve m --api-key a b --cors-origins https://chat.example --isolate-keys --metrics-public --log-prompts".split()
-    )
+    switches = ("--isolate-keys", "--metrics-public", "--log-prompts")
+    args = parse(["serve", "m", "--api-key", "a", "b", "--cors-origins", "https://chat.example", *switches])
     assert security(args, "c,d") == Security(("a", "b", "c", "d"), True, ("https://chat.example",), True, True)
 
 

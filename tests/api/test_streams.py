@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
@@ -14,6 +17,7 @@ from decoding.messages import TokenEvent
 from decoding.request import GenerateRequest
 from server.fake_client import Death, FakeEngineClient, Line, Pause
 from server.limits import Limits
+from server.listening import Address, listen
 from server.settings import ServerSettings
 from tests.api.harness import INFO, api, events, eventually, fake, ids, live, saying
 
@@ -182,3 +186,26 @@ def test_a_body_over_the_limit_gets_its_answer_while_it_is_sent() -> None:
     with live(settings=ServerSettings(("demo",), limits=Limits(max_body_size=100_000))) as url:
         for size in (150_000, 390_000):
             assert httpx.post(url + URL, json={"prompt": "x" * size}).status_code == 413
+
+
+def test_pieces_of_an_answer_do_not_wait_for_acknowledgements() -> None:
+    """Nagle's algorithm is off on the connections of the server's own listening socket: it would hold chunks back."""
+    found: list[int] = []
+
+    class Noting(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            connection = transport.get_extra_info("socket")
+            found.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            transport.close()
+
+    async def main() -> None:
+        with listen(Address("127.0.0.1", 0), 1.0) as listener:
+            server = await asyncio.get_running_loop().create_server(Noting, sock=listener)
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            while not found:
+                await asyncio.sleep(0.01)
+            writer.close()
+            server.close()
+
+    asyncio.run(main())
+    assert found == [1]

@@ -132,7 +132,8 @@ def test_templates_get_tools_as_transformers_makes_them() -> None:
     with api(engine, template=HERMES) as client:
         strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
         client.post(URL, json={**ASK, "tools": [strict, TIME]})
-    time = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}
+    nothing = {"type": "object", "properties": {}}
+    time = {"type": "function", "function": {"name": "time", "description": "", "parameters": nothing}}
     assert prompt(engine).startswith(f"<tools>{json.dumps(WEATHER)}\n{json.dumps(time)}\n</tools>")
 
 
@@ -158,6 +159,13 @@ def test_templates_get_arguments_as_objects_and_results_in_their_role() -> None:
         "\n</tool_call><|im_end|>\n"
         "<|im_start|>tool\nrain<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_templates_may_look_into_the_content_of_a_message_that_only_calls() -> None:
+    engine = fake(saying("x"))
+    with api(engine, template="{% for m in messages %}<{{ m.content.split('</think>')[-1] }}>{% endfor %}") as client:
+        assert client.post(URL, json={"messages": HISTORY}).status_code == 200
+    assert prompt(engine) == "<Weather in Oslo?><><rain>"
 
 
 def test_a_template_that_asks_for_the_key_finds_calls_only_where_they_are() -> None:
@@ -253,6 +261,11 @@ def test_a_named_call_is_its_arguments() -> None:
             "missing_required_parameter",
         ),
         ({"tools": [TIME, TIME]}, "tools.1.function.name", "invalid_value"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+            "tools.0.function.parameters",
+            "invalid_value",
+        ),
         ({"tools": [TIME] * 513}, "tools", "invalid_value"),
         (
             {"tools": [{"type": "function", "function": {"name": "x", "description": "y" * 2**20}}]},

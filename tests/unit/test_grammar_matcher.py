@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from decoding.errors import RequestError
 from decoding.grammar.compiler import LIMITS, BackgroundCompiler, GrammarCompiler, outcome
-from decoding.grammar.masks import GrammarMasks
+from decoding.grammar.masks import GrammarMasks, unpacked_anywhere, unpacked_by_host
 from decoding.grammar.matcher import Matcher, words_of
 from decoding.request import MAX_GRAMMAR_BYTES, Grammar
 from models.tree import GUESSED, NO_PARENT, PINS, Trees
@@ -213,8 +213,6 @@ def test_masks_are_applied_to_the_logits_of_each_node() -> None:
     left = [set((line > -torch.inf).nonzero().squeeze(1).tolist()) for line in x]
     everything = set(range(VOCAB))
     assert left == [{40}, {41, EOS}, everything, everything]
-    on_device = torch.stack([(filled[:, i // 32] >> (i % 32)) & 1 for i in range(VOCAB)], dim=1).bool()
-    assert torch.equal(x > -torch.inf, on_device)
     columns = torch.tensor([1, 41, 46])  # of a draft vocabulary
     y = masks.apply(torch.randn(4, 3), filled, columns)
     assert [(line > -torch.inf).tolist() for line in y[:2]] == [[True] * 3, [False, True, False]]
@@ -234,6 +232,28 @@ def test_refused_drafts_are_dropped_and_pinned_ones_stay() -> None:
     kept.validate()
 
 
+@pytest.mark.parametrize("vocab_size", [31, 32, 48, 101])
+def test_bits_are_unpacked_alike_everywhere(vocab_size: int) -> None:
+    allowed = torch.rand(5, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) < 0.5
+    filled = torch.zeros(5, words_of(vocab_size), dtype=torch.int64)
+    for token in range(vocab_size):
+        filled[:, token // 32] |= allowed[:, token].long() << token % 32
+    filled = filled.to(torch.int32)  # bit 31 is the sign
+    assert torch.equal(unpacked_by_host(filled, vocab_size), allowed)
+    assert torch.equal(unpacked_anywhere(filled, vocab_size), allowed)
+
+
+def test_a_slow_matcher_has_no_drafts() -> None:
+    class Slow(Matcher):
+        is_slow = True
+
+    tokens, parents = torch.tensor([[1, 40]] * 2), torch.tensor([[NO_PARENT, 0]] * 2)
+    masks = GrammarMasks([Slow(compiled(regex("A")), (EOS,)), matcher(regex("A"))], VOCAB, CPU)
+    kept = masks.permitted(Trees(tokens, parents, torch.full((2, 2), 0.5), torch.tensor([[0, 1]] * 2)))
+    assert kept.tokens.tolist() == [[1, -1], [1, 40]]
+    assert kept.parents.tolist() == [[NO_PARENT, NO_PARENT], [NO_PARENT, 0]]
+
+
 def test_a_mask_has_room_for_the_bit_behind_the_last_id() -> None:
     assert [words_of(size) for size in (31, 32, 33, 64)] == [1, 2, 2, 3]
 
@@ -243,6 +263,7 @@ def test_a_mask_has_room_for_the_bit_behind_the_last_id() -> None:
 WRONG = {
     "bad regex": Grammar("regex", "(A"),
     "bad grammar": Grammar("grammar", "start: ("),
+    "bad GBNF": Grammar("grammar", "root ::= other"),
     "no schema": Grammar("json_schema", "[1]"),
     "not JSON": Grammar("json_schema", "{"),
     "unknown keyword": Grammar("json_schema", '{"type": "array", "uniqueItems": true}'),
@@ -303,6 +324,7 @@ def test_what_cannot_be_one_is_known_without_compiling(grammar: Grammar, code: s
         (Grammar("json_schema", "true"), "[1]", "x"),
         (Grammar("json_schema", '{"type":"object","properties":{"a":{"type":"integer"}}}'), '{"a":5}', '{"a":"5"}'),
         (Grammar("grammar", 'start: "A" b*\nb: "B" | "C"'), "ABCB", "AA"),
+        (Grammar("grammar", 'root ::= sum\nsum ::= part ("+" part)*\npart ::= [0-9]+ | "(" sum ")"'), "(1+22)+3", "1+"),
     ],
     ids=lambda each: each.kind if isinstance(each, Grammar) else "",
 )

@@ -188,7 +188,7 @@ def test_a_window_goes_on_with_what_the_target_draws_after_it(temperature: float
         spy = spies[0]
         if spy.rows is None or spy._draws is None or ("r", 0) not in spy._numbers:
             continue
-        spy._read_draws()
+        spy._learn()
         window = spy._states.window(spy._numbers["r", 0]).tolist()
         assert window[:-1] == spy.rows[1:]
         for column, drawn in enumerate(window[-1]):

@@ -17,7 +17,7 @@ from server.openai.tools.forced import ForcedArgumentsParser, ForcedCallsParser
 from server.openai.tools.hermes import HermesParser
 from server.openai.tools.llama3_json import Llama3JsonParser
 from server.openai.tools.mistral import MistralParser, new_id, template_id
-from server.openai.tools.qwen3_coder import Qwen3CoderParser
+from server.openai.tools.qwen3_coder import Qwen3CoderParser, SeedOssParser
 from server.openai.tools.table import TOOL_FORMATS, find_tool_format
 
 NAMES = ("weather", "time")
@@ -26,6 +26,7 @@ PARSERS: dict[str, Callable[[Offer], ToolParser]] = {
     "llama3_json": Llama3JsonParser,
     "mistral": MistralParser,
     "qwen3_coder": Qwen3CoderParser,
+    "seed_oss": SeedOssParser,
     "calls": ForcedCallsParser,
     "arguments": ForcedArgumentsParser,
 }
@@ -93,6 +94,7 @@ CALLS: list[tuple[str, str, str, list[tuple[str, object]]]] = [
         "",
         [("weather", {"city": '3 < "4"\n\n</parameters>', "days": 3, "x": "[1, True]", "y": True})],
     ),
+    ("seed_oss", f"Hm.<seed:tool_call>{TAGGED}</seed:tool_call>\n{TAGGED}", "Hm.", [OSLO, OSLO]),
     ("mistral", f"[TOOL_CALLS] [{W}]", "", [OSLO]),
     ("mistral", f"[TOOL_CALLS][{W}, {P}]", "", [OSLO, ZONE]),
     ("mistral", f"[TOOL_CALLS] {W}", "", [OSLO]),
@@ -280,6 +282,7 @@ TEMPLATES = {
     "hermes": "{% if tools %}<tools>{{ tools | tojson }}</tools> answer in <tool_call></tool_call>{% endif %}",
     "llama3_json": 'Respond in the format {"name": f, "parameters": dictionary of argument name and value}',
     "qwen3_coder": "{% if tools %}<tool_call>\n<function=example_function_name>\n<parameter=x>{% endif %}",
+    "seed_oss": "{% if tools %}<seed:tool_call>\n<function=example_function_name>{% endif %}",
     "mistral": "{% if tools %}[AVAILABLE_TOOLS]{% endif %}{% if message.tool_calls %}[TOOL_CALLS]{% endif %}",
 }
 
@@ -293,6 +296,7 @@ def test_formats_are_known_by_their_templates(name: str) -> None:
 def test_a_template_of_another_family_has_no_format() -> None:
     assert find_tool_format("auto", "{{ messages }}") is None
     assert find_tool_format("auto", "<tool_call>{name}<arg_key>{key}</arg_key>") is None
+    assert find_tool_format("auto", "<|python_tag|> or <function=name>{arguments}</function>") is None
     assert find_tool_format("none", TEMPLATES["hermes"]) is None
 
 

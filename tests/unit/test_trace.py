@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from decoding.drafters.ngram import NgramDrafter, NgramOptions
+from decoding.drafters.recycling import RecyclingDrafter, RecyclingOptions
+from decoding.drafters.suffix import SuffixDrafter, SuffixOptions
 from decoding.engine import Engine
 from decoding.messages import StepTrace
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
@@ -111,6 +113,15 @@ def test_a_text_that_ends_on_the_accepted_path_has_no_bonus() -> None:
     check(outcome)
     assert outcome.last.finish_reason == "stop"
     assert (steps_of(outcome)[-1].bonus is None) == ((place + 1) % 5 != 0)
+
+
+def test_drafters_that_remember_other_texts_are_known() -> None:
+    drafters: dict[str, BuildDrafter] = {
+        "ngram": lambda c: NgramDrafter(NgramOptions(), c),
+        "suffix": lambda c: SuffixDrafter(SuffixOptions(), c),
+        "recycling": lambda c: RecyclingDrafter(RecyclingOptions(), c),
+    }
+    assert make_engine(target(), drafters).info.recalling == ("suffix", "recycling")
 
 
 def test_nobody_asked() -> None:

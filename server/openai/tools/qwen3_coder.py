@@ -1,4 +1,5 @@
-"""``<tool_call><function=name><parameter=key>value</parameter></function></tool_call>``: Qwen3-Coder and later Qwens.
+"""``<tool_call><function=name><parameter=key>value</parameter></function></tool_call>``: Qwen3-Coder and later Qwens,
+Nemotron 3, Step 3.5; and with another outer tag Seed-OSS.
 
 Values are bare text, and the tool's schema says how to take it.
 """
@@ -15,6 +16,7 @@ from server.openai.tools.base import Offer, ToolParser
 from server.openai.tools.call_json import MAX_NAME_CHARS, Status
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+SEED_OPEN, SEED_CLOSE = "<seed:tool_call>", "</seed:tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
@@ -26,6 +28,7 @@ class Qwen3CoderParser(ToolParser):
     """Each call stands in tags of its own. Outer tags that do not come are not missed."""
 
     markers = (OPEN, FUNCTION)
+    close = CLOSE
 
     def __init__(self, offer: Offer) -> None:
         super().__init__(offer)
@@ -49,7 +52,7 @@ class Qwen3CoderParser(ToolParser):
         return rest
 
     def _closing(self, text: str) -> str:
-        rest, found = self._tag(text, CLOSE)
+        rest, found = self._tag(text, self.close)
         if found:
             self._clear()
             self._state = self._in_text
@@ -74,6 +77,13 @@ class Qwen3CoderParser(ToolParser):
         else:
             self._raw.append(self._tail)
         super()._end()
+
+
+class SeedOssParser(Qwen3CoderParser):
+    """The same in other outer tags."""
+
+    markers = (SEED_OPEN, FUNCTION)
+    close = SEED_CLOSE
 
 
 class TaggedReader:

@@ -48,19 +48,14 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
     "hermes": ToolFormat(
         hermes.HermesParser,
         (hermes.OPEN,),
-        foreign=(qwen3_coder.FUNCTION, "<arg_key>"),
+        foreign=(qwen3_coder.FUNCTION, "<arg_key>", "<tool_calls>", "<invoke"),  # GLM, Apriel, MiniMax
         markers=(hermes.OPEN, hermes.CLOSE),
     ),
     "llama3_json": ToolFormat(
         llama3_json.Llama3JsonParser,
         (llama3_json.PYTHON_TAG, '"parameters": dictionary of argument name'),
+        foreign=(qwen3_coder.FUNCTION,),  # Functionary
         markers=(llama3_json.PYTHON_TAG,),
-    ),
-    "qwen3_coder": ToolFormat(
-        qwen3_coder.Qwen3CoderParser,
-        (qwen3_coder.FUNCTION,),
-        foreign=("<arg_key>",),
-        markers=(qwen3_coder.OPEN, qwen3_coder.CLOSE),
     ),
     "mistral": ToolFormat(
         mistral.MistralParser,
@@ -68,6 +63,17 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
         markers=(mistral.MARKER, mistral.CALL_ID, mistral.ARGS),
         new_id=mistral.new_id,
         template_id=mistral.template_id,
+    ),
+    "qwen3_coder": ToolFormat(
+        qwen3_coder.Qwen3CoderParser,
+        (qwen3_coder.FUNCTION,),
+        foreign=(qwen3_coder.SEED_OPEN, llama3_json.PYTHON_TAG),
+        markers=(qwen3_coder.OPEN, qwen3_coder.CLOSE),
+    ),
+    "seed_oss": ToolFormat(
+        qwen3_coder.SeedOssParser,
+        (qwen3_coder.SEED_OPEN,),
+        markers=(qwen3_coder.SEED_OPEN, qwen3_coder.SEED_CLOSE),
     ),
 }
 
