@@ -1,4 +1,4 @@
-"""Schemas as they are read before they are compiled: the place of what cannot be enforced, limits, what is rewritten."""
+"""Schemas as they are read before they are compiled: places of what cannot be enforced, limits, what is rewritten."""
 
 from __future__ import annotations
 
