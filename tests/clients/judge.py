@@ -98,10 +98,10 @@ def idle(url: str, key: str) -> bool:
     return eventually(lambda: metric(url, key, "saccade_running") == 0)
 
 
-def command(*words: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run a client's command beside this environment's Python; its output is shown when it fails."""
+def command(*words: str, seconds: float = 300, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a client's command, which lies beside this environment's Python, in a folder."""
     found = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
-    done = subprocess.run(found, capture_output=True, text=True, timeout=seconds, cwd=ROOT, check=False)
+    done = subprocess.run(found, capture_output=True, text=True, timeout=seconds, cwd=folder, check=False)
     print(done.stdout[-20000:], done.stderr[-20000:], sep="\n", flush=True)
     return done
 
