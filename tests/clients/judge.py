@@ -42,6 +42,15 @@ def arguments(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
+# Bounded on all sides: a model of 8 million parameters cannot be trusted to end a string.
+PICK_SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "green", "blue"]}, "final": {"type": "boolean"}},
+    "required": ["colour", "final"],
+    "additionalProperties": False,
+}
+
+
 class Judge:
     """Counts checks. ``with judge("name"):`` is passed when its body raises nothing."""
 
