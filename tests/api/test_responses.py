@@ -246,6 +246,21 @@ def test_text_is_held_to_a_format() -> None:
             "invalid_value",
         ),
         ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format.type", "invalid_value"),
+        ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format.name", "missing_required_parameter"),
+        (
+            {"input": "x", "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "nothing"}}}},
+            "text.format.schema",
+            "invalid_grammar",
+        ),
+        (
+            {
+                "input": "x",
+                "tools": [WEATHER, {**WEATHER, "name": "b", "parameters": {"not": {}}}],
+                "tool_choice": "required",
+            },
+            "tools.1.parameters",
+            "invalid_grammar",
+        ),
         ({"input": "x", "stream_options": {"include_obfuscation": True}}, "stream_options", "invalid_value"),
         ({"input": "x", "model": "nope"}, "model", "model_not_found"),
     ],
@@ -261,6 +276,18 @@ def test_mistakes_are_named(body: dict[str, Any], param: str, code: str) -> None
 def dying(request: GenerateRequest) -> Iterable[Line]:
     yield TokenEvent(request.request_id, 0, ids("a"))
     yield Death()
+
+
+def test_an_output_that_cannot_be_held_to_its_form_names_the_field() -> None:
+    def stuck(request: GenerateRequest) -> Iterable[Line]:
+        error = {"error": "It takes too long.", "error_code": "grammar_too_complex"}
+        yield TokenEvent(request.request_id, 0, finish_reason="error", **error)  # type: ignore[arg-type]
+
+    with api(stuck) as client:
+        for stream in (False, True):
+            body = {"input": "x", "text": {"format": {"type": "json_object"}}, "stream": stream}
+            response = client.post(URL, json=body)
+            assert (response.status_code, response.json()["error"]["param"]) == (400, "text.format")
 
 
 def test_an_error_on_the_way_fails_the_response() -> None:

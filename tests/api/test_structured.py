@@ -209,7 +209,7 @@ def test_what_a_tool_may_be_given_is_read_like_any_schema() -> None:
     parameters = {"type": "object", "properties": {"a": {"not": {}}}}
     tool = {"type": "function", "function": {"name": "add", "parameters": parameters}}
     response, _, _ = post({"tools": [tool], "tool_choice": "required"}, CHAT)
-    assert "properties/a/not'" in check_error(response, 400, "invalid_grammar", "tools")
+    assert "'#/properties/a/not'" in check_error(response, 400, "invalid_grammar", "tools.0.function.parameters")
 
 
 @pytest.mark.parametrize("url", [COMPLETIONS, CHAT])
