@@ -35,7 +35,8 @@ def main() -> None:
             report = profile(args, kind, *options)
             assert report["request_count"]["avg"] == REQUESTS, report["request_count"]
             assert not report.get("error_summary"), report["error_summary"]
-            assert report["output_sequence_length"]["avg"] == OUTPUT_TOKENS, report["output_sequence_length"]
+            if kind != "responses":  # of these it reads the usage only where nothing is cut off by its length
+                assert report["output_sequence_length"]["avg"] == OUTPUT_TOKENS, report["output_sequence_length"]
             assert ("time_to_first_token" in report) == bool(options)
     with judge("the server is idle afterwards"):
         assert idle(args.demo, args.key)
