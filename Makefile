@@ -21,21 +21,26 @@ LLAMA_SOURCES := build/llama-source
 KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kernels/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench-quick bench-matrix bench-offline bench-compare bench-drafters bench-gpu bench-http \
-    bench-report clients llama-cpp clean
+.PHONY: help setup serve test test-schemas lint faults soak overload bench-quick bench-matrix bench-offline bench-compare \
+    bench-drafters bench-structured bench-gpu bench-http bench-report clients llama-cpp clean
 
 help:
 	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
 	@echo "make serve         set up, then serve the demo model on http://$(HOST):$(PORT)"
 	@echo "                   (HOST, PORT, MODEL, SPECULATE and ARGS change what is served)"
 	@echo "make test          set up, then lint, types and all tests; this is what CI runs"
+	@echo "make test-schemas  set up, then hold the demo model to 300 JSON schemas, 20 texts each (CI: 2)"
 	@echo "make lint          set up, then lint and types only"
 	@echo "make clients       set up, then run real clients of OpenAI's API, each in an environment of its own (CLIENTS=\"NAME ...\")"
+	@echo "make faults        set up, then the fault tests at full size, on the demo model as well"
+	@echo "make soak          set up, then half an hour of mixed load; memory and descriptors must stay flat (ARGS=--minutes 2)"
+	@echo "make overload      set up, then four times the load that the server can take (ARGS=--seconds 20)"
 	@echo "make bench-quick   set up, then measure the demo model against plain decoding and transformers"
 	@echo "make bench-matrix  set up, then compare auto with plain decoding and fixed trees (FAMILY=demo)"
 	@echo "make bench-offline set up, then measure one request at a time, and what its step is made of (FAMILY=demo)"
 	@echo "make bench-compare set up, then compare with transformers and llama.cpp (FAMILY=demo)"
 	@echo "make bench-drafters set up, then measure drafters without training, and write their page (FAMILY=demo)"
+	@echo "make bench-structured set up, then measure tokens per step under JSON schemas, and write their page (FAMILY=demo)"
 	@echo "make bench-gpu     set up, then measure an 8B-shaped target on a CUDA device, in under 8 minutes"
 	@echo "make bench-http    set up, then measure how many tokens a second the HTTP process streams on one core"
 	@echo "make bench-report  set up, then write docs/benchmarks.md from benchmarks/results"
@@ -74,8 +79,20 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-schemas: setup
+	OMP_NUM_THREADS=1 SACCADE_SCHEMA_SEEDS=20 $(BIN)/python -m pytest tests/schemas
+
 clients: setup
 	$(BIN)/python -m tests.clients.run $(CLIENTS)
+
+faults: setup
+	FAULTS=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/process/test_faults.py $(ARGS)
+
+soak: setup
+	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+overload: setup
+	$(BIN)/python -m benchmarks.overload $(ARGS)
 
 bench-quick: setup
 	$(BIN)/python -m benchmarks.quick $(ARGS)
@@ -87,12 +104,16 @@ bench-compare: setup llama-cpp $(INFLATED)
 	$(BIN)/python -m benchmarks.compare --family $(FAMILY) --tune $(ARGS)
 
 # results of an earlier run make way: the page tells of one
-bench-drafters: result = benchmarks/results/$(1)-$(notdir $(FAMILY)).json
+bench-drafters bench-structured: result = benchmarks/results/$(1)-$(notdir $(FAMILY)).json
 bench-drafters: setup llama-cpp $(INFLATED)
 	$(BIN)/python -m benchmarks.drafters --family $(FAMILY) --peers transformers llama --tune --out $(call result,drafters) $(ARGS)
 	$(BIN)/python -m benchmarks.idle_cost --family $(FAMILY) --out $(call result,idle-cost)
 	$(BIN)/python -m benchmarks.store_bounds --family $(FAMILY) --out $(call result,store-bounds)
 	$(BIN)/python -m benchmarks.drafters_page $(foreach kind,drafters idle-cost store-bounds,$(call result,$(kind)))
+
+bench-structured: setup
+	$(BIN)/python -m benchmarks.structured --family $(FAMILY) --out $(call result,structured) $(ARGS)
+	$(BIN)/python -m benchmarks.structured_page $(call result,structured)
 
 build/%/inflate.json: | setup
 	$(BIN)/python -m benchmarks.inflate demo/target build/$* --shape $*

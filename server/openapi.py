@@ -60,6 +60,7 @@ class Operation:
         errors: statuses of its errors.
         failure: the type of a 503's JSON.
         head: whether HEAD is answered as well.
+        typed_events: events have their type in a field of their own, and the last one is the end.
     """
 
     method: str
@@ -71,6 +72,7 @@ class Operation:
     errors: tuple[int, ...] = _ERRORS
     failure: Any = answers.Error
     head: bool = False
+    typed_events: bool = False
 
 
 def _probe(path: str, summary: str) -> Operation:
@@ -104,6 +106,7 @@ OPERATIONS = (
         (ResponsesFields,),
         response_answers.ResponseEvent,
         _BODY_ERRORS,
+        typed_events=True,
     ),
     Operation("get", "/v1/models", "What is served", answers.ModelList, errors=(*_ERRORS, 503)),
     Operation("get", "/v1/models/{name}", "One of the names", answers.Model, errors=(*_ERRORS, 404, 503)),
@@ -191,7 +194,7 @@ def _operation(operation: Operation, refs: dict[Any, dict[str, Any]]) -> dict[st
     if operation.answer is not None:
         content = {JSON: {"schema": refs[operation.answer]}}
     if operation.chunk is not None:
-        content[EVENTS] = {"schema": _events(refs[operation.chunk])}
+        content[EVENTS] = {"schema": _events(refs[operation.chunk], typed=operation.typed_events)}
     described: dict[str, Any] = {
         "summary": operation.summary,
         "operationId": _name_of(operation),
@@ -217,9 +220,12 @@ def _name_of(operation: Operation) -> str:
     return "_".join([operation.method, *re.findall(r"\w+", operation.path)])
 
 
-def _events(chunk: dict[str, Any]) -> dict[str, Any]:
+def _events(chunk: dict[str, Any], *, typed: bool) -> dict[str, Any]:
+    frame = (
+        "events of the lines `event: TYPE` and `data: {...}`" if typed else "events `data: {...}`, then `data: [DONE]`"
+    )
     text = (
-        "With `stream: true`: events `data: {...}`, then `data: [DONE]`, and comments while there is nothing to send. "
+        f"With `stream: true`: {frame}, and comments while there is nothing to send. "
         "The JSON of an event is that of `x-event`, or, once, an error."
     )
     return {"type": "string", "description": text, "x-event": chunk}

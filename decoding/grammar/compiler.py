@@ -34,6 +34,9 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,  # no states of the parser in messages for clients
 }
+# Items of one row of the parser: the readings of a text that it follows at one place. JSON has few, but a grammar that
+# is free to be ambiguous has as many as it likes, and a token then costs their square: seconds at the 2000 of JSON.
+READINGS = {"grammar": 400}
 _LIMIT_WORDS = re.compile(r"too (big|large|many|complex|deep)|limit|fuel|exceed", re.IGNORECASE)
 
 
@@ -71,7 +74,7 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
-        self._limits = LLParserLimits(**limits)
+        self._limits = limits
         self._library: Any = None  # LLTokenizer; a second of work for a large vocabulary, when first needed
 
     def prepare(self) -> None:
@@ -88,12 +91,16 @@ class GrammarCompiler:
         """
         self.prepare()
         text = library_text(grammar)
-        start = LLMatcher(self._library, text, log_level=0, limits=self._limits)
+        start = LLMatcher(self._library, text, log_level=0, limits=self._limits_of(grammar))
         self._check(start)
         first = start.deep_copy()
         first.compute_bitmask()
         self._check(first)
         return Compiled(start, self._vocab_size)
+
+    def _limits_of(self, grammar: Grammar) -> LLParserLimits:
+        rows = min(self._limits["max_items_in_row"], READINGS.get(grammar.kind, LIMITS["max_items_in_row"]))
+        return LLParserLimits(**{**self._limits, "max_items_in_row": rows})
 
     @staticmethod
     def _check(matcher: Any) -> None:

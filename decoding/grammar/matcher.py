@@ -1,8 +1,8 @@
 """Where one text stands in its grammar, and what may follow it and every path of a tree that hangs on its end.
 
-The library's matcher walks forward by tokens and back again. Here it visits the paths of a tree depth first, so that a
-node costs one token forward, one back, and its mask. What may follow is a function of the grammar and the tokens alone,
-so the text cannot depend on which paths were visited.
+The library's matcher walks forward by tokens. Here it visits the paths of a tree depth first: a node costs one token
+forward and its mask, a branch a copy of the matcher at the text. What may follow is a function of the grammar and the
+tokens alone, so the text cannot depend on which paths were visited.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Words = NDArray[np.int32]  # 32 ids a word, the lowest bit first
 Path = tuple[int, ...]
 Ending = Literal["stop", "error"]
 
-SLOW = 0.002  # seconds a mask, beside which drafts do not pay
+SLOW = 0.002  # seconds a node, beside which drafts do not pay
 SLOWNESS_RATE = 0.2
 
 
@@ -42,7 +42,8 @@ class Matcher:
 
     def __init__(self, compiled: Compiled, ends: tuple[int, ...], min_tokens: int = 0, goes_on: bool = False) -> None:
         self._start = compiled.start
-        self._inner = compiled.start.deep_copy()
+        self._at_text = compiled.start.deep_copy()  # stands at the text, and is never asked for a mask
+        self._inner = self._at_text.deep_copy()  # visits paths
         self._vocab_size = compiled.vocab_size
         self._ends = ends
         self._end_words = np.zeros(words_of(compiled.vocab_size), dtype=np.int32)
@@ -56,7 +57,7 @@ class Matcher:
         self._masks: dict[Path, Words | None] = {}
         self._failed: set[Path] = set()  # the library came to its limits
         self._forced: list[int] | None = None  # tokens that must follow the text; None: not looked at yet
-        self._slowness = 0.0  # seconds that a mask takes
+        self._slowness = 0.0  # seconds that a node's mask takes, walking there included
 
     @property
     def is_slow(self) -> bool:
@@ -65,9 +66,12 @@ class Matcher:
 
     def masks(self, paths: Sequence[Path]) -> list[Words | None]:
         """What may follow each path; None where it does not matter: no text gets there, or none goes on from there."""
-        for path in sorted(set(paths)):  # depth first
-            if path not in self._masks:
-                self._masks[path] = self._mask() if self._walk(path) else None
+        new = sorted(set(paths) - self._masks.keys())  # depth first
+        started = time.perf_counter()
+        for path in new:
+            self._masks[path] = self._mask() if self._walk(path) else None
+        if new:
+            self._slowness += SLOWNESS_RATE * ((time.perf_counter() - started) / len(new) - self._slowness)
         return [self._masks[path] for path in paths]
 
     def allows(self, path: Path) -> bool:
@@ -87,7 +91,7 @@ class Matcher:
 
     def commit(self, tokens: Sequence[int]) -> tuple[int, Ending | None]:
         """Move the text on by the tokens that were drawn: (how many of them are its own, why it ends there)."""
-        self._walk(())
+        self._inner, self._path = self._at_text, []
         kept = 0
         ending: Ending | None = None
         while kept < len(tokens) and ending is None:
@@ -98,7 +102,8 @@ class Matcher:
                 kept += ending != "error"
         self._follow_forced(tokens[:kept])
         self._text += self._path
-        self._path = []
+        self._at_text = self._inner
+        self._begin()
         self._masks.clear()
         self._failed.clear()
         return kept, ending
@@ -133,15 +138,20 @@ class Matcher:
         while shared < min(len(path), len(self._path)) and path[shared] == self._path[shared]:
             shared += 1
         if shared < len(self._path):
-            back = len(self._path) - shared
-            del self._path[shared:]
-            if not self._inner.rollback(back):
-                self._mend()
+            self._begin()
         for token in path[len(self._path) :]:
             if not self._take(token):
                 return False
             self._path.append(token)
         return True
+
+    def _begin(self) -> None:
+        """Stand at the text again. By a copy (some microseconds), not by the library's rollback.
+
+        llguidance 1.9.1 keeps its last mask through a rollback, and returns it for a state that only looks the same.
+        """
+        self._inner = self._at_text.deep_copy()
+        self._path = []
 
     def _take(self, token: int) -> bool:
         if self._inner.is_stopped():  # complete, or beyond repair
@@ -161,9 +171,7 @@ class Matcher:
         words = np.zeros_like(self._end_words)
         complete = self._inner.is_stopped()
         if not complete:
-            started = time.perf_counter()
             self._inner.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            self._slowness += SLOWNESS_RATE * (time.perf_counter() - started - self._slowness)
         if self._inner.is_error():
             self._failed.add(tuple(self._path))
             self._mend()
@@ -178,7 +186,7 @@ class Matcher:
 
     def _mend(self) -> None:
         """Begin anew at the committed text: after an error the library's matcher does nothing more."""
-        self._inner = self._start.deep_copy()
-        self._path = []
+        self._at_text = self._start.deep_copy()
         if self._text:
-            self._inner.consume_tokens(self._text)
+            self._at_text.consume_tokens(self._text)
+        self._begin()

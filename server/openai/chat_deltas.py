@@ -55,7 +55,7 @@ class ParsedDeltas:
     def __init__(self, parser: OutputParser, output: ChoiceOutput) -> None:
         self._parser = parser
         self._output = output
-        self._scored: list[ScoredToken] | None = None
+        self._scored: list[ScoredToken] = []  # not told yet
         self._called = False
 
     def push(self, delta: Delta) -> list[ChatDelta]:
@@ -65,11 +65,10 @@ class ParsedDeltas:
         deltas = [_delta(piece) for piece in pieces if not isinstance(piece, CallFailed)]
         if delta.finish_reason is not None:
             deltas.append(ChatDelta(finish_reason=finish_reason(delta, called=self._called)))
-        if delta.scored is not None:
-            self._scored = [*(self._scored or ()), *delta.scored]
+        self._scored += delta.scored or ()
         if deltas and self._scored:
             deltas[0] = replace(deltas[0], scored=tuple(self._scored))
-            self._scored = None
+            self._scored = []
         return deltas
 
 

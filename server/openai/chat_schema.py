@@ -11,6 +11,7 @@ from decoding.errors import RequestError
 from decoding.text import Tokenizer
 from server.openai.fields import Fields, Integer, SamplingFields, check_count
 from server.openai.messages import Message
+from server.openai.structured import StructuredFields
 from server.openai.template_kwargs import Effort, TemplateKwargs, template_variables
 from server.openai.tools.fields import ToolChoice, Tools, check_choice, check_tools
 from server.openai.tools.plan import ToolPlan, plan_tools
@@ -68,7 +69,7 @@ class ConversationFields(Fields):
         return tokenizer.encode(text, add_special_tokens=bool(self.add_special_tokens))
 
 
-class ChatFields(SamplingFields, ConversationFields):
+class ChatFields(StructuredFields, SamplingFields, ConversationFields):
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None

@@ -28,6 +28,7 @@ class OutputOptions:
     scored: bool = True  # logprobs are told, where the engine was asked for them
     token_ids: bool = False  # told beside the text
     prompt_logprobs: int | None = None  # told of the prompt: how many alternatives a token
+    held_by: str | None = None  # the field that says what the output must be, for errors about it
     best: int | None = None  # of each prompt's choices so many are returned, by their mean logprob; None: all
 
 
@@ -140,7 +141,7 @@ class ChoiceOutput:
         self.trace += event.trace
         if event.finish_reason == "error":
             if event.error is not None and event.error_code is not None:
-                raise RequestError(event.error, code=event.error_code)
+                raise RequestError(event.error, param=self._options.held_by, code=event.error_code)
             raise GenerationError(event.error or "The engine could not finish this request.")
         if event.finish_reason == "cancelled":
             raise GenerationError("The engine cancelled this request.")

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from decoding.errors import RequestError
 from server.openai.fields import Integer, SamplingFields, check_count
+from server.openai.structured import StructuredFields
 
 MAX_PROMPTS = 1024
 MAX_CHOICES = 1024  # prompts x n, or best_of
@@ -48,7 +49,7 @@ def _not_a_prompt() -> PydanticCustomError:
     return PydanticCustomError("prompt_form", f"it must be {forms}, and not be empty")
 
 
-class CompletionFields(SamplingFields):
+class CompletionFields(StructuredFields, SamplingFields):
     prompt: Annotated[list[PromptForm], PlainValidator(_parse_prompt, json_schema_input_type=AnyPrompt)]
     best_of: Integer | None = None
     echo: bool | None = None

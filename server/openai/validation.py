@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from decoding.errors import RequestError, nearest
 from server.openai.fields import AcceptanceFields, PredictionFields, SpeculationFields, StreamOptions
 from server.openai.responses.items import ITEM_TAGS
+from server.openai.structured import JsonSchemaFields, ResponseFormat, StructuredOutputs
 from server.openai.template_kwargs import TemplateKwargs
 from server.openai.tools.fields import CHOICE_TAGS
 
@@ -33,10 +34,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
     "kv_transfer_params": (),
     "length_penalty": (1.0,),
     "logprob_token_ids": (),
@@ -49,11 +48,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": ("none",),
     "repetition_detection": (),
     "request_id": (),
-    "response_format": ({"type": "text"},),
     "return_token_offsets": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "suffix": (),
     "thinking_token_budget": (-1,),
     "tool_choice": ("none", "auto"),
@@ -88,6 +85,7 @@ _WORDS = {
     "none_required": "it must be null or left out",
     "string_too_long": "it can have at most {max_length} characters",
     "string_too_short": "it must not be empty",
+    "string_pattern_mismatch": "it must match {pattern}",
     "string_type": "it must be a string",
     "too_long": "it can have at most {max_length} items",
     "too_short": "it must not be empty",
@@ -98,6 +96,9 @@ _NESTED: dict[str, type[BaseModel]] = {
     "speculation": SpeculationFields,
     "speculation.acceptance": AcceptanceFields,
     "prediction": PredictionFields,
+    "response_format": ResponseFormat,
+    "response_format.json_schema": JsonSchemaFields,
+    "structured_outputs": StructuredOutputs,
     "chat_template_kwargs": TemplateKwargs,
 }
 _UNION_TAGS = frozenset({"switch", "limits"}) | CHOICE_TAGS | ITEM_TAGS
@@ -166,7 +167,8 @@ def _words(details: ErrorDetails) -> str:
 def _unknown_nested(place: list[str]) -> RequestError:
     parent, name = ".".join(place[:-1]), place[-1]
     if parent in _NESTED:
-        return _unknown(name, _NESTED[parent].model_fields, inside=parent)
+        fields = _NESTED[parent].model_fields.items()
+        return _unknown(name, [field.alias or attribute for attribute, field in fields], inside=parent)
     shown = name[:_MAX_NAME_CHARS]
     param = f"{parent}.{shown}"
     return RequestError(f"{param}: this field is not supported here.", param=param, code="unknown_parameter")

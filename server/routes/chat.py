@@ -18,6 +18,7 @@ from server.openai.choice_output import OutputOptions
 from server.openai.generation import PromptRequest
 from server.openai.output_parser import Reading
 from server.openai.rendering import Head
+from server.openai.structured import Constraint, checked_constraint
 from server.openai.tools.plan import ToolPlan
 
 
@@ -46,9 +47,12 @@ class Conversation:
 
     prompt: PromptRequest
     reading: Reading | None
+    constraint: Constraint | None = None
 
     def options(self, asked: OutputOptions) -> OutputOptions:
         """How the tokens are returned; the special ones that mark calls and reasoning are kept for the reading."""
+        if self.constraint is not None:
+            asked = replace(asked, held_by=self.constraint.param)
         return asked if self.reading is None else replace(asked, kept=self.reading.kept)
 
 
@@ -62,20 +66,37 @@ async def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> Conv
     plan = await asyncio.to_thread(fields.tool_plan, api.formats.tools, shows_tools=api.shows_tools)
     if plan.grammar is not None:
         await api.grammars.check(plan.grammar, "tools")
-    return await asyncio.to_thread(_named_as_sent, api, fields, head, plan)
+    constraint = _constraint(plan, await checked_constraint(fields, api.grammars))
+    return await asyncio.to_thread(_named_as_sent, api, fields, head, plan, constraint)
 
 
-def _named_as_sent(api: Api, fields: ChatFields, head: Head, plan: ToolPlan) -> Conversation:
+def _constraint(plan: ToolPlan, asked: Constraint | None) -> Constraint | None:
+    """What the output must be: calls that are demanded, else the text as it is asked for.
+
+    Raises:
+        RequestError: the model is to choose between calls and a text, and one grammar would keep it from calling.
+    """
+    if plan.grammar is not None:
+        return Constraint(plan.grammar, "tools")
+    if asked is not None and plan.schemas:
+        message = 'A form of the output goes with tools only where tool_choice is "none", "required" or a function.'
+        raise RequestError(message, param="tool_choice", code="unsupported_value")
+    return asked
+
+
+def _named_as_sent(
+    api: Api, fields: ChatFields, head: Head, plan: ToolPlan, constraint: Constraint | None
+) -> Conversation:
     """What is wrong with the prompt is wrong with the messages, and a limit has two names."""
     try:
-        return _prepared(api, fields, head, plan)
+        return _prepared(api, fields, head, plan, constraint)
     except RequestError as error:
         renamed = {"prompt": "messages", "max_tokens": fields.limit_field}
         message = error.message.replace("max_tokens", fields.limit_field)
         raise RequestError(message, param=renamed.get(error.param or "", error.param), code=error.code) from None
 
 
-def _prepared(api: Api, fields: ChatFields, head: Head, plan: ToolPlan) -> Conversation:
+def _prepared(api: Api, fields: ChatFields, head: Head, plan: ToolPlan, constraint: Constraint | None) -> Conversation:
     info = api.client.info
     text = fields.rendered(api.tokenizer, plan.shown, api.formats.template_id)
     api.check_length(text, api.prompt_times(fields))
@@ -95,10 +116,10 @@ def _prepared(api: Api, fields: ChatFields, head: Head, plan: ToolPlan) -> Conve
         speculation=api.speculation(fields),
         cache_salt=fields.cache_salt or "",
         prediction_ids=api.prediction_ids(fields.prediction),
-        grammar=plan.grammar,
+        grammar=constraint.grammar if constraint else None,
     )
     request.validate(info.vocab_size, info.max_model_len, info.drafters)
     shows_special = fields.skip_special_tokens is False
-    constrained = request.grammar is not None
+    constrained = constraint is not None
     reading = api.formats.reading(plan, text, shows_special=shows_special, constrained=constrained)
-    return Conversation(PromptRequest(request), reading)
+    return Conversation(PromptRequest(request), reading, constraint)

@@ -19,6 +19,7 @@ from server.openai.completions import CompletionRenderer
 from server.openai.fim import Infill
 from server.openai.generation import PromptRequest
 from server.openai.rendering import Head
+from server.openai.structured import Constraint, checked_constraint
 
 
 def completions_router(api: Api) -> APIRouter:
@@ -30,15 +31,16 @@ def completions_router(api: Api) -> APIRouter:
         fields = await api.read(request, CompletionFields)
         model, seed = api.model_name(fields.model), fields.resolved_seed(api.settings.seed)
         check_ready(api.client.state)
+        constraint = await checked_constraint(fields, api.grammars)
         head = Head(model, seed, "cmpl", api.fingerprint())
-        prompts = await asyncio.to_thread(prepare_prompts, api, fields, head)
-        generation = api.generation(request, prompts, completion_options(fields), arrived)
+        prompts = await asyncio.to_thread(prepare_prompts, api, fields, head, constraint)
+        generation = api.generation(request, prompts, completion_options(fields, constraint), arrived)
         return await api.answer(request, CompletionRenderer(head, api.tokenizer, generation), fields)
 
     return router
 
 
-def completion_options(fields: CompletionFields) -> OutputOptions:
+def completion_options(fields: CompletionFields, constraint: Constraint | None) -> OutputOptions:
     """How the client wants the tokens returned."""
     return replace(
         output_options(fields),
@@ -46,10 +48,13 @@ def completion_options(fields: CompletionFields) -> OutputOptions:
         prompt_only=fields.prompt_only,
         scored=fields.logprobs is not None,
         best=fields.choices if fields.ranked else None,
+        held_by=constraint.param if constraint else None,
     )
 
 
-def prepare_prompts(api: Api, fields: CompletionFields, head: Head) -> list[PromptRequest]:
+def prepare_prompts(
+    api: Api, fields: CompletionFields, head: Head, constraint: Constraint | None
+) -> list[PromptRequest]:
     """Tokenize and check every prompt; runs in a worker thread.
 
     Raises:
@@ -79,6 +84,7 @@ def prepare_prompts(api: Api, fields: CompletionFields, head: Head) -> list[Prom
             speculation=api.speculation(fields),
             cache_salt=fields.cache_salt or "",
             prediction_ids=prediction,
+            grammar=constraint.grammar if constraint else None,
         )
         request.validate(info.vocab_size, info.max_model_len, info.drafters)
         shown = prompt if len(cut) == len(ids) else list(cut)

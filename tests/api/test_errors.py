@@ -104,7 +104,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "best_of": 0}, "best_of", "invalid_value"),
     ({"prompt": "x", "best_of": True}, "best_of", "invalid_value"),
     ({"prompt": "x", "use_beam_search": True}, "use_beam_search", "unsupported_parameter"),
-    ({"prompt": "x", "guided_json": {}}, "guided_json", "unsupported_parameter"),
+    ({"prompt": "x", "guided_json": 5}, "guided_json", "invalid_value"),
     ({"prompt": "x", "temprature": 1}, "temprature", "unknown_parameter"),
     ({"prompt": "x", "messages": HELLO}, "messages", "unknown_parameter"),
 ]
@@ -126,7 +126,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
     ({"messages": HELLO, "functions": [{}]}, "functions", "unsupported_parameter"),
     ({"messages": HELLO, "tool_choice": "required"}, "tool_choice", "invalid_value"),
-    ({"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+    ({"messages": HELLO, "response_format": {"type": "yaml"}}, "response_format.type", "invalid_value"),
     ({"messages": HELLO, "modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),
     ({"messages": HELLO, "audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
     ({"messages": HELLO, "web_search_options": {}}, "web_search_options", "unsupported_parameter"),

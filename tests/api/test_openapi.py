@@ -12,13 +12,15 @@ import pytest
 from fastapi.openapi.utils import get_openapi
 from jsonschema import Draft202012Validator
 
-from decoding.messages import DrafterStats, SpeculationStats
+from decoding.messages import DrafterStats, SpeculationStats, TokenEvent
+from decoding.request import GenerateRequest
 from server.app import build_app
 from server.openai.validation import IGNORED, UNSUPPORTED
 from server.openapi import document
-from tests.api.harness import SETTINGS, api, events, fake, saying, tokenizer
+from tests.api.families import CALL, THINKING, TOOLS, WEATHER
+from tests.api.harness import SETTINGS, api, events, fake, ids, saying, tokenizer
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 HELLO = [{"role": "user", "content": "hi"}]
 STATS = SpeculationStats(4, 10, 6, {"prediction": DrafterStats(8, 5)})
 
@@ -117,6 +119,41 @@ def test_chunks_have_the_shape_that_it_shows(path: str, body: dict[str, Any], op
         response = client.post(path, json={**body, "stream": True, "stream_options": options})
     schema = content(response, path)["x-event"]
     assert [faults(schema, chunk) for chunk in events(response)] == [[]] * len(events(response))
+
+
+THOUGHT = ("Hm", ".\n</think>\n\n", "Rain. ", f"<tool_call>{CALL}", "</tool_call>")
+FLAT = {"type": "function", **WEATHER["function"], "strict": True}
+WITH_TOOLS: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, {"messages": HELLO, "tools": TOOLS, "logprobs": True}),
+    (RESPONSES, {"input": "x", "tools": [FLAT], "metadata": {"a": "b"}}),
+    (RESPONSES, {"input": HELLO, "top_logprobs": 2, "include": ["message.output_text.logprobs"]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), WITH_TOOLS)
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_thoughts_and_calls_have_the_shape_that_it_shows(path: str, body: dict[str, Any], reason: str) -> None:
+    with api(saying(*THOUGHT, reason=reason), template=THINKING) as client:
+        whole = client.post(path, json=body)
+        stream = client.post(path, json={**body, "stream": True})
+    assert (whole.status_code, stream.status_code) == (200, 200)
+    assert faults(content(whole, path), whole.json()) == []
+    lines = [line for line in stream.text.split("\n") if line.startswith("data: {")]
+    assert len(lines) > len(THOUGHT)
+    chunk = content(stream, path)["x-event"]
+    assert [faults(chunk, json.loads(line.removeprefix("data: "))) for line in lines] == [[]] * len(lines)
+
+
+def test_an_error_in_a_stream_of_a_response_has_the_shape_that_it_shows() -> None:
+    def failing(request: GenerateRequest) -> Iterator[TokenEvent]:
+        yield TokenEvent(request.request_id, 0, ids("a"))
+        yield TokenEvent(request.request_id, 0, finish_reason="error", error="The cache is broken.")
+
+    with api(failing) as client:
+        stream = client.post(RESPONSES, json={"input": "x", "stream": True})
+    found = [json.loads(line[6:]) for line in stream.text.split("\n") if line.startswith("data: {")]
+    assert found[-1]["type"] == "error"
+    assert [faults(content(stream, RESPONSES)["x-event"], event) for event in found] == [[]] * len(found)
 
 
 def test_errors_have_the_shape_that_it_shows() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import BaseModel
 
 from decoding.messages import TokenEvent
 from decoding.request import GenerateRequest
@@ -189,6 +190,21 @@ def test_items_of_a_turn_are_one_message_for_the_template() -> None:
     )
 
 
+def test_text_is_held_to_a_format() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    engine = fake(saying('{"a":1}', reason="stop"))
+    with api(engine) as client:
+        body = {
+            "input": "x",
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}},
+        }
+        response = client.post(URL, json=body)
+    assert response.status_code == 200, response.text
+    assert engine.requests[0].grammar is not None
+    assert json.loads(engine.requests[0].grammar.source) == schema
+    assert response.json()["text"]["format"]["schema"] == schema
+
+
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [
@@ -230,6 +246,21 @@ def test_items_of_a_turn_are_one_message_for_the_template() -> None:
             "invalid_value",
         ),
         ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format.type", "invalid_value"),
+        ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format.name", "missing_required_parameter"),
+        (
+            {"input": "x", "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "nothing"}}}},
+            "text.format.schema",
+            "invalid_grammar",
+        ),
+        (
+            {
+                "input": "x",
+                "tools": [WEATHER, {**WEATHER, "name": "b", "parameters": {"not": {}}}],
+                "tool_choice": "required",
+            },
+            "tools.1.parameters",
+            "invalid_grammar",
+        ),
         ({"input": "x", "stream_options": {"include_obfuscation": True}}, "stream_options", "invalid_value"),
         ({"input": "x", "model": "nope"}, "model", "model_not_found"),
     ],
@@ -245,6 +276,18 @@ def test_mistakes_are_named(body: dict[str, Any], param: str, code: str) -> None
 def dying(request: GenerateRequest) -> Iterable[Line]:
     yield TokenEvent(request.request_id, 0, ids("a"))
     yield Death()
+
+
+def test_an_output_that_cannot_be_held_to_its_form_names_the_field() -> None:
+    def stuck(request: GenerateRequest) -> Iterable[Line]:
+        error = {"error": "It takes too long.", "error_code": "grammar_too_complex"}
+        yield TokenEvent(request.request_id, 0, finish_reason="error", **error)  # type: ignore[arg-type]
+
+    with api(stuck) as client:
+        for stream in (False, True):
+            body = {"input": "x", "text": {"format": {"type": "json_object"}}, "stream": stream}
+            response = client.post(URL, json=body)
+            assert (response.status_code, response.json()["error"]["param"]) == (400, "text.format")
 
 
 def test_an_error_on_the_way_fails_the_response() -> None:
@@ -288,6 +331,16 @@ def test_the_client_reads_a_stream_and_sends_it_back(client: openai.OpenAI) -> N
         *(item.model_dump() for item in final.output),
     ]
     assert client.responses.create(model="demo", input=dumped, tools=tools).status == "completed"
+
+
+class City(BaseModel):
+    city: str
+
+
+def test_the_client_parses_what_text_is_held_to() -> None:
+    with live(saying('{"city": "Oslo"}', reason="stop")) as url:
+        strict = openai.OpenAI(base_url=url + "/v1", api_key="sk-x", max_retries=0, _strict_response_validation=True)
+        assert strict.responses.parse(model="demo", input="x", text_format=City).output_parsed == City(city="Oslo")
 
 
 def test_the_client_raises_what_fails_on_the_way() -> None:

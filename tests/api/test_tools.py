@@ -261,6 +261,11 @@ def test_a_named_call_is_its_arguments() -> None:
             "missing_required_parameter",
         ),
         ({"tools": [TIME, TIME]}, "tools.1.function.name", "invalid_value"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+            "tools.0.function.parameters",
+            "invalid_value",
+        ),
         ({"tools": [TIME] * 513}, "tools", "invalid_value"),
         (
             {"tools": [{"type": "function", "function": {"name": "x", "description": "y" * 2**20}}]},

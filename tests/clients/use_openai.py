@@ -22,6 +22,7 @@ from judge import (
     metric,
     raises,
 )
+from openai_features import responses, tools
 
 MESSAGES: Any = [{"role": "user", "content": "import os\n"}]
 LONG = {"max_tokens": 1000, "extra_body": {"ignore_eos": True}}
@@ -188,6 +189,8 @@ def main() -> None:
     args, judge = arguments(__doc__), Judge()
     for part in (completions, prompt_forms, chat, refusals, faults):
         part(judge, args)
+    for feature in (tools, responses):
+        feature(judge, client(args.demo, args.key, strict=True))
     judge.end()
 
 

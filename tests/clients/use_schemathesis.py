@@ -19,7 +19,7 @@ def main() -> None:
         done = command(
             *("st", "run", f"{args.scripted}/openapi.json", "--url", args.scripted, "--no-color"),
             *("--header", f"Authorization: Bearer {args.key}", "--checks", ",".join(CHECKS)),
-            *("--max-examples", "60", "--seed", "1", "--request-timeout", "60", "--continue-on-failure"),
+            *("--max-examples", "30", "--seed", "1", "--request-timeout", "30", "--continue-on-failure"),
             *("--phases", "examples,coverage,fuzzing", "--report", "junit", "--report-dir", str(args.out)),
             seconds=540,
         )

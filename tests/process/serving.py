@@ -35,8 +35,8 @@ class Served:
     log: list[str] = field(default_factory=list)
 
     def engine_pid(self) -> int:
-        """The one child of the server."""
-        (pid,) = children(self.process.pid)
+        """The one child of the server that is an engine; another checks grammars."""
+        (pid,) = (pid for pid in children(self.process.pid) if "server.engine_process" in command_line(pid))
         return pid
 
     def metrics(self) -> dict[str, float]:
@@ -56,6 +56,14 @@ def children(pid: int) -> list[int]:
     """Child processes of all threads of a process (Linux)."""
     found = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     return [int(child) for group in found for child in group]
+
+
+def command_line(pid: int) -> str:
+    """What a process was started with (Linux); nothing for one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except FileNotFoundError:
+        return ""
 
 
 def run(*args: str, seconds: float = START_SECONDS) -> subprocess.CompletedProcess[str]:

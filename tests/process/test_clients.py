@@ -23,6 +23,6 @@ def test_the_official_client_passes_all_its_checks(tmp_path: Path) -> None:
         command = [sys.executable, "tests/clients/use_openai.py", *servers.arguments(), "--out", str(tmp_path)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     checks = read_checks(done.stdout)
-    assert len(checks) >= 19, done.stderr
+    assert len(checks) >= 26, done.stderr
     assert not [f"{check.name}: {check.detail}" for check in checks if not check.passed]
     assert done.returncode == 0

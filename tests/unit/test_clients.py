@@ -20,10 +20,15 @@ def client(script: str = "some.py", seconds: float = 20.0) -> Client:
 
 def test_every_client_is_pinned_and_has_its_script() -> None:
     clients = load_clients()
-    assert {each.name for each in clients} >= {"openai-2", "openai-3", "openai-node", "litellm"}
+    assert {each.name for each in clients} >= {"openai-2", "openai-3", "openai-node", "litellm", "guidellm", "lm-eval"}
     for each in clients:
         assert (HERE / each.script).is_file()
         assert each.version[0].isdigit()
+
+
+def test_the_page_names_the_versions_that_are_run() -> None:
+    page = (judge.ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    assert not [client.name for client in load_clients() if client.version not in page]
 
 
 @pytest.mark.parametrize(

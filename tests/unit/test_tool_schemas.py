@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import jsonschema
 import pytest
 
-from server.openai.tools.schema import calls_schema
+from decoding.request import Grammar
+from server.openai.tools.schema import arguments_schema, calls_schema
+from tests.engines import demo_tokenizer
+from tests.grammars import matcher
 
 TREE = {
     "type": "object",
@@ -19,7 +24,8 @@ CITY = {"type": "object", "properties": {"city": {"enum": ["Oslo", {"$ref": "#"}
 
 
 def check(calls: object, *, parallel: bool = True) -> bool:
-    schema = calls_schema([("tree", TREE), ("weather", CITY), ("now", None)], parallel=parallel)
+    functions = {"tree": TREE, "weather": CITY, "now": None}
+    schema = calls_schema({name: arguments_schema(each) for name, each in functions.items()}, parallel=parallel)
     return bool(jsonschema.Draft202012Validator(schema).is_valid(calls))
 
 
@@ -28,7 +34,7 @@ def check(calls: object, *, parallel: bool = True) -> bool:
     [
         [{"name": "weather", "parameters": {"city": "Oslo"}}],
         [{"name": "weather", "parameters": {"city": {"$ref": "#"}}}],
-        [{"name": "now", "parameters": {}}, {"name": "now", "parameters": {"a": 1}}],
+        [{"name": "now", "parameters": {}}, {"name": "weather", "parameters": {"city": "Oslo", "a": 1}}],
         [{"name": "tree", "parameters": {"root": {"next": {"next": {}}}, "default": {}}}],
         [{"name": "tree", "parameters": {"root": {}, "self": {"root": {}}}}],
     ],
@@ -43,6 +49,8 @@ def test_right_calls(calls: object) -> None:
         [],
         {"name": "now", "parameters": {}},
         [{"name": "now"}],
+        [{"name": "now", "parameters": {"a": 1}}],
+        [{"name": "weather", "parameters": []}],
         [{"name": "then", "parameters": {}}],
         [{"name": "now", "parameters": {}, "id": 1}],
         [{"name": "weather", "parameters": {"city": "Rome"}}],
@@ -54,6 +62,24 @@ def test_right_calls(calls: object) -> None:
 )
 def test_wrong_calls(calls: object) -> None:
     assert not check(calls)
+
+
+@pytest.mark.parametrize(
+    ("calls", "right"),
+    [
+        ([{"name": "tree", "parameters": {"root": {"next": {"next": {}}}, "self": {"root": {}}}}], True),
+        ([{"name": "weather", "parameters": {"city": "Oslo"}}, {"name": "now", "parameters": {}}], True),
+        ([{"name": "tree", "parameters": {"root": {"next": 1}}}], False),
+        ([{"name": "weather", "parameters": {"root": {}}}], False),
+        ([{"name": "now", "parameters": {"a": 1}}], False),
+        ([], False),
+    ],
+)
+def test_the_engines_library_takes_them_alike(calls: object, right: bool) -> None:
+    functions = {name: arguments_schema(each) for name, each in {"tree": TREE, "weather": CITY, "now": None}.items()}
+    grammar = Grammar("json_schema", json.dumps(calls_schema(functions, parallel=True)))
+    tokens = demo_tokenizer().encode(json.dumps(calls, separators=(",", ":")))
+    assert matcher(grammar, 8192).allows((*tokens, 0)) is right
 
 
 def test_one_call_where_parallel_ones_are_not_wanted() -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from decoding.errors import SaccadeError
+from decoding.errors import RequestError, SaccadeError
 from decoding.text import Tokenizer
 from server.errors import ErrorReply, reply_to
 from server.openai.chat_deltas import read
@@ -19,6 +19,7 @@ from server.openai.pieces import Piece, settled
 from server.openai.rendering import Head, usage
 from server.openai.responses.output import OutputItems
 from server.openai.responses.schema import ResponsesFields
+from server.openai.responses.to_chat import here
 from server.openai.sse import to_json
 
 
@@ -49,7 +50,10 @@ class ResponseRenderer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer to a request without ``stream``."""
-        (delta,) = await self._generation.collected()
+        try:
+            (delta,) = await self._generation.collected()
+        except RequestError as error:
+            raise here(error) from None
         pieces = settled(read(self._parser, self._generation.choices[0], delta))
         output = OutputItems()
         output.push(pieces, self._logprobs(delta.scored))
@@ -71,9 +75,10 @@ class ResponseRenderer:
                     if events:
                         yield self._bytes(events)
         except SaccadeError as error:
+            told = here(error) if isinstance(error, RequestError) else error
             if not self._number:
-                raise
-            yield self._bytes(self._failed(output, reply_to(error)))
+                raise told from None
+            yield self._bytes(self._failed(output, reply_to(told)))
             return
         complete = reason != "length"
         events = output.finish(complete=complete)

@@ -128,4 +128,4 @@ def _named(choice: FlatChoice) -> dict[str, Any]:
 
 def _response_format(given: TextFormat) -> dict[str, Any]:
     members = given.model_dump(by_alias=True, exclude_none=True, exclude={"type"})
-    return {"type": given.type, **({"json_schema": members} if members else {})}
+    return {"type": given.type, **({"json_schema": members} if members or given.type == "json_schema" else {})}

@@ -114,7 +114,7 @@ def check_tools(tools: list[Tool] | None) -> None:
     """Check what no single field shows.
 
     Raises:
-        RequestError: two have one name, or they are too large.
+        RequestError: two have one name, one takes no object, or they are too large.
     """
     names: set[str] = set()
     for place, tool in enumerate(tools or ()):
@@ -122,6 +122,9 @@ def check_tools(tools: list[Tool] | None) -> None:
         if name in names:
             raise RequestError(f"Two tools are called {name[:60]!r}.", param=f"tools.{place}.function.name")
         names.add(name)
+        if (tool.function.parameters or {}).get("type", "object") != "object":
+            param = f"tools.{place}.function.parameters"
+            raise RequestError(f'{param}: arguments are an object, so its type must be "object".', param=param)
     size = sum(_size(tool, place) for place, tool in enumerate(tools or ()))
     if size > MAX_TOOL_BYTES:
         raise RequestError(f"tools can have at most {MAX_TOOL_BYTES} bytes; these have {size}.", param="tools")

@@ -9,6 +9,7 @@ from typing import Any
 
 from decoding.errors import RequestError
 from decoding.request import Grammar
+from server.openai.json_schema.reading import schema_source
 from server.openai.tools.base import Offer, ToolParser
 from server.openai.tools.fields import AllowedChoice, NamedChoice, Tool, ToolChoice, shown_tools
 from server.openai.tools.forced import ForcedArgumentsParser, ForcedCallsParser
@@ -64,7 +65,8 @@ def plan_tools(
         template_shows_tools: the model's chat template prints them.
 
     Raises:
-        RequestError: the model is to choose freely, and cannot call tools.
+        RequestError: the model is to choose freely, and cannot call tools; or it is to be held to a schema that cannot
+            be enforced.
     """
     if not tools or choice == "none":
         return ToolPlan()
@@ -76,12 +78,16 @@ def plan_tools(
         if tool_format is None or not template_shows_tools:
             raise _cannot_choose(template_shows_tools)
         return ToolPlan(shown, None, schemas, tool_format.parser, new_id, parallel)
+    held_to = {
+        tool.function.name: _read(tool.function.parameters, place)
+        for place, tool in enumerate(tools)
+        if tool in offered
+    }
     if isinstance(choice, NamedChoice):
-        named = next(tool.function for tool in offered if tool.function.name == choice.function.name)
-        grammar = _held_to(arguments_schema(named.parameters))
-        return ToolPlan(shown, grammar, {named.name: schemas[named.name]}, ForcedArgumentsParser, new_id, parallel)
-    schema = calls_schema([(tool.function.name, tool.function.parameters) for tool in offered], parallel=parallel)
-    return ToolPlan(shown, _held_to(schema), schemas, ForcedCallsParser, new_id, parallel)
+        name = choice.function.name
+        return ToolPlan(shown, _grammar(held_to[name]), {name: schemas[name]}, ForcedArgumentsParser, new_id, parallel)
+    grammar = _grammar(calls_schema(held_to, parallel=parallel))
+    return ToolPlan(shown, grammar, schemas, ForcedCallsParser, new_id, parallel)
 
 
 def _offered(tools: Sequence[Tool], choice: ToolChoice | None) -> tuple[Sequence[Tool], str]:
@@ -92,8 +98,19 @@ def _offered(tools: Sequence[Tool], choice: ToolChoice | None) -> tuple[Sequence
     return tools, "named" if isinstance(choice, NamedChoice) else choice or "auto"
 
 
-def _held_to(schema: dict[str, Any]) -> Grammar:
-    return Grammar("json_schema", json.dumps(schema))
+def _read(parameters: dict[str, Any] | None, place: int) -> dict[str, Any]:
+    """A tool's schema as it can be enforced.
+
+    Raises:
+        RequestError: it cannot, naming the tool and the place in its schema.
+    """
+    source = schema_source(arguments_schema(parameters), f"tools.{place}.function.parameters")
+    enforced: dict[str, Any] = json.loads(source)
+    return enforced
+
+
+def _grammar(schema: dict[str, Any]) -> Grammar:
+    return Grammar("json_schema", json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
 
 
 def _cannot_choose(template_shows_tools: bool) -> RequestError:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
-_ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _DATA = frozenset({"const", "enum", "default", "examples"})  # keywords whose values are not schemas
 _BY_NAME = frozenset(
     {"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"}
 )  # names to schemas
 
 
-def calls_schema(functions: Sequence[tuple[str, dict[str, Any] | None]], *, parallel: bool) -> dict[str, Any]:
+def calls_schema(functions: Mapping[str, dict[str, Any]], *, parallel: bool) -> dict[str, Any]:
     """A list of at least one call, each an object of a function's name and its parameters.
 
     Args:
-        functions: names and the schemas of their parameters.
+        functions: the schema of each one's arguments, by name.
         parallel: whether more than one call may stand in the list.
     """
     definitions: dict[str, Any] = {}
     forms = []
-    for number, (name, parameters) in enumerate(functions):
+    for number, (name, schema) in enumerate(functions.items()):
         key = f"parameters_{number}"
-        definitions[key] = _moved(parameters or _ANY_OBJECT, f"#/$defs/{key}")
+        definitions[key] = _moved(schema, f"#/$defs/{key}")
         members = {"name": {"const": name}, "parameters": {"$ref": f"#/$defs/{key}"}}
         forms.append(
             {"type": "object", "properties": members, "required": list(members), "additionalProperties": False}
@@ -34,8 +33,8 @@ def calls_schema(functions: Sequence[tuple[str, dict[str, Any] | None]], *, para
 
 
 def arguments_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
-    """The arguments of one function."""
-    return parameters or _ANY_OBJECT
+    """The arguments of one function, an object; one that says nothing of parameters has none, as OpenAI defines it."""
+    return {"type": "object", **(parameters or {"properties": {}, "additionalProperties": False})}
 
 
 def _moved(schema: Any, root: str) -> Any:

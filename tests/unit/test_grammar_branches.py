@@ -1,0 +1,63 @@
+"""Masks along a path do not depend on which other paths were visited before: each is that of a matcher of its own."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from decoding.grammar.matcher import Matcher
+from decoding.request import Grammar
+from server.openai.json_schema.reading import schema_source
+from tests.grammars import matcher
+from tests.schemas.case import DIGIT
+from tests.schemas.corpus import load
+
+WHOLE = 8192  # the demo tokenizer's vocabulary
+NESTED = {"type": "array", "items": {"type": "array", "items": DIGIT, "maxItems": 2}, "maxItems": 3}
+SCHEMAS = [json.dumps(NESTED), *(schema_source(case.schema, case.name) for case in load()[::15])]
+
+
+def fresh(source: str, path: tuple[int, ...]) -> np.ndarray | None:
+    """The mask after a path, walked once from the beginning."""
+    return matcher(Grammar("json_schema", source), WHOLE).masks([path])[0]
+
+
+def same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return one is other if one is None or other is None else bool(np.array_equal(one, other))
+
+
+def test_a_number_left_behind_does_not_stand_in_the_way() -> None:
+    """[[1 and back to [[, then ]: what may follow is not what followed the number."""
+    opened, one, closed = 2820, 24, 68
+    state = matcher(Grammar("json_schema", json.dumps(NESTED)), WHOLE)
+    state.masks([(opened, one)])
+    assert same(state.masks([(opened, closed)])[0], fresh(json.dumps(NESTED), (opened, closed)))
+
+
+@pytest.mark.parametrize("source", SCHEMAS)
+def test_random_trees(source: str) -> None:
+    lots = random.Random(source)
+    state: Matcher = matcher(Grammar("json_schema", source), WHOLE)
+    text: tuple[int, ...] = ()
+    for _ in range(4):
+        paths: list[tuple[int, ...]] = [()]
+        for _ in range(12):
+            parent = lots.choice(paths)
+            words = fresh(source, (*text, *parent))
+            if words is None:
+                continue
+            bits = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+            paths.append((*parent, int(lots.choice(bits.tolist()[:6] + bits.tolist()[-6:]))))
+        lots.shuffle(paths)
+        for place in range(0, len(paths), 3):
+            some = paths[place : place + 3]
+            for path, words in zip(some, state.masks(some), strict=True):
+                assert same(words, fresh(source, (*text, *path))), (text, path)
+        longest = max(paths, key=len)
+        kept, ending = state.commit(longest)
+        text = (*text, *longest[:kept])
+        if ending is not None:
+            break
