@@ -147,7 +147,12 @@ class Engine:
         idle = not scheduler.running and not any(sequence.is_ready for sequence in scheduler.waiting)
         failed = self._grammars.settle(idle=idle)
         events = [committer.end(sequence, "error", error.message, error.code) for sequence, error in failed]
-        return self._deliver(events + self._stepper.step())
+        events += self._stepper.step()
+        while committer.set_back:
+            sequence, spent = committer.set_back.pop()
+            if sequence.id in self._sequences and not sequence.is_ready:
+                self._grammars.add(sequence, spent)
+        return self._deliver(events)
 
     def _deliver(self, events: list[TokenEvent]) -> list[TokenEvent]:
         """Hand the events of ``generate`` and ``stream`` to their builders; the others."""
