@@ -78,7 +78,9 @@ class Engine:
         loaded = load_target(config)
         stepper = build_stepper(config, loaded, build_drafters(config, loaded))
         learn_costs(stepper, config, loaded.vocab_size, loaded.folder)
-        return cls(config, loaded, stepper)
+        engine = cls(config, loaded, stepper)
+        engine._grammars.warm()
+        return engine
 
     # requests --------------------------------------------------------------------------------------------------------
 

@@ -137,6 +137,13 @@ class BackgroundCompiler:
         self._thread: ThreadPoolExecutor | None = None
         self._kept: OrderedDict[Grammar, Future[Compiled]] = OrderedDict()
 
+    def warm(self) -> None:
+        """Do what is the same for all grammars, and wait for it: later it would hold up the engine.
+
+        If it fails, every grammar will.
+        """
+        self._executor().submit(self._compiler.prepare).exception()
+
     def start(self, grammar: Grammar, spent: Compiled | None = None) -> Future[Compiled]:
         """The grammar as soon as it is compiled; the future raises what ``GrammarCompiler.compile`` does.
 
@@ -166,6 +173,6 @@ class BackgroundCompiler:
         if self._thread is None:
             before = threading.stack_size(STACK_BYTES)  # holds for threads that start from now on
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-            self._thread.submit(self._compiler.prepare)
+            self._thread.submit(self._compiler.prepare)  # its thread starts here
             threading.stack_size(before)
         return self._thread

@@ -25,6 +25,10 @@ class GrammarQueue:
         self._eos_ids = eos_ids
         self._waiting: dict[SequenceId, tuple[Sequence, Future[Compiled]]] = {}
 
+    def warm(self) -> None:
+        """Do what is the same for all grammars: a second or two for a large vocabulary."""
+        self._compiler.warm()
+
     def require(self, grammar: Grammar) -> None:
         """Compile a grammar and wait for it.
 
