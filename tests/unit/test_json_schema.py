@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import re
 from typing import Any
@@ -165,6 +166,9 @@ def test_negated_classes_are_read_without_nul(pattern: str, read: str) -> None:
         ("date-time", "2026-11-30T00:00:00+01:00", True),
         ("date-time", "2026-11-31T00:00:00Z", False),
         ("date-time", "2024-02-30T00:00:00Z", False),
+        ("date-time", "2024-02-29T00:00:00Z", True),
+        ("date-time", "2023-02-29T00:00:00Z", False),
+        ("date-time", "0999-02-28T00:00:00Z", False),
         ("date-time", "2024-02-28T12:30:00.5Z", True),
         ("date-time", "2024-02-28 12:30:00Z", False),
     ],
@@ -175,6 +179,19 @@ def test_times_are_such_as_readers_take(name: str, text: str, fits: bool) -> Non
     assert (re.search(read["pattern"], text) is not None) is fits
     if fits:
         datetime.datetime.fromisoformat(text if name == "date-time" else f"2024-01-01T{text}")
+
+
+def test_days_are_those_of_the_calendar() -> None:
+    days = re.compile(json.loads(schema_source({"format": "date"}, "f"))["pattern"])
+    for year in (1000, 1600, 1700, 1900, 1996, 2000, 2023, 2024, 2100, 4000, 9999):
+        for month, day in itertools.product(range(14), range(33)):
+            text = f"{year:04d}-{month:02d}-{day:02d}"
+            try:
+                datetime.date.fromisoformat(text)
+            except ValueError:
+                assert days.search(text) is None, text
+            else:
+                assert days.search(text) is not None, text
 
 
 def test_a_time_with_a_pattern_has_both() -> None:
