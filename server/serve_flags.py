@@ -25,14 +25,14 @@ def seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0.0 <= float(text) < math.inf:  # false for nan
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
 
 
 def some_seconds(text: str) -> float:
     """A time above 0."""
     if (value := seconds(text)) > 0.0:
         return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
 
 
 def _up_to(most: int) -> Callable[[str], int]:
