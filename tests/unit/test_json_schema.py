@@ -204,3 +204,39 @@ def test_references_have_one_spelling() -> None:
     schema = {"$defs": {"größe": {}, "a/b": {}}, "anyOf": [{"$ref": "#/$defs/größe"}, {"$ref": "#/$defs/a~1b"}]}
     read = json.loads(schema_source(schema, "f"))
     assert read["anyOf"] == [{"$ref": "#/$defs/gr%C3%B6%C3%9Fe"}, {"$ref": "#/$defs/a~1b"}]
+
+
+def tagged(name: str, **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"kind": {"const": name}, **more}, "required": ["kind"]}
+
+
+TWO = {"a": tagged("a"), "b": tagged("b", x={"type": "integer"})}
+
+
+@pytest.mark.parametrize(
+    ("branches", "excluding"),
+    [
+        ([{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}], True),
+        ([{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}, {"type": "null"}], True),
+        ([{"$ref": "#/$defs/a"}, tagged("c")], True),
+        ([{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}], False),
+        ([{"$ref": "#/$defs/a"}, {"type": "object"}], False),
+        ([{"$ref": "#/$defs/a"}, {}], False),
+        ([{"$ref": "#/$defs/a"}, True], False),
+        ([{"type": "integer"}, {"type": "number"}], False),
+        ([{"type": "integer"}, {"type": ["string", "null"]}], True),
+        ([tagged("a"), {**tagged("b"), "required": []}], False),
+        ([tagged("a"), {"properties": {"kind": {"const": "b"}}, "required": ["kind"]}], False),
+        ([tagged("a"), {**tagged("x"), "properties": {"kind": {"enum": ["x", "a"]}}}], False),
+        ([tagged("a"), {**tagged("x"), "properties": {"kind": {"enum": ["x", "y"]}}}], True),
+        ([{"const": 1}, {"const": 1.0}], False),
+    ],
+)
+def test_unions_whose_branches_exclude_each_other(branches: list[Any], excluding: bool) -> None:
+    read = json.loads(schema_source({"$defs": TWO, "oneOf": branches, "title": "t"}, "f"))
+    assert read == {"$defs": TWO, "anyOf" if excluding else "oneOf": branches}
+
+
+def test_a_union_that_is_referred_to_stays_where_it_is() -> None:
+    schema = {"oneOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#/oneOf/0"}}]}
+    assert json.loads(schema_source(schema, "f")) == schema
