@@ -78,7 +78,9 @@ class Engine:
         loaded = load_target(config)
         stepper = build_stepper(config, loaded, build_drafters(config, loaded))
         learn_costs(stepper, config, loaded.vocab_size, loaded.folder)
-        return cls(config, loaded, stepper)
+        engine = cls(config, loaded, stepper)
+        engine._grammars.warm()
+        return engine
 
     # requests --------------------------------------------------------------------------------------------------------
 
@@ -147,7 +149,12 @@ class Engine:
         idle = not scheduler.running and not any(sequence.is_ready for sequence in scheduler.waiting)
         failed = self._grammars.settle(idle=idle)
         events = [committer.end(sequence, "error", error.message, error.code) for sequence, error in failed]
-        return self._deliver(events + self._stepper.step())
+        events += self._stepper.step()
+        while committer.set_back:
+            sequence, spent = committer.set_back.pop()
+            if sequence.id in self._sequences and not sequence.is_ready:
+                self._grammars.add(sequence, spent)
+        return self._deliver(events)
 
     def _deliver(self, events: list[TokenEvent]) -> list[TokenEvent]:
         """Hand the events of ``generate`` and ``stream`` to their builders; the others."""

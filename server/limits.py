@@ -25,7 +25,7 @@ class Limits:
     max_queued_requests: int = 1024  # choices that wait for a place in the batch
     max_concurrent_requests: int | None = None  # HTTP requests; None: a full batch and a full queue
     max_connections: int = 4096
-    max_body_memory: int = 256 * MIB  # bodies that are being read or parsed
+    max_body_memory: int = 256 * MIB  # bodies that are being read, parsed or tokenized
     max_pending_tokens: int = 65536  # of one request, made and not read yet; each alternative with a logprob counts
 
     # seconds

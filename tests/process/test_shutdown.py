@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import stat
+import subprocess
 import tempfile
 import threading
 import time
@@ -109,6 +110,28 @@ def test_a_second_signal_does_not_wait() -> None:
 def _to_its_end(url: str) -> None:
     with pytest.raises(httpx.HTTPError):
         httpx.post(f"{url}/v1/completions", json=STREAM, timeout=60)
+
+
+def test_a_signal_while_the_model_loads_ends_the_server(tmp_path: Path) -> None:
+    (tmp_path / "slow").symlink_to(ROOT / "demo" / "target")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [*COUNTING[:-1], str(tmp_path / "slow"), "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert eventually(lambda: _status(port) == 503, 60)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == 0
+    assert "Traceback" not in said
+    assert "ready" not in said
+
+
+def _status(port: int) -> int:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=10).status_code
+    except httpx.TransportError:
+        return 0
 
 
 # an engine that hangs ------------------------------------------------------------------------------------------------

@@ -106,6 +106,6 @@ def find_tool_format(name: str, template: str) -> ToolFormat | None:
         return None
     if name not in TOOL_FORMATS:
         raise ConfigError(
-            f"no format of tool calls is called {name!r}: {nearest(name, ['auto', 'none', *TOOL_FORMATS])}."
+            f"no format of tool calls is called {name!r}: {nearest(name, ['auto', 'none', *TOOL_FORMATS])}"
         )
     return TOOL_FORMATS[name]
