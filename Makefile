@@ -21,8 +21,8 @@ LLAMA_SOURCES := build/llama-source
 KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kernels/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-schemas lint bench-quick bench-matrix bench-offline bench-compare bench-drafters \
-    bench-structured bench-gpu bench-http bench-report clients llama-cpp clean
+.PHONY: help setup serve test test-schemas lint faults soak overload bench-quick bench-matrix bench-offline bench-compare \
+    bench-drafters bench-structured bench-gpu bench-http bench-report clients llama-cpp clean
 
 help:
 	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
@@ -32,6 +32,9 @@ help:
 	@echo "make test-schemas  set up, then hold the demo model to 300 JSON schemas, 20 texts each (CI: 2)"
 	@echo "make lint          set up, then lint and types only"
 	@echo "make clients       set up, then run real clients of OpenAI's API, each in an environment of its own (CLIENTS=\"NAME ...\")"
+	@echo "make faults        set up, then the fault tests at full size, on the demo model as well"
+	@echo "make soak          set up, then half an hour of mixed load; memory and descriptors must stay flat (ARGS=--minutes 2)"
+	@echo "make overload      set up, then four times the load that the server can take (ARGS=--seconds 20)"
 	@echo "make bench-quick   set up, then measure the demo model against plain decoding and transformers"
 	@echo "make bench-matrix  set up, then compare auto with plain decoding and fixed trees (FAMILY=demo)"
 	@echo "make bench-offline set up, then measure one request at a time, and what its step is made of (FAMILY=demo)"
@@ -81,6 +84,15 @@ test-schemas: setup
 
 clients: setup
 	$(BIN)/python -m tests.clients.run $(CLIENTS)
+
+faults: setup
+	FAULTS=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/process/test_faults.py $(ARGS)
+
+soak: setup
+	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+overload: setup
+	$(BIN)/python -m benchmarks.overload $(ARGS)
 
 bench-quick: setup
 	$(BIN)/python -m benchmarks.quick $(ARGS)

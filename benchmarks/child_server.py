@@ -96,6 +96,11 @@ class ChildServer:
         lines = [line.split() for line in response.text.splitlines() if not line.startswith("#")]
         return {line[0]: float(line[1]) for line in lines if len(line) == 2 and "{" not in line[0]}
 
+    def log(self) -> str:
+        """All that it wrote."""
+        self._log.seek(0)
+        return self._log.read()
+
     def close(self) -> None:
         """End the process; a second call does nothing."""
         process: subprocess.Popen[bytes] | None = getattr(self, "_process", None)

@@ -11,6 +11,7 @@ from torch import Tensor
 from decoding.batcher import Nodes
 from decoding.cache import SequenceCache
 from decoding.drafters.team import DrafterTeam
+from decoding.grammar.compiler import Compiled
 from decoding.logprobs import by_row, node_logprobs, prompt_logprobs, wishes_of
 from decoding.messages import FinishReason, StepTrace, TokenEvent, TokenLogprobs
 from decoding.plan import Plan, PlannedRow
@@ -26,6 +27,7 @@ from models.tree import GUESSED, PINS
 from models.tree_ops import ChosenTrees
 
 TOO_COMPLEX = "At this point of the text its grammar became too complex to follow; simplify the grammar."
+WORTH_IT = 64  # tokens that a new matcher must have brought a sequence further before it gets another one
 
 
 @dataclass
@@ -103,6 +105,7 @@ class Committer:
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
         self.totals = Totals()
+        self.set_back: list[tuple[Sequence, Compiled]] = []  # sequences that need a new matcher, and what is used up
 
     def send(self, plan: Plan, chosen: ChosenTrees, nodes: Nodes, verdict: Verdict, logits: Tensor) -> Results:
         """Send what ``commit`` needs to the host. It is on its way while the device goes on with other things."""
@@ -131,8 +134,11 @@ class Committer:
             if is_traced(sequence):
                 trace = (self._trace(row, index, found, taken, drawn[count] if kept > count else None),)
             failed = (TOO_COMPLEX, "grammar_too_complex") if reason == "error" else (None, None)
-            events.append(self._event(sequence, drawn[:kept], reason, found.logprobs.get(index), trace, *failed))
+            if kept or reason is not None:
+                events.append(self._event(sequence, drawn[:kept], reason, found.logprobs.get(index), trace, *failed))
             self._settle(sequence, reason)
+            if reason is None and not sequence.is_ready:
+                self._set_back(sequence)
         for row in plan.rows[len(plan.deciding) :]:
             row.sequence.cached = row.end
             self._cache.register(row.sequence)
@@ -153,6 +159,9 @@ class Committer:
         if sequence.matcher is not None:  # the grammar knows where the text ends, and where it cannot go on
             own, ending = sequence.matcher.commit(tokens)
             tokens, ignored = tokens[:own], True
+            if ending == "error" and sequence.length + own >= sequence.set_back_at + WORTH_IT:
+                self.set_back.append((sequence, sequence.matcher.compiled))
+                ending = sequence.matcher = None
         for kept, token in enumerate(tokens, start=1):
             sequence.append(token)
             if (token in self._eos_ids and not ignored) or token in params.stop_token_ids:
@@ -160,6 +169,12 @@ class Committer:
             if sequence.length == sequence.limit and (kept < len(tokens) or ending != "stop"):
                 return kept, "length"
         return len(tokens), ending
+
+    def _set_back(self, sequence: Sequence) -> None:
+        """The sequence waits for a new matcher and goes on from where it is; it cannot help what others used up."""
+        sequence.set_back_at = sequence.length
+        self._sampler.forget(sequence.id)  # which knows the old one
+        self._scheduler.set_back(sequence)
 
     def _is_end(self, sequence: Sequence, token: int) -> bool:
         """Whether the token stands for an end: a grammar may end a text of a model that has no such token."""

@@ -58,6 +58,7 @@ class Engine:
         compiler = GrammarCompiler(loaded.tokenizer, loaded.vocab_size, loaded.eos_ids)
         self._grammars = GrammarQueue(BackgroundCompiler(compiler), loaded.eos_ids)
         self._sequences: dict[SequenceId, Sequence] = {}
+        self._open: dict[str, set[int]] = {}  # choices by request: a queue may be long, and is not to be looked through
         self._numbers = itertools.count()
         self._local: dict[str, GenerationBuilder] = {}  # requests of generate and stream
         self._undelivered: list[TokenEvent] = []  # of submitted requests, made while generate or stream stepped
@@ -77,7 +78,9 @@ class Engine:
         loaded = load_target(config)
         stepper = build_stepper(config, loaded, build_drafters(config, loaded))
         learn_costs(stepper, config, loaded.vocab_size, loaded.folder)
-        return cls(config, loaded, stepper)
+        engine = cls(config, loaded, stepper)
+        engine._grammars.warm()
+        return engine
 
     # requests --------------------------------------------------------------------------------------------------------
 
@@ -93,7 +96,7 @@ class Engine:
     def _check_request(self, request: GenerateRequest) -> None:
         request.validate(self.info.vocab_size, self.info.max_model_len, self.info.drafters)
         request.params.check_something_is_left(self.info.vocab_size, self.info.eos_token_ids)
-        if request.request_id in self._open_requests():
+        if request.request_id in self._open:
             raise RequestError(f"there is already a request {request.request_id!r}.", param="request_id")
         pages = pages_for(len(request.prompt_ids) + request.params.max_tokens)
         total = self._stepper.cache.prefixes.pool.num_pages
@@ -112,6 +115,7 @@ class Engine:
         if request.speculation.acceptance is None:
             speculation = dataclasses.replace(request.speculation, acceptance=self._acceptance)
             request = dataclasses.replace(request, speculation=speculation)
+        self._open[request.request_id] = set(range(request.params.n))
         for choice in range(request.params.n):
             sequence = Sequence(request, choice, seed)
             self._sequences[sequence.id] = sequence
@@ -120,7 +124,8 @@ class Engine:
 
     def cancel(self, request_id: str, choice: int | None = None) -> list[TokenEvent]:
         """End a request, or one choice of it: its last events. Nothing happens for one that has ended."""
-        wanted = [s for s in self._sequences.values() if s.id[0] == request_id and choice in (None, s.choice)]
+        open_choices = sorted(self._open.get(request_id, ()))
+        wanted = [self._sequences[request_id, each] for each in open_choices if choice in (None, each)]
         ended = {sequence.id for sequence in wanted}
         # what generate or stream stepped for them and nobody has fetched yet goes out before their end
         waiting = [e for e in self._undelivered if (e.request_id, e.choice) in ended]
@@ -144,14 +149,19 @@ class Engine:
         idle = not scheduler.running and not any(sequence.is_ready for sequence in scheduler.waiting)
         failed = self._grammars.settle(idle=idle)
         events = [committer.end(sequence, "error", error.message, error.code) for sequence, error in failed]
-        return self._deliver(events + self._stepper.step())
+        events += self._stepper.step()
+        while committer.set_back:
+            sequence, spent = committer.set_back.pop()
+            if sequence.id in self._sequences and not sequence.is_ready:
+                self._grammars.add(sequence, spent)
+        return self._deliver(events)
 
     def _deliver(self, events: list[TokenEvent]) -> list[TokenEvent]:
         """Hand the events of ``generate`` and ``stream`` to their builders; the others."""
         submitted = []
         for event in events:
             if event.finish_reason is not None:
-                self._grammars.forget(self._sequences.pop((event.request_id, event.choice)), event.error_code)
+                self._forget(event)
             if event.request_id in self._local:
                 self._local[event.request_id].add(event, self.cancel)
             else:
@@ -159,6 +169,13 @@ class Engine:
         if not self._sequences:
             self._stepper.cache.prefixes.pool.check_idle()
         return submitted
+
+    def _forget(self, last: TokenEvent) -> None:
+        self._grammars.forget(self._sequences.pop((last.request_id, last.choice)), last.error_code)
+        open_choices = self._open[last.request_id]
+        open_choices.discard(last.choice)
+        if not open_choices:
+            del self._open[last.request_id]
 
     # in-process use --------------------------------------------------------------------------------------------------
 
@@ -247,9 +264,6 @@ class Engine:
         self.cancel(builder.request.request_id)
         del self._local[builder.request.request_id]
 
-    def _open_requests(self) -> set[str]:
-        return {request_id for request_id, _ in self._sequences}
-
     # observation -----------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
@@ -283,7 +297,7 @@ class Engine:
 
     def close(self) -> None:
         """End every request; the engine can go on being used. Drafters write what is to outlive it."""
-        for request_id in self._open_requests():
+        for request_id in list(self._open):
             self.cancel(request_id)
         self._stepper.drafters.close()
         self._grammars.close()

@@ -90,11 +90,15 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        self.set_back(sequence)
+        self.preemptions += 1
+
+    def set_back(self, sequence: Sequence) -> None:
+        """Let a running sequence wait, first in the queue. It loses its pages."""
         self.running.remove(sequence)
         self._cache.release(sequence)
         self._on_preempt(sequence)
         self.waiting.appendleft(sequence)
-        self.preemptions += 1
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_num_seqs:

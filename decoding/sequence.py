@@ -71,6 +71,7 @@ class Sequence:
         self.admitted = False  # it was in the batch before (a preempted sequence was)
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.matcher: Matcher | None = None  # where its text stands in its grammar; None: it has none, or not yet
+        self.set_back_at = -(10**9)  # length at which its matcher was last replaced; long ago: never
         self.counter = SpeculationCounter()
         self.traced = Traced()
         self.unfollowed: set[str] = set()  # drafters that the planner lets sleep through this sequence

@@ -14,6 +14,7 @@ from starlette.types import Scope
 
 from decoding.errors import RequestError
 from server.auth import ApiKeys
+from server.body_memory import HeldBody
 from server.errors import OverloadedError, deadline_exceeded
 from server.limits import Limits
 from server.pace import Pace
@@ -28,16 +29,25 @@ class Ticket:
     def __init__(self, room: Room, deadline: float | None = None, key_name: str = "") -> None:
         self._room = room
         self._choices = 0
+        self._body: HeldBody | None = None
         self.deadline = deadline  # of time.monotonic()
         self.key_name = key_name
 
+    def hold(self, body: HeldBody) -> None:
+        """Count the request's body until its prompts are token ids, or the request ends."""
+        self._free_body()
+        self._body = body
+
     def queue(self, choices: int) -> None:
         """Take places for choices in the batch or its queue; they are held until the answer has been sent.
+
+        Prompts are token ids by then: the body's share of the memory is given back.
 
         Raises:
             OverloadedError: the queue is full.
             LateError: the deadline has passed already.
         """
+        self._free_body()
         self.remaining()
         self._room.take(choices)
         self._choices += choices
@@ -57,8 +67,14 @@ class Ticket:
 
     def give_back(self) -> None:
         """The answer has been sent."""
+        self._free_body()
         self._room.free(self._choices)
         self._choices = 0
+
+    def _free_body(self) -> None:
+        if self._body is not None:
+            self._body.free()
+            self._body = None
 
 
 class Admission(Protocol):

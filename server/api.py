@@ -14,6 +14,7 @@ from decoding.errors import ConfigError, RequestError, nearest
 from decoding.request import SpeculationParams
 from decoding.text import Tokenizer
 from server.admission import ticket_of
+from server.body_memory import BodyMemory
 from server.engine_client import EngineClient
 from server.grammar_worker import GrammarCheck
 from server.metrics import Metrics
@@ -23,7 +24,7 @@ from server.openai.fields import PredictionFields, SamplingFields
 from server.openai.fim import Infill
 from server.openai.fingerprint import fingerprint
 from server.openai.generation import Generation, PromptRequest
-from server.openai.json_body import BodyMemory, read_json
+from server.openai.json_body import read_json
 from server.openai.output_parser import OutputFormats
 from server.openai.rendering import StreamUsage
 from server.openai.sse import DONE, EventStreamResponse, until_disconnect
@@ -81,7 +82,9 @@ class Api:
         Raises:
             RequestError, OverloadedError, LateError, ClientDisconnect: see ``read_json``.
         """
-        body = await read_json(request, self.settings.limits.max_body_size, self.bodies)
+        held = self.bodies.begin()
+        ticket_of(request).hold(held)
+        body = await read_json(request, self.settings.limits.max_body_size, held)
         if self.settings.security.log_prompts:
             log_prompt(request.scope, body)
         return body

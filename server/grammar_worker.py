@@ -24,7 +24,7 @@ from decoding.errors import RequestError
 from decoding.request import Grammar
 from server.errors import UnavailableError
 
-SECONDS = 1.5  # for one grammar
+SECONDS = 1.2  # for one grammar: with all else, a client that sends a bad one has its answer in 2
 MEMORY = 2**30  # bytes of one grammar's process, those of the tokenizer included
 REMEMBERED = 1024  # verdicts that are known without asking again
 WAITING = 64  # grammars that are being checked or wait for it

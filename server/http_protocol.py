@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -19,6 +20,10 @@ from server.limits import Limits
 from server.middleware import new_id
 
 LINGER_SECONDS = 1.0  # in which a refused client may still send, and so gets to read its answer
+
+# At an offer of another protocol the parser stops, and what follows is lost: the body, and all requests after this one.
+# Java's client makes such an offer (h2c) with its first request. A server may take no notice of it (RFC 9110, 7.8).
+_UPGRADE, _DECLINED = re.compile(rb"(?<=\r\n)upgrade(?=[ \t]*:)", re.IGNORECASE), b"x-offer"
 
 log = logging.getLogger("saccade")
 
@@ -64,6 +69,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._refused:
             return
         part, self._begun = self._part, 0
+        if part != "body" and b"pgrade" in data:
+            data = _UPGRADE.sub(_DECLINED, data)
         super().data_received(data)
         if self._refused or self.transport.is_closing():
             return
@@ -100,6 +107,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(_NO_HTTP)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """The parser stopped at an offer that came in two pieces, and has thrown the body away."""
+        self._refuse(_NO_UPGRADE)
 
     # slow readers ----------------------------------------------------------------------------------------------------
 
@@ -166,6 +177,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 _NO_HTTP = ErrorReply(400, "invalid_request_error", "invalid_http", "The request is not valid HTTP.")
+_NO_UPGRADE = ErrorReply(
+    400, "invalid_request_error", "invalid_http", "This server speaks HTTP/1.1 only; leave the header Upgrade out."
+)
 _HEAD_TOO_LARGE = ErrorReply(
     431, "invalid_request_error", "headers_too_large", "The request's headers are too large for this server."
 )

@@ -25,14 +25,14 @@ class Limits:
     max_queued_requests: int = 1024  # choices that wait for a place in the batch
     max_concurrent_requests: int | None = None  # HTTP requests; None: a full batch and a full queue
     max_connections: int = 4096
-    max_body_memory: int = 256 * MIB  # bodies that are being read or parsed
+    max_body_memory: int = 256 * MIB  # bodies that are being read, parsed or tokenized
     max_pending_tokens: int = 65536  # of one request, made and not read yet; each alternative with a logprob counts
 
     # seconds
     header_timeout: float = 10.0  # from the first byte of a request (or the connection) to the end of its headers
     body_timeout: float = 60.0  # from there to the end of its body
     write_timeout: float = 60.0  # in which a client must read something of what waits for it
-    keep_alive_timeout: int = 5  # of a connection between two requests
+    keep_alive_timeout: int = 75  # of a connection between two requests; longer than proxies keep theirs (60)
     request_timeout: float | None = None  # from a request's arrival to the end of its answer
     shutdown_timeout: float = 8.0  # for requests in flight after SIGTERM; docker kills after 10
     watchdog_timeout: float = 300.0  # in which an engine with work must finish a step

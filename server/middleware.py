@@ -73,7 +73,9 @@ class AdmissionMiddleware:
             return
         with admitted as ticket:
             keep_ticket(scope, ticket)
-            await self._app(scope, in_time(receive, self._body_seconds), send)
+            left = ticket.remaining()
+            seconds = self._body_seconds if left is None else min(self._body_seconds, left)
+            await self._app(scope, in_time(receive, seconds), send)
 
 
 def in_time(receive: Receive, seconds: float) -> Receive:

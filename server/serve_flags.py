@@ -25,14 +25,14 @@ def seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0.0 <= float(text) < math.inf:  # false for nan
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
 
 
 def some_seconds(text: str) -> float:
     """A time above 0."""
     if (value := seconds(text)) > 0.0:
         return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
 
 
 def _up_to(most: int) -> Callable[[str], int]:
@@ -53,7 +53,7 @@ _LIMITS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "max_connections": (positive, "N", "open connections"),
     "request_timeout": (some_seconds, "SECONDS", "for a whole answer (default: no limit); requests can ask for less"),
     "max_body_size": (size, "SIZE", "of a request's body"),
-    "max_body_memory": (size, "SIZE", "of all bodies that are read at once"),
+    "max_body_memory": (size, "SIZE", "of all bodies that are read, parsed and tokenized at once"),
     "max_header_size": (size, "SIZE", "of a request's line and headers"),
     "max_header_count": (positive, "N", "of a request's headers"),
     "max_prompt_chars": (positive, "N", "of a prompt (default: what the context can hold)"),

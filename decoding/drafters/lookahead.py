@@ -43,7 +43,7 @@ class LookaheadOptions:
 
 
 class LookaheadDrafter(TokenDrafter):
-    """Drafts for every sequence that asks for it; a window needs room for its nodes beside the guesses.
+    """Window and pool of each sequence; nothing is shared between them.
 
     Raises:
         ConfigError: options that cannot be.

@@ -22,15 +22,15 @@ from decoding.text import Tokenizer
 
 logger = logging.getLogger("saccade.engine")
 
-KEPT = 32  # compiled grammars that wait for the next request of the kind
+KEPT = 16  # compiled grammars that wait for the next request of the kind
 STACK_BYTES = 64 * 2**20  # of the compiling thread: more than what the server's check of the grammar had
-# Of one mask, at worst some 15 ms of work, and 100 MB of states of one grammar.
+# Of one mask, at worst some 15 ms of work; of one grammar, some 50 MB of the lexer's states, which its texts share.
 LIMITS: dict[str, Any] = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
-    "max_lexer_states": 50_000,
+    "max_lexer_states": 100_000,
     "max_grammar_size": 200_000,
     "verbose_errors": False,  # no states of the parser in messages for clients
 }
@@ -137,10 +137,21 @@ class BackgroundCompiler:
         self._thread: ThreadPoolExecutor | None = None
         self._kept: OrderedDict[Grammar, Future[Compiled]] = OrderedDict()
 
-    def start(self, grammar: Grammar) -> Future[Compiled]:
-        """The grammar as soon as it is compiled; the future raises what ``GrammarCompiler.compile`` does."""
+    def warm(self) -> None:
+        """Do what is the same for all grammars, and wait for it: later it would hold up the engine.
+
+        If it fails, every grammar will.
+        """
+        self._executor().submit(self._compiler.prepare).exception()
+
+    def start(self, grammar: Grammar, spent: Compiled | None = None) -> Future[Compiled]:
+        """The grammar as soon as it is compiled; the future raises what ``GrammarCompiler.compile`` does.
+
+        Args:
+            spent: not this one, whose texts have come to its limits together.
+        """
         future = self._kept.get(grammar)
-        if future is None or (future.done() and future.exception() is not None):
+        if future is None or (future.done() and (future.exception() is not None or future.result() is spent)):
             future = self._kept[grammar] = self._executor().submit(self._compiler.compile, grammar)
         self._kept.move_to_end(grammar)
         if len(self._kept) > KEPT:
@@ -148,7 +159,7 @@ class BackgroundCompiler:
         return future
 
     def forget(self, grammar: Grammar) -> None:
-        """Compile it anew next time: it has come to the limit of what it may remember."""
+        """Compile it anew next time."""
         self._kept.pop(grammar, None)
 
     def close(self) -> None:
@@ -162,6 +173,6 @@ class BackgroundCompiler:
         if self._thread is None:
             before = threading.stack_size(STACK_BYTES)  # holds for threads that start from now on
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-            self._thread.submit(self._compiler.prepare)
+            self._thread.submit(self._compiler.prepare)  # its thread starts here
             threading.stack_size(before)
         return self._thread

@@ -41,7 +41,7 @@ class Matcher:
     """
 
     def __init__(self, compiled: Compiled, ends: tuple[int, ...], min_tokens: int = 0, goes_on: bool = False) -> None:
-        self._start = compiled.start
+        self.compiled = compiled
         self._at_text = compiled.start.deep_copy()  # stands at the text, and is never asked for a mask
         self._inner = self._at_text.deep_copy()  # visits paths
         self._vocab_size = compiled.vocab_size
@@ -64,14 +64,19 @@ class Matcher:
         """Masks take so long that every drafted node costs more than it can save."""
         return self._slowness > SLOW
 
+    def resume(self, tokens: list[int]) -> None:
+        """Stand after these committed tokens, which another matcher of the same grammar has taken."""
+        self._text = tokens
+        self._mend()
+
     def masks(self, paths: Sequence[Path]) -> list[Words | None]:
         """What may follow each path; None where it does not matter: no text gets there, or none goes on from there."""
         new = sorted(set(paths) - self._masks.keys())  # depth first
-        started = time.perf_counter()
+        started = time.thread_time()  # not the clock's: on a busy machine another process may have the core
         for path in new:
             self._masks[path] = self._mask() if self._walk(path) else None
         if new:
-            self._slowness += SLOWNESS_RATE * ((time.perf_counter() - started) / len(new) - self._slowness)
+            self._slowness += SLOWNESS_RATE * ((time.thread_time() - started) / len(new) - self._slowness)
         return [self._masks[path] for path in paths]
 
     def allows(self, path: Path) -> bool:
@@ -186,7 +191,7 @@ class Matcher:
 
     def _mend(self) -> None:
         """Begin anew at the committed text: after an error the library's matcher does nothing more."""
-        self._at_text = self._start.deep_copy()
+        self._at_text = self.compiled.start.deep_copy()
         if self._text:
             self._at_text.consume_tokens(self._text)
         self._begin()

@@ -25,6 +25,10 @@ class GrammarQueue:
         self._eos_ids = eos_ids
         self._waiting: dict[SequenceId, tuple[Sequence, Future[Compiled]]] = {}
 
+    def warm(self) -> None:
+        """Do what is the same for all grammars: a second or two for a large vocabulary."""
+        self._compiler.warm()
+
     def require(self, grammar: Grammar) -> None:
         """Compile a grammar and wait for it.
 
@@ -33,11 +37,15 @@ class GrammarQueue:
         """
         outcome(self._compiler.start(grammar))
 
-    def add(self, sequence: Sequence) -> None:
-        """Compile what the sequence needs, if it needs anything."""
+    def add(self, sequence: Sequence, spent: Compiled | None = None) -> None:
+        """Compile what the sequence needs, if it needs anything.
+
+        Args:
+            spent: the sequence comes back, because this one's texts have come to its limits.
+        """
         grammar = sequence.request.grammar
         if grammar is not None:
-            self._waiting[sequence.id] = (sequence, self._compiler.start(grammar))
+            self._waiting[sequence.id] = (sequence, self._compiler.start(grammar, spent))
 
     def settle(self, *, idle: bool) -> list[tuple[Sequence, RequestError]]:
         """Hand out what is ready; the sequences whose grammar cannot be compiled, and why.
@@ -59,7 +67,7 @@ class GrammarQueue:
         return failed
 
     def forget(self, sequence: Sequence, error_code: str | None) -> None:
-        """The sequence ended. If by the limits of its grammar, the next one begins anew: texts share some of them."""
+        """The sequence ended. If by the limits of its grammar, the next one begins anew."""
         self._waiting.pop(sequence.id, None)
         if error_code is not None and sequence.request.grammar is not None:
             self._compiler.forget(sequence.request.grammar)
@@ -71,4 +79,7 @@ class GrammarQueue:
     def _matcher(self, sequence: Sequence, compiled: Compiled) -> Matcher:
         params = sequence.params
         ends = tuple(dict.fromkeys((*self._eos_ids, *params.stop_token_ids)))
-        return Matcher(compiled, ends, params.min_tokens, params.ignore_eos)
+        matcher = Matcher(compiled, ends, params.min_tokens, params.ignore_eos)
+        if sequence.generated:
+            matcher.resume(sequence.tokens[sequence.prompt_len :].tolist())
+        return matcher

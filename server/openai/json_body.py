@@ -8,32 +8,15 @@ import pydantic_core
 from starlette.requests import Request
 
 from decoding.errors import RequestError
-from server.errors import OverloadedError
+from server.body_memory import HeldBody
 
 # A body of unknown length over the limit is still read, up to this many times the limit, and thrown away: a client that
 # is answered while it sends would see a broken connection in place of the error.
 _DISCARD_FACTOR = 4
 
 
-class BodyMemory:
-    """What all bodies together may take while they are read and parsed, in bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self.held = 0
-
-    def take(self, size: int) -> None:
-        """Raises OverloadedError when there is no room for so many bytes more."""
-        if self.held + size > self._limit:
-            raise OverloadedError("The server is overloaded: too many large requests came at once. Try again later.")
-        self.held += size
-
-    def free(self, size: int) -> None:
-        self.held -= size
-
-
-async def read_json(request: Request, max_bytes: int, memory: BodyMemory) -> dict[str, Any]:
-    """The request's JSON object.
+async def read_json(request: Request, max_bytes: int, held: HeldBody) -> dict[str, Any]:
+    """The request's JSON object; its bytes stay counted in ``held``.
 
     Lone surrogates, invalid UTF-8 and nesting deeper than 200 are errors. NaN and Infinity pass, as in Python: the
     fields refuse them, with an error that names the field.
@@ -45,14 +28,11 @@ async def read_json(request: Request, max_bytes: int, memory: BodyMemory) -> dic
         ClientDisconnect: the client left while sending.
     """
     _check_headers(request, max_bytes)
-    body = _Body(max_bytes, memory)
-    try:
-        async for chunk in request.stream():
-            if not body.add(chunk):
-                break
-        return _parse(body.content())
-    finally:
-        body.drop()
+    body = _Body(max_bytes, held)
+    async for chunk in request.stream():
+        if not body.add(chunk):
+            break
+    return _parse(body.content())
 
 
 def _check_headers(request: Request, max_bytes: int) -> None:
@@ -72,23 +52,22 @@ def _check_headers(request: Request, max_bytes: int) -> None:
 
 
 class _Body:
-    """Pieces of a body, counted in the memory of all."""
+    """Pieces of a body."""
 
-    def __init__(self, max_bytes: int, memory: BodyMemory) -> None:
+    def __init__(self, max_bytes: int, held: HeldBody) -> None:
         self._max_bytes = max_bytes
-        self._memory = memory
+        self._held = held
         self._content = bytearray()  # not a list: pieces of one byte would take forty each
         self._received = 0
-        self._held = 0
 
     def add(self, chunk: bytes) -> bool:
         """Take in a piece; False when enough of a body that is too large has been read."""
         self._received += len(chunk)
         if self._received > self._max_bytes:
-            self.drop()
+            self._content = bytearray()
+            self._held.free()
             return self._received <= self._max_bytes * _DISCARD_FACTOR
-        self._memory.take(len(chunk))
-        self._held += len(chunk)
+        self._held.take(len(chunk))
         self._content += chunk
         return True
 
@@ -97,11 +76,6 @@ class _Body:
         if self._received > self._max_bytes:
             raise _too_large(self._max_bytes)
         return self._content
-
-    def drop(self) -> None:
-        self._content = bytearray()
-        self._memory.free(self._held)
-        self._held = 0
 
 
 def _too_large(max_bytes: int) -> RequestError:

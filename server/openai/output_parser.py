@@ -96,6 +96,11 @@ class OutputFormats:
         special = {marker: token for marker in markers if (token := tokenizer.special_id(marker)) is not None}
         return cls(tools, reasoning, special)
 
+    @property
+    def spells_calls(self) -> bool:
+        """Whether a grammar of texts can write a call."""
+        return self.tools is not None and not any(marker in self.special for marker in self.tools.spelled)
+
     def template_id(self, call_id: str) -> str:
         """A client's call id as the model's template takes it."""
         return call_id if self.tools is None else self.tools.template_id(call_id)

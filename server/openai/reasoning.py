@@ -51,7 +51,7 @@ def find_reasoning_format(name: str, template: str) -> ReasoningFormat | None:
         return None
     if name not in REASONING_FORMATS:
         known_names = ["auto", "none", *REASONING_FORMATS]
-        raise ConfigError(f"no format of reasoning is called {name!r}: {nearest(name, known_names)}.")
+        raise ConfigError(f"no format of reasoning is called {name!r}: {nearest(name, known_names)}")
     return REASONING_FORMATS[name]
 
 

@@ -66,22 +66,28 @@ async def prepare_conversation(api: Api, fields: ChatFields, head: Head) -> Conv
     plan = await asyncio.to_thread(fields.tool_plan, api.formats.tools, shows_tools=api.shows_tools)
     if plan.grammar is not None:
         await api.grammars.check(plan.grammar, "tools")
-    constraint = _constraint(plan, await checked_constraint(fields, api.grammars))
+    constraint = await _constraint(api, plan, await checked_constraint(fields, api.grammars))
     return await asyncio.to_thread(_named_as_sent, api, fields, head, plan, constraint)
 
 
-def _constraint(plan: ToolPlan, asked: Constraint | None) -> Constraint | None:
-    """What the output must be: calls that are demanded, else the text as it is asked for.
+async def _constraint(api: Api, plan: ToolPlan, asked: Constraint | None) -> Constraint | None:
+    """What the output must be: calls that are demanded, else the text as it is asked for, or calls in its place.
 
     Raises:
-        RequestError: the model is to choose between calls and a text, and one grammar would keep it from calling.
+        RequestError: the model is to choose between calls and a text, and no grammar can say that here.
     """
     if plan.grammar is not None:
         return Constraint(plan.grammar, "tools")
-    if asked is not None and plan.schemas:
-        message = 'A form of the output goes with tools only where tool_choice is "none", "required" or a function.'
+    if asked is None or not plan.schemas:
+        return asked
+    either = None
+    if plan.either is not None and api.formats.spells_calls:
+        either = await asyncio.to_thread(plan.either, asked.grammar)
+    if either is None:
+        message = 'This form of the output goes with tools only where tool_choice is "none", "required" or a function.'
         raise RequestError(message, param="tool_choice", code="unsupported_value")
-    return asked
+    await api.grammars.check(either, asked.param)
+    return Constraint(either, asked.param)
 
 
 def _named_as_sent(

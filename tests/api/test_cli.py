@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from importlib.metadata import version
 
 import pytest
@@ -12,12 +13,18 @@ from decoding.config import EngineConfig
 from decoding.errors import ConfigError
 from server.cli import parse
 from server.flags import engine_config, size
+from server.limits import Limits
 from server.reading_flags import reading
+from server.security import Security
+from server.serve_flags import limits, security, tls
 
 
 def test_no_flags_are_the_defaults_of_the_config() -> None:
     args = parse(["serve", "demo/target"])
     assert engine_config(args) == EngineConfig("demo/target")
+    assert limits(args) == Limits()
+    assert security(args, None) == Security()
+    assert tls(args) is None
     assert (args.host, args.port) == ("127.0.0.1", 8000)
 
 
@@ -135,6 +142,55 @@ def test_wrong_acceptance_rules_are_known_before_a_model_is_loaded(rule: str, pa
         engine_config(parse(["serve", "demo", "--acceptance", rule]))
     assert str(raised.value).startswith(f"--acceptance {rule}: ")
     assert part in str(raised.value)
+
+
+def test_every_limit_has_a_flag() -> None:
+    given = {field.name: 2 for field in dataclasses.fields(Limits)}
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert limits(parse(["serve", "m", *words])) == Limits(**given)
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("--max-n 129", "more than 128"),
+        ("--max-logprobs 21", "more than 20"),
+        ("--max-queued-requests -1", "at least 0"),
+        ("--max-connections 0", "at least 1"),
+        ("--request-timeout 0", "seconds above 0"),
+        ("--request-timeout nan", "no number of seconds"),
+        ("--shutdown-timeout -1", "no number of seconds"),
+        ("--max-body-size lots", "2GiB"),
+        ("--max-queued-request 5", "did you mean '--max-queued-requests'"),
+        ("--api-keys x", "did you mean '--api-key'"),
+    ],
+)
+def test_limits_that_cannot_be(line: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["serve", "demo", *line.split()])
+    assert ended.value.code == 2
+    assert part in capsys.readouterr().err
+
+
+def test_who_may_use_the_server() -> None:
+    switches = ("--isolate-keys", "--metrics-public", "--log-prompts")
+    args = parse(["serve", "m", "--api-key", "a", "b", "--cors-origins", "https://chat.example", *switches])
+    assert security(args, "c,d") == Security(("a", "b", "c", "d"), True, ("https://chat.example",), True, True)
+
+
+@pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/path", "ftp://x", "https://", "null"])
+def test_origins_that_are_none(origin: str) -> None:
+    with pytest.raises(ConfigError, match="an origin is a scheme and a host"):
+        security(parse(["serve", "m", "--cors-origins", origin]), None)
+
+
+def test_help_tells_the_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["serve", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of a request's body (default: 8MiB)" in said
+    assert "of a request's line and headers (default: 64KiB)" in said
+    assert "in which its body must arrive (default: 60)" in said
 
 
 def test_an_empty_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import socket
 import struct
@@ -295,3 +296,27 @@ def test_a_client_that_reads_now_and_then_is_not_cut_off() -> None:
 
 def serves_health(url: str) -> bool:
     return httpx.get(url + "/health").status_code == 200
+
+
+@pytest.mark.parametrize("upgrade", [b"h2c", b"websocket"])
+def test_offers_of_other_protocols_are_declined(upgrade: bytes) -> None:
+    """Java's client offers HTTP/2 with its first request, and goes on in HTTP/1.1 on the same connection."""
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\nUpgrade: " + upgrade + b"\r\n"
+    offering = HEAD + offer + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+    get = b"GET /health HTTP/1.1\r\nHost: x\r\n" + offer + b"\r\n"
+    with live(saying("y"), settings(QUICK)) as url, connection(url) as opened:
+        for sent in (offering, WHOLE, get, get, offering):
+            opened.sendall(sent)
+            answer = http.client.HTTPResponse(opened)
+            answer.begin()
+            assert (answer.status, bool(answer.read())) == (200, True)
+
+
+def test_an_offer_in_two_pieces_is_refused_and_nothing_hangs() -> None:
+    head = HEAD + b"Connection: Upgrade\r\nContent-Length: %d\r\nUpg" % len(BODY)
+    with live(saying("y"), settings(QUICK)) as url, connection(url) as opened:
+        opened.sendall(head)
+        time.sleep(0.1)
+        opened.sendall(b"rade: h2c\r\n\r\n" + BODY)
+        assert answers(opened).startswith(b"HTTP/1.1 400 ")
+        assert serves(url)

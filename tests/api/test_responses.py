@@ -273,6 +273,16 @@ def test_mistakes_are_named(body: dict[str, Any], param: str, code: str) -> None
     assert (error["param"], error["code"]) == (param, code), error
 
 
+def test_a_stream_that_is_asked_for_its_usage_as_chat_is_has_it() -> None:
+    options = {"include_usage": True, "include_obfuscation": False}
+    with api() as client:
+        response = client.post(
+            URL, json={"input": "x", "max_output_tokens": 2, "stream": True, "stream_options": options}
+        )
+    assert response.status_code == 200, response.text
+    assert '"output_tokens":2' in response.text
+
+
 def dying(request: GenerateRequest) -> Iterable[Line]:
     yield TokenEvent(request.request_id, 0, ids("a"))
     yield Death()

@@ -248,6 +248,29 @@ def test_a_named_call_is_its_arguments() -> None:
     assert json.loads(request.grammar.source) == WEATHER["function"]["parameters"]
 
 
+FORM = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(("said", "reason"), [('{"a":1}', "stop"), (TAGGED, "tool_calls")])
+def test_a_form_of_the_answer_leaves_room_for_calls(said: str, reason: str) -> None:
+    engine = fake(saying(said, reason="stop"))
+    with api(engine, template=HERMES) as client:
+        choice = client.post(URL, json={**ASK, "response_format": FORM}).json()["choices"][0]
+    assert choice["finish_reason"] == reason
+    assert choice["message"]["content"] == (said if reason == "stop" else None)
+    grammar = engine.requests[0].grammar
+    assert grammar is not None
+    assert grammar.kind == "grammar"
+    assert "<tool_call>" in grammar.source
+
+
+def test_where_no_grammar_can_write_calls_a_form_of_the_answer_is_refused() -> None:
+    for template, form in ((MISTRAL, {"response_format": FORM}), (HERMES, {"guided_regex": "a+"})):
+        with api(template=template) as client:
+            error = client.post(URL, json={**ASK, **form}).json()["error"]
+        assert (error["param"], error["code"]) == ("tool_choice", "unsupported_value")
+
+
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [

@@ -42,6 +42,15 @@ def arguments(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
+# Bounded on all sides: a model of 8 million parameters cannot be trusted to end a string.
+PICK_SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "green", "blue"]}, "final": {"type": "boolean"}},
+    "required": ["colour", "final"],
+    "additionalProperties": False,
+}
+
+
 class Judge:
     """Counts checks. ``with judge("name"):`` is passed when its body raises nothing."""
 
@@ -98,10 +107,10 @@ def idle(url: str, key: str) -> bool:
     return eventually(lambda: metric(url, key, "saccade_running") == 0)
 
 
-def command(*words: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run a client's command beside this environment's Python; its output is shown when it fails."""
+def command(*words: str, seconds: float = 300, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a client's command, which lies beside this environment's Python, in a folder."""
     found = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
-    done = subprocess.run(found, capture_output=True, text=True, timeout=seconds, cwd=ROOT, check=False)
+    done = subprocess.run(found, capture_output=True, text=True, timeout=seconds, cwd=folder, check=False)
     print(done.stdout[-20000:], done.stderr[-20000:], sep="\n", flush=True)
     return done
 

@@ -33,7 +33,7 @@ def totals(found: dict[str, Any]) -> tuple[int, int]:
 
 def main() -> None:
     args, judge = arguments(__doc__), Judge()
-    for path in ("/v1/completions", "/v1/chat/completions"):
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
         with judge(f"{path}: every request succeeds, with the tokens asked for"):
             out = args.out / f"{path.strip('/').replace('/', '-')}.json"
             data = f"kind=synthetic_text,prompt_tokens=48,output_tokens={OUTPUT_TOKENS}"

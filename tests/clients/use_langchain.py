@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import operator
 from argparse import Namespace
-from typing import Any
+from typing import Any, Literal
 
 import openai
 from judge import CONTEXT, FAIL_MIDWAY, MODEL, PROMPT, THINK_LONG, Judge, arguments, idle, raises
@@ -13,6 +15,7 @@ from langchain_core.messages import AIMessageChunk, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel
 
 TALK = [SystemMessage("Python"), HumanMessage("import os\n")]
 
@@ -58,6 +61,30 @@ async def _streamed(model: ChatOpenAI) -> str:
     return "".join([chunk.text async for chunk in model.astream(TALK)])
 
 
+class Pick(BaseModel):
+    """What to answer."""
+
+    colour: Literal["red", "green", "blue"]
+    final: bool
+
+
+def features(judge: Judge, args: Namespace) -> None:
+    model = chat(args.demo, args.key, max_tokens=200)
+    with judge("ChatOpenAI: with_structured_output"):
+        assert isinstance(model.with_structured_output(Pick).invoke(TALK), Pick)
+    with judge("ChatOpenAI: bind_tools, whole and in a stream"):
+        bound = model.bind_tools([Pick], tool_choice="Pick")
+        (call,) = bound.invoke(TALK).tool_calls
+        assert call["name"] == "Pick"
+        picked = Pick.model_validate(call["args"])
+        total = functools.reduce(operator.add, bound.stream(TALK))
+        assert [Pick.model_validate(each["args"]) for each in total.tool_calls] == [picked]
+    with judge("ChatOpenAI: through the API of responses"):
+        answer = chat(args.demo, args.key, max_tokens=24, seed=None, use_responses_api=True)
+        assert answer.invoke(TALK).text
+        assert "".join(chunk.text for chunk in answer.stream(TALK))
+
+
 def errors(judge: Judge, args: Namespace) -> None:
     with judge("unknown model: NotFoundError"):
         raises(openai.NotFoundError, lambda: chat(args.demo, args.key, model="nope").invoke(TALK))
@@ -82,6 +109,7 @@ def errors(judge: Judge, args: Namespace) -> None:
 def main() -> None:
     args, judge = arguments(__doc__), Judge()
     answers(judge, args)
+    features(judge, args)
     errors(judge, args)
     judge.end()
 

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from argparse import Namespace
 from typing import Any
 
 import litellm
 import openai
-from judge import BUSY_ONCE, CONTEXT, FAIL_MIDWAY, MODEL, PROMPT, THINK_LONG, Judge, arguments, idle, raises
+from judge import (
+    BUSY_ONCE,
+    CONTEXT,
+    FAIL_MIDWAY,
+    MODEL,
+    PICK_SCHEMA,
+    PROMPT,
+    THINK_LONG,
+    Judge,
+    arguments,
+    idle,
+    raises,
+)
 
 MESSAGES = [{"role": "user", "content": "import os\n"}]
 
@@ -54,6 +67,28 @@ def answers(judge: Judge, args: Namespace) -> None:
 async def _at_once(args: Namespace, count: int) -> list[str]:
     done = await asyncio.gather(*(litellm.acompletion(**to(args.demo, args.key, seed=3)) for _ in range(count)))
     return [each.choices[0].message.content for each in done]
+
+
+def features(judge: Judge, args: Namespace) -> None:
+    with judge("completion: response_format"):
+        schema = {"type": "json_schema", "json_schema": {"name": "pick", "schema": PICK_SCHEMA, "strict": True}}
+        done = litellm.completion(**to(args.demo, args.key, max_tokens=200, response_format=schema))
+        assert set(json.loads(done.choices[0].message.content)) == {"colour", "final"}
+    with judge("completion: tools, whole and in a stream"):
+        tool = {"type": "function", "function": {"name": "pick", "parameters": PICK_SCHEMA}}
+        named = {"type": "function", "function": {"name": "pick"}}
+        ask = to(args.demo, args.key, max_tokens=200, seed=3, tools=[tool], tool_choice=named)
+        (call,) = litellm.completion(**ask).choices[0].message.tool_calls
+        assert call.function.name == "pick"
+        built = litellm.stream_chunk_builder(list(litellm.completion(**ask, stream=True)))
+        (streamed,) = built.choices[0].message.tool_calls
+        assert streamed.function.name == "pick"
+        assert json.loads(streamed.function.arguments) == json.loads(call.function.arguments)
+    with judge("responses: whole and in a stream"):
+        ask = {"model": f"openai/{MODEL}", "api_base": f"{args.demo}/v1", "api_key": args.key, "temperature": 0}
+        text = litellm.responses(input="import os\n", max_output_tokens=24, **ask).output_text
+        events = list(litellm.responses(input="import os\n", max_output_tokens=24, stream=True, **ask))
+        assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == text
 
 
 def errors(judge: Judge, args: Namespace) -> None:
@@ -101,6 +136,7 @@ def main() -> None:
     args, judge = arguments(__doc__), Judge()
     litellm.suppress_debug_info = True
     answers(judge, args)
+    features(judge, args)
     errors(judge, args)
     judge.end()
 

@@ -101,6 +101,27 @@ await check("chat: 16 streams at once", async () => {
   assert.equal(new Set(texts).size, 1);
 });
 
+await check("structured output, whole", async () => {
+  const schema = {
+    type: "object",
+    properties: { colour: { enum: ["red", "green", "blue"] }, final: { type: "boolean" } },
+    required: ["colour", "final"],
+    additionalProperties: false,
+  };
+  const format = { type: "json_schema", json_schema: { name: "pick", schema, strict: true } };
+  const done = await demo.chat.completions.parse({ ...chat, max_completion_tokens: 200, response_format: format });
+  assert.deepEqual(Object.keys(JSON.parse(done.choices[0].message.content)).sort(), ["colour", "final"]);
+});
+
+await check("responses: whole and in a stream", async () => {
+  const ask = { model: MODEL, input: "import os\n", max_output_tokens: 24, temperature: 0 };
+  const whole = await demo.responses.create(ask);
+  assert(whole.output_text);
+  const events = await everything(await demo.responses.create({ ...ask, stream: true }));
+  const deltas = events.filter((event) => event.type === "response.output_text.delta");
+  assert.equal(deltas.map((event) => event.delta).join(""), whole.output_text);
+});
+
 await check("unknown model: NotFoundError", async () => {
   const error = await raises(OpenAI.NotFoundError, () => demo.completions.create({ ...complete, model: "nope" }));
   assert.equal(error.code, "model_not_found");

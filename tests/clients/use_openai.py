@@ -22,7 +22,7 @@ from judge import (
     metric,
     raises,
 )
-from openai_features import responses, tools
+from openai_features import responses, structured, tools
 
 MESSAGES: Any = [{"role": "user", "content": "import os\n"}]
 LONG = {"max_tokens": 1000, "extra_body": {"ignore_eos": True}}
@@ -189,7 +189,7 @@ def main() -> None:
     args, judge = arguments(__doc__), Judge()
     for part in (completions, prompt_forms, chat, refusals, faults):
         part(judge, args)
-    for feature in (tools, responses):
+    for feature in (structured, tools, responses):
         feature(judge, client(args.demo, args.key, strict=True))
     judge.end()
 

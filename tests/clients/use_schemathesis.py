@@ -22,6 +22,7 @@ def main() -> None:
             *("--max-examples", "30", "--seed", "1", "--request-timeout", "30", "--continue-on-failure"),
             *("--phases", "examples,coverage,fuzzing", "--report", "junit", "--report-dir", str(args.out)),
             seconds=540,
+            folder=args.out,  # where it leaves its caches
         )
         succeeded(done)
     with judge("the server is idle afterwards"):

@@ -11,6 +11,7 @@ import pytest
 from decoding.errors import ConfigError, RequestError
 from server.admission import Guard, Room, Ticket
 from server.auth import ApiKeys, AuthenticationError, collect_keys
+from server.body_memory import BodyMemory
 from server.errors import LateError, OverloadedError, reply_to, retry_headers
 from server.limits import Limits
 from server.pace import LEAST_SECONDS, MOST_SECONDS, Pace
@@ -79,6 +80,24 @@ def test_choices_are_given_back_when_the_request_ends() -> None:
         ticket.queue(3)
         assert guard.room.full
     assert not guard.room.full
+
+
+def test_a_body_counts_until_its_prompts_are_token_ids() -> None:
+    memory, room = BodyMemory(100), Room(1, 0)
+    tickets = [Ticket(room) for _ in range(2)]
+    for ticket in tickets:
+        held = memory.begin()
+        ticket.hold(held)
+        held.take(40)
+    with pytest.raises(OverloadedError, match="large requests"):
+        memory.begin().take(21)
+    tickets[0].queue(1)
+    assert memory.held == 40
+    with pytest.raises(OverloadedError, match="queue is full"):
+        tickets[1].queue(1)
+    for ticket in tickets:
+        ticket.give_back()
+    assert memory.held == 0
 
 
 def test_when_to_come_back_follows_the_pace() -> None:

@@ -13,6 +13,8 @@ from decoding.acceptance import Acceptance
 from decoding.drafters.ngram import NgramDrafter, NgramOptions
 from decoding.engine import Engine
 from decoding.errors import RequestError
+from decoding.grammar.compiler import LIMITS, BackgroundCompiler, GrammarCompiler
+from decoding.grammar.queue import GrammarQueue
 from decoding.request import GenerateRequest, Grammar, SamplingParams, SpeculationParams
 from models.decoder import Decoder
 from tests.doubles import GarbageDrafter, OracleDrafter
@@ -257,3 +259,47 @@ def test_a_grammar_that_outgrows_its_limits_ends_its_own_request() -> None:
     assert alone.tokens == outcomes["large", 0].tokens
     assert outcomes["small", 0].tokens == plain(ask(WORDS)).tokens
     assert whole(engine)
+
+
+# limits that texts share ---------------------------------------------------------------------------------------------
+
+HISTORIES = regex(
+    "[A-H]*A[A-H]{8}"
+)  # which of the last 9 characters were an A: hundreds of states, others for each text
+
+
+def limited_engine(states: int) -> Engine:
+    engine = make_engine(target(), {"garbage": GarbageDrafter})
+    compiler = GrammarCompiler(engine.tokenizer, engine.info.vocab_size, (EOS,), {**LIMITS, "max_lexer_states": states})
+    engine._grammars = GrammarQueue(BackgroundCompiler(compiler), (EOS,))
+    return engine
+
+
+def test_what_other_texts_used_up_ends_nobody() -> None:
+    """The library's memory of a grammar is full, of all its texts together: they go on with a new one."""
+    requests = [ask(HISTORIES, f"r{number}", seed=number, max_tokens=40, temperature=1.5) for number in range(8)]
+    engine = limited_engine(80)
+    for together in ([requests[0]], requests[1:4], requests[4:]):
+        for key, outcome in run(engine, together).items():
+            request = next(each for each in together if each.request_id == key[0])
+            assert outcome.last.finish_reason in ("stop", "length")
+            assert outcome.tokens == plain(request).tokens
+            assert all(event.token_ids for event in outcome.events)
+    assert any(sequence_was_set_back(engine, request) for request in requests)
+
+
+def sequence_was_set_back(engine: Engine, request: GenerateRequest) -> bool:
+    """Whether so few states are too few for this text after the others."""
+    engine.submit(replace(request, request_id="again"))
+    [sequence] = engine._sequences.values()
+    while engine.has_work:
+        engine.step()
+    return sequence.set_back_at >= 0
+
+
+def test_a_text_that_is_too_much_by_itself_ends() -> None:
+    engine = limited_engine(30)
+    outcome = run(engine, [ask(HISTORIES, max_tokens=60, temperature=1.5)])["r", 0]
+    assert (outcome.last.finish_reason, outcome.last.error_code) == ("error", "grammar_too_complex")
+    assert whole(engine)
+    assert run(engine, [ask(WORDS, "next")])["next", 0].last.finish_reason == "stop"

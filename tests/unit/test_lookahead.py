@@ -245,6 +245,19 @@ def test_a_window_is_as_wide_as_the_row_has_room_for(nodes: int, depth: int, wid
     assert drafter._states.usage() == [0, 0]
 
 
+def test_the_log_says_once_that_windows_are_narrow(caplog: pytest.LogCaptureFixture) -> None:
+    """Not of texts that end before a wider one would have helped."""
+    options = {"lookahead": partial(LookaheadDrafter, LookaheadOptions())}
+    engine = make_engine(target(), options, max_nodes=24, max_depth=8)  # type: ignore[arg-type]
+    with caplog.at_level("INFO", logger="saccade.engine"):
+        run(engine, [GenerateRequest("short", (3, 1, 4), SamplingParams(8, 0.0, ignore_eos=True))])
+        assert "windows of" not in caplog.text
+        for name in ("a", "b"):
+            run(engine, [GenerateRequest(name, (3, 1, 4), SamplingParams(40, 0.0, ignore_eos=True))])
+    assert caplog.text.count("windows of 3 columns in place of 7") == 1
+    assert "--max-nodes 56 --max-depth 10" in caplog.text
+
+
 # without a compiler ---------------------------------------------------------------------------------------------------
 
 

@@ -157,11 +157,11 @@ def content(found: Sequence[Piece]) -> str:
 
 
 def calls(found: Sequence[Piece]) -> list[tuple[str, str]]:
-    return [
-        (start.name, "".join(p.fragment for p in found if isinstance(p, CallArguments) and p.index == start.index))
-        for start in found
-        if isinstance(start, CallStart)
-    ]
+    arguments: dict[int, str] = {}
+    for piece in found:
+        if isinstance(piece, CallArguments):
+            arguments[piece.index] = arguments.get(piece.index, "") + piece.fragment
+    return [(piece.name, arguments.get(piece.index, "")) for piece in found if isinstance(piece, CallStart)]
 
 
 def read(kind: str, parts: Sequence[str]) -> Found:
@@ -188,6 +188,12 @@ def test_a_broken_call_does_not_take_the_next_one_with_it() -> None:
     said, called = read("hermes", [text])
     assert called == [ZONE]
     assert said == text[: text.index("<tool_call>", 5)]
+
+
+def test_a_call_that_does_not_end_does_not_take_the_next_one_with_it() -> None:
+    begun = "<tool_call><function=weather><parameter=city>Rome</parameter>"
+    for text in (f"{begun}<tool_call>{TAGGED}", f"{begun}{TAGGED}"):
+        assert read("qwen3_coder", [text]) == read("qwen3_coder", list(text)) == (begun, [OSLO])
 
 
 def test_a_calls_pieces_come_as_soon_as_they_are_certain() -> None:

@@ -8,7 +8,9 @@ import jsonschema
 import pytest
 
 from decoding.request import Grammar
+from server.openai.tools.either import bare, tagged
 from server.openai.tools.schema import arguments_schema, calls_schema
+from server.openai.tools.table import Either
 from tests.engines import demo_tokenizer
 from tests.grammars import matcher
 
@@ -86,3 +88,40 @@ def test_one_call_where_parallel_ones_are_not_wanted() -> None:
     call = {"name": "now", "parameters": {}}
     assert check([call], parallel=False)
     assert not check([call, call], parallel=False)
+
+
+ANSWER = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "additionalProperties": False}
+OSLO = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+TAGGED = f"<tool_call>\n{OSLO}\n</tool_call>"
+BARE = OSLO.replace("arguments", "parameters")
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "right"),
+    [
+        (tagged, '{"ok":true}', True),
+        (tagged, TAGGED, True),
+        (tagged, f"{TAGGED}\n{TAGGED}", True),
+        (tagged, '{"ok":1}', False),
+        (tagged, f"Hm. {TAGGED}", False),
+        (tagged, TAGGED.replace("Oslo", "Rome"), False),
+        (tagged, OSLO, False),
+        (bare, '{"ok":true}', True),
+        (bare, BARE, True),
+        (bare, f"{BARE}; {BARE}", True),
+        (bare, BARE.replace("Oslo", "Rome"), False),
+    ],
+)
+def test_an_answer_of_a_form_or_calls(form: Either, text: str, right: bool) -> None:
+    grammar = form(Grammar("json_schema", json.dumps(ANSWER)), {"weather": CITY}, parallel=True)
+    assert grammar is not None
+    assert matcher(grammar, 8192).allows((*demo_tokenizer().encode(text), 0)) is right
+
+
+@pytest.mark.parametrize(("form", "two"), [(tagged, f"{TAGGED}\n{TAGGED}"), (bare, f"{BARE}; {BARE}")])
+def test_any_object_or_one_call(form: Either, two: str) -> None:
+    assert form(Grammar("regex", "a+"), {"weather": CITY}, parallel=True) is None
+    grammar = form(Grammar("json_object"), {"weather": CITY}, parallel=False)
+    assert grammar is not None
+    assert matcher(grammar, 8192).allows((*demo_tokenizer().encode('{"a":[1]}'), 0))
+    assert not matcher(grammar, 8192).allows((*demo_tokenizer().encode(two), 0))

@@ -82,6 +82,7 @@ class ReasoningFields(Fields):
 
 
 class ResponsesStreamOptions(Fields):
+    include_usage: bool | None = None  # chat's, which AIPerf sends here too; a completed response always has its usage
     include_obfuscation: bool | None = None  # padding against eavesdroppers; accepted and not done
 
 

@@ -34,10 +34,17 @@ class Offer:
 
 
 class Reader(Protocol):
-    """Reads one call, a character a step."""
+    """Reads one call, a character a step.
+
+    Attributes:
+        name: of the function, once it is known.
+        begun: the name is known, and arguments come, or there are none.
+        unread: characters that were taken and, now that this is broken, may begin something else.
+    """
 
     name: str | None
     begun: bool
+    unread: str
 
     def step(self, char: str) -> Status: ...
 
@@ -134,8 +141,9 @@ class ToolParser(ABC):
         self._raw.append(text[:place])
         self._tell(reader)
         if status is Status.BROKEN:
-            self._give_up()
-        elif status is Status.DONE:
+            self._give_up(reader.unread)
+            return reader.unread + text[place:]
+        if status is Status.DONE:
             self._complete()
         return text[place:]
 
@@ -154,9 +162,9 @@ class ToolParser(ABC):
         self._clear()
         self._called()
 
-    def _give_up(self) -> None:
-        """This is no call: it is text, and text follows."""
-        raw = "".join(self._raw)
+    def _give_up(self, unread: str = "") -> None:
+        """This is no call: it is text, but for ``unread``, and text follows."""
+        raw = "".join(self._raw).removesuffix(unread)
         for marker in self._offer.hidden:
             raw = raw.replace(marker, "")
         if self._started:

@@ -107,6 +107,7 @@ class CallReader:
         self._fixed: str | None = None  # told at once
         self.name: str | None = None
         self.begun = False
+        self.unread = ""
 
     def step(self, char: str) -> Status:
         """Take one character. BROKEN at the last brace: the arguments are no JSON."""
@@ -203,6 +204,7 @@ class NamedArguments:
         self._value = ValueText()
         self.name: str | None = name
         self.begun = True
+        self.unread = ""
 
     def step(self, char: str) -> Status:
         """Take one character; the first must be the object's brace."""

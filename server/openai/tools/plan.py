@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from decoding.errors import RequestError
@@ -14,7 +15,7 @@ from server.openai.tools.base import Offer, ToolParser
 from server.openai.tools.fields import AllowedChoice, NamedChoice, Tool, ToolChoice, shown_tools
 from server.openai.tools.forced import ForcedArgumentsParser, ForcedCallsParser
 from server.openai.tools.schema import arguments_schema, calls_schema
-from server.openai.tools.table import ToolFormat, new_call_id
+from server.openai.tools.table import Either, ToolFormat, new_call_id
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ToolPlan:
         parser: reads an output; None: there are no calls in it.
         new_id: makes a call's id.
         parallel: more than one call may be told.
+        either: makes a grammar of outputs that are calls or what another grammar says; None: there is no such thing.
     """
 
     shown: list[dict[str, Any]] | None = None
@@ -36,6 +38,7 @@ class ToolPlan:
     parser: Callable[[Offer], ToolParser] | None = None
     new_id: Callable[[], str] = new_call_id
     parallel: bool = True
+    either: Callable[[Grammar], Grammar | None] | None = None
 
     @property
     def names(self) -> frozenset[str]:
@@ -77,17 +80,30 @@ def plan_tools(
     if mode == "auto":
         if tool_format is None or not template_shows_tools:
             raise _cannot_choose(template_shows_tools)
-        return ToolPlan(shown, None, schemas, tool_format.parser, new_id, parallel)
-    held_to = {
-        tool.function.name: _read(tool.function.parameters, place)
-        for place, tool in enumerate(tools)
-        if tool in offered
-    }
+        either = None if tool_format.either is None else partial(_either, tool_format.either, tools, schemas, parallel)
+        return ToolPlan(shown, None, schemas, tool_format.parser, new_id, parallel, either)
+    held_to = _enforced(tools, schemas)
     if isinstance(choice, NamedChoice):
         name = choice.function.name
         return ToolPlan(shown, _grammar(held_to[name]), {name: schemas[name]}, ForcedArgumentsParser, new_id, parallel)
     grammar = _grammar(calls_schema(held_to, parallel=parallel))
     return ToolPlan(shown, grammar, schemas, ForcedCallsParser, new_id, parallel)
+
+
+def _enforced(tools: Sequence[Tool], names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The schemas of these functions' arguments as they can be enforced.
+
+    Raises:
+        RequestError: one cannot be.
+    """
+    functions = [(place, tool.function) for place, tool in enumerate(tools) if tool.function.name in names]
+    return {function.name: _read(function.parameters, place) for place, function in functions}
+
+
+def _either(
+    form: Either, tools: Sequence[Tool], names: Collection[str], parallel: bool, answer: Grammar
+) -> Grammar | None:
+    return form(answer, _enforced(tools, names), parallel=parallel)
 
 
 def _offered(tools: Sequence[Tool], choice: ToolChoice | None) -> tuple[Sequence[Tool], str]:

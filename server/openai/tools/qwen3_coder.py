@@ -103,6 +103,7 @@ class TaggedReader:
         self._untold: list[str] = []
         self.name: str | None = None
         self.begun = False
+        self.unread = ""
 
     def step(self, char: str) -> Status:
         """Take one character."""
@@ -137,7 +138,10 @@ class TaggedReader:
             self._tag = ""
             self._step = self._in_key
             return Status.MORE
-        return Status.MORE if any(tag.startswith(self._tag) for tag in (PARAMETER, FUNCTION_END)) else Status.BROKEN
+        if any(tag.startswith(self._tag) for tag in (PARAMETER, FUNCTION_END)):
+            return Status.MORE
+        self.unread = self._tag[:-1]  # perhaps of another call's tag
+        return Status.BROKEN
 
     def _in_key(self, char: str) -> Status:
         if char != ">":

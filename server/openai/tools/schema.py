@@ -18,18 +18,29 @@ def calls_schema(functions: Mapping[str, dict[str, Any]], *, parallel: bool) -> 
         functions: the schema of each one's arguments, by name.
         parallel: whether more than one call may stand in the list.
     """
+    call = call_schema(functions, "parameters")
+    definitions = call.pop("$defs")
+    limit = {} if parallel else {"maxItems": 1}
+    return {"type": "array", "minItems": 1, **limit, "items": call, "$defs": definitions}
+
+
+def call_schema(functions: Mapping[str, dict[str, Any]], key: str) -> dict[str, Any]:
+    """One call.
+
+    Args:
+        functions: the schema of each one's arguments, by name.
+        key: what the arguments are called.
+    """
     definitions: dict[str, Any] = {}
     forms = []
     for number, (name, schema) in enumerate(functions.items()):
-        key = f"parameters_{number}"
-        definitions[key] = _moved(schema, f"#/$defs/{key}")
-        members = {"name": {"const": name}, "parameters": {"$ref": f"#/$defs/{key}"}}
+        place = f"parameters_{number}"
+        definitions[place] = _moved(schema, f"#/$defs/{place}")
+        members = {"name": {"const": name}, key: {"$ref": f"#/$defs/{place}"}}
         forms.append(
             {"type": "object", "properties": members, "required": list(members), "additionalProperties": False}
         )
-    limit = {} if parallel else {"maxItems": 1}
-    items = forms[0] if len(forms) == 1 else {"anyOf": forms}
-    return {"type": "array", "minItems": 1, **limit, "items": items, "$defs": definitions}
+    return {**(forms[0] if len(forms) == 1 else {"anyOf": forms}), "$defs": definitions}
 
 
 def arguments_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from decoding.errors import ConfigError, nearest
-from server.openai.tools import hermes, llama3_json, mistral, qwen3_coder
+from decoding.request import Grammar
+from server.openai.tools import either, hermes, llama3_json, mistral, qwen3_coder
 from server.openai.tools.base import Offer, ToolParser
+from server.openai.tools.either import Functions
 
 
 def new_call_id() -> str:
@@ -18,6 +21,12 @@ def new_call_id() -> str:
 
 def _same_id(call_id: str) -> str:
     return call_id
+
+
+class Either(Protocol):
+    """See ``server.openai.tools.either``."""
+
+    def __call__(self, answer: Grammar, functions: Functions, *, parallel: bool) -> Grammar | None: ...
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,8 @@ class ToolFormat:
         markers: texts that are special tokens in some tokenizers, and must reach the parser all the same.
         new_id: makes a call's id.
         template_id: makes a client's id one that the template takes.
+        either: a grammar of outputs that are an answer of a form or calls, if there can be one.
+        spelled: markers that ``either`` writes, which cannot be special tokens: no text spells those.
     """
 
     parser: Callable[[Offer], ToolParser]
@@ -38,6 +49,8 @@ class ToolFormat:
     markers: tuple[str, ...] = ()
     new_id: Callable[[], str] = new_call_id
     template_id: Callable[[str], str] = _same_id
+    either: Either | None = None
+    spelled: tuple[str, ...] = ()
 
     def matches(self, template: str) -> bool:
         """Whether a chat template is of this family."""
@@ -50,12 +63,15 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
         (hermes.OPEN,),
         foreign=(qwen3_coder.FUNCTION, "<arg_key>", "<tool_calls>", "<invoke"),  # GLM, Apriel, MiniMax
         markers=(hermes.OPEN, hermes.CLOSE),
+        either=either.tagged,
+        spelled=(hermes.OPEN, hermes.CLOSE),
     ),
     "llama3_json": ToolFormat(
         llama3_json.Llama3JsonParser,
         (llama3_json.PYTHON_TAG, '"parameters": dictionary of argument name'),
         foreign=(qwen3_coder.FUNCTION,),  # Functionary
         markers=(llama3_json.PYTHON_TAG,),
+        either=either.bare,
     ),
     "mistral": ToolFormat(
         mistral.MistralParser,
@@ -90,6 +106,6 @@ def find_tool_format(name: str, template: str) -> ToolFormat | None:
         return None
     if name not in TOOL_FORMATS:
         raise ConfigError(
-            f"no format of tool calls is called {name!r}: {nearest(name, ['auto', 'none', *TOOL_FORMATS])}."
+            f"no format of tool calls is called {name!r}: {nearest(name, ['auto', 'none', *TOOL_FORMATS])}"
         )
     return TOOL_FORMATS[name]
