@@ -46,10 +46,22 @@ def ratios_chart(ratios: Sequence[Ratio], names: Sequence[str]) -> Any:
     axis.set_yticks(range(len(ratios)), [_ratio_name(each, several) for each in reversed(ratios)], fontsize=9)
     axis.axvline(1.0, color="black", linewidth=1)
     axis.set_ylim(-0.6, len(ratios) - 0.2)
-    axis.margins(x=0.12)
+    _ratio_axis(axis)
     axis.set_xlabel(f"times as fast: {names[1]} over {names[0]}, 95% interval")
     axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _ratio_axis(axis: Any) -> None:
+    """Half as fast is as far from 1 as twice as fast."""
+    low, high = axis.get_xlim()
+    axis.set_xscale("log")
+    axis.set_xlim(min(0.8, 0.85 * max(low, axis.dataLim.x0)), max(1.25, high))
+    low, high = axis.get_xlim()
+    ticks = [step * 10.0**power for power in range(-4, 5) for step in (1, 2, 5) if low <= step * 10.0**power <= high]
+    axis.set_xticks(ticks if len(ticks) > 2 else [0.8, 1.0, 1.25], minor=False)
+    axis.xaxis.set_major_formatter("{x:g}×")
+    axis.set_xticks([], minor=True)
 
 
 def _ratio_name(ratio: Ratio, several: bool) -> str:

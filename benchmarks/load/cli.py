@@ -11,14 +11,18 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from benchmarks.load.flags import add_flags
 from benchmarks.load.prompts import Prompt, Synthetic, approximate_tokens, read_prompts, synthetic_prompts
 from benchmarks.load.settings import Extent, Goal, Load, NoServerError, Sampling, Server
 from decoding.command_line import StrictParser
 from decoding.errors import ConfigError
+
+if TYPE_CHECKING:
+    from decoding.text import Tokenizer
 
 _EPILOG = """\
 examples:
@@ -155,32 +159,34 @@ def prompts(args: argparse.Namespace) -> list[Prompt]:
     Raises:
         ConfigError: a file that cannot be read, or chats for an endpoint that takes none.
     """
-    count, cut = _tokenizer(args.tokenizer)
-    if args.dataset_path is None:
-        shape = Synthetic(
-            args.random_input_len, args.random_output_len, args.random_range_ratio, args.random_prefix_len
-        )
-        return synthetic_prompts(shape, args.num_prompts + args.num_warmups, args.seed, cut)
-    found = read_prompts(args.dataset_path, args.output_len, args.random_output_len, count)
+    tokenizer = None if args.tokenizer is None else _tokenizer(args.tokenizer)
+    found = _read(args, tokenizer)
     if args.endpoint != "chat" and any(prompt.messages for prompt in found):
         raise ConfigError(f"{args.dataset_path} has messages, which completions do not take; add --endpoint chat")
+    if tokenizer is not None and args.token_ids:
+        return [replace(prompt, ids=tuple(tokenizer.encode(prompt.text))) for prompt in found]
     return found
 
 
-def _tokenizer(name: str | None) -> tuple[Any, Any]:
-    """(counts a text's tokens, cuts a text to so many), the latter None without a tokenizer."""
-    if name is None:
-        return approximate_tokens, None
+def _read(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[Prompt]:
+    def encode(text: str) -> list[int]:
+        assert tokenizer is not None
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    if args.dataset_path is not None:
+        count = approximate_tokens if tokenizer is None else lambda text: len(encode(text))
+        return read_prompts(args.dataset_path, args.output_len, args.random_output_len, count)
+    shape = Synthetic(args.random_input_len, args.random_output_len, args.random_range_ratio, args.random_prefix_len)
+    cut = None if tokenizer is None else lambda text, tokens: tokenizer.decode(encode(text)[:tokens])
+    return synthetic_prompts(shape, args.num_prompts + args.num_warmups, args.seed, cut)
+
+
+def _tokenizer(name: str) -> Tokenizer:
     from decoding.config import EngineConfig
     from decoding.text import Tokenizer
     from server.model_folder import tokenizer_folder
 
-    tokenizer = Tokenizer.load(tokenizer_folder(EngineConfig(name, tokenizer=name)))
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    return (lambda text: len(encode(text))), (lambda text, tokens: tokenizer.decode(encode(text)[:tokens]))
+    return Tokenizer.load(tokenizer_folder(EngineConfig(name, tokenizer=name)))
 
 
 def _check(parser: StrictParser, args: argparse.Namespace) -> None:
@@ -194,6 +200,8 @@ def _check(parser: StrictParser, args: argparse.Namespace) -> None:
         parser.error("--request-rate inf sends without end under --duration; give a rate, or --num-prompts")
     if args.vs is None and (args.vs_model or args.vs_api_key or args.vs_label or args.vs_extra_body):
         parser.error("the flags --vs-... are of a second server; name it with --vs URL")
+    if args.token_ids and (args.tokenizer is None or args.endpoint == "chat"):
+        parser.error("--token-ids needs --tokenizer, and --endpoint completions")
     reserved = [name for name in {**args.extra_body, **args.vs_extra_body} if name in _OURS]
     if reserved:
         parser.error(f"--extra-body: {reserved[0]} is set by other flags, or cannot be measured; leave it out")

@@ -45,7 +45,7 @@ def prepare(server: Server, sampling: Sampling, number: int, prompt: Prompt) -> 
     if sampling.endpoint == "chat":
         body["messages"] = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
     else:
-        body["prompt"] = prompt.text
+        body["prompt"] = list(prompt.ids) or prompt.text
     body |= {"max_tokens": prompt.max_tokens, "temperature": sampling.temperature, "seed": sampling.seed + number}
     body |= {"stream": True} | ({"ignore_eos": True} if sampling.ignore_eos else {})
     if server.usage != "none":

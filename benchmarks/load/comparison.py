@@ -124,12 +124,14 @@ def _rate(turn: Turn) -> float | None:
     return tokens_in(turn) / turn.seconds if turn.seconds > 0 else None
 
 
+BETWEEN_CHUNKS = "ITL (mean)"
+
 # what is compared -> (a turn's figure, whether more of it is better). Pauses between chunks by their mean: where a step
 # brings several tokens at once, most pauses are short and few are long, and a median says little.
 FIGURES: dict[str, tuple[Callable[[Turn], float | None], bool]] = {
     "output tokens/s": (_rate, True),
     "TTFT (median)": (_median("ttft"), False),
     "TPOT (median)": (_median("tpot"), False),
-    "ITL (mean)": (_mean("itl"), False),
+    BETWEEN_CHUNKS: (_mean("itl"), False),
     "end to end (median)": (_median("e2el"), False),
 }

@@ -81,6 +81,8 @@ def _add_prompts(parser: StrictParser) -> None:
     prefix = "of a beginning that all prompts share (default: 0)"
     add("--random-prefix-len", type=whole_from(0), default=0, metavar="TOKENS", help=prefix)
     add("--tokenizer", type=nonempty, metavar="MODEL", help="for exact lengths (default: a word is taken for a token)")
+    ids = "send prompts as token ids of --tokenizer: for servers that would cut the same text differently"
+    add("--token-ids", action="store_true", help=ids)
     heat = Sampling().temperature
     add("--temperature", type=not_negative, default=heat, metavar="T", help=f"of all requests (default: {heat:g})")
     add("--seed", type=seed, default=0, help="of prompts, arrivals and requests (default: 0)")

@@ -100,12 +100,11 @@ def _verdicts(result: Result) -> Iterator[str]:
 
 def sentence(ratio: Ratio, names: Sequence[str]) -> str:
     """A ratio in words."""
-    head = f"{ratio.metric}, {ratio.load}: {names[1]} over {names[0]} is {ratio.value:.2f}"
+    head = f"{ratio.metric}, {ratio.load}: {names[1]} has {ratio.value:.2f} times what {names[0]} has"
     if ratio.low is None or ratio.high is None:
         return f"{head}; too few rounds to tell how sure that is"
-    interval = f"95% interval {ratio.low:.2f} to {ratio.high:.2f}, {ratio.rounds} rounds"
     verdict = ratio.verdict if ratio.verdict == "no difference shown" else f"{names[1]} is {ratio.verdict}"
-    return f"{head}, {verdict} ({interval})"
+    return f"{verdict[0].upper()}{verdict[1:]}: {head} (95% interval {ratio.low:.2f} to {ratio.high:.2f})"
 
 
 def _css(ratio: Ratio) -> str:

@@ -40,12 +40,14 @@ class Prompt:
 
     Attributes:
         text: of a completion, or of a chat's one user message.
+        ids: of a completion, in place of ``text``: for servers whose tokenizers differ.
         messages: of a chat, in place of ``text``.
         max_tokens: of its answer.
     """
 
     max_tokens: int
     text: str = ""
+    ids: tuple[int, ...] = ()
     messages: tuple[dict[str, Any], ...] = ()
 
 

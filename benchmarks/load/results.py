@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 import shlex
@@ -11,12 +12,14 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-from benchmarks.load.comparison import Ratio, Texts, compare, compare_texts
+from benchmarks.load.comparison import BETWEEN_CHUNKS, Ratio, Texts, compare, compare_texts
 from benchmarks.load.experiment import Measured, Plan
 from benchmarks.load.loops import Turn
 from benchmarks.load.records import Record
 from benchmarks.load.settings import Goal
 from benchmarks.load.summary import Summary, summarise
+
+LIKE_CHUNKS = 0.1  # logarithm of the ratio of their tokens
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,39 @@ class Result:
             for name, source in sources.items()
             if source == "chunks"
         ]
+        if (text := self._repeats()) is not None:
+            found.append(text)
+        found += [
+            f"under load {one.load!r} a chunk holds {one.tokens_per_chunk:.2g} tokens of {one.server} and "
+            f"{other.tokens_per_chunk:.2g} of {other.server}: the times between them are not compared"
+            for one, other in _pairs(self.summaries, len(self.plan.servers))
+            if not _like_chunks(one, other)
+        ]
         if len(set(sources.values())) > 1:
             counted = "; ".join(f"{name}: {source}" for name, source in sources.items())
             found.append(f"the servers' tokens are counted in different ways ({counted})")
         return list(dict.fromkeys(found))
+
+    def _repeats(self) -> str | None:
+        requests = sum(len(turn.records) for turn in self.measured.turns)
+        sent, prompts = requests // len(self.plan.servers), len(self.plan.prompts)
+        if sent <= prompts:
+            return None
+        return (
+            f"{prompts} prompts served {sent} requests of each server: one with a prefix cache knew repeated ones"
+        )
+
+
+def _pairs(summaries: Sequence[Summary], servers: int) -> list[tuple[Summary, Summary]]:
+    """Both servers' under each load."""
+    return list(zip(summaries[::2], summaries[1::2], strict=True)) if servers == 2 else []
+
+
+def _like_chunks(one: Summary, other: Summary) -> bool:
+    """Whether times between chunks can be compared: chunks hold about as many tokens."""
+    if not one.tokens_per_chunk or not other.tokens_per_chunk:
+        return True
+    return abs(math.log(one.tokens_per_chunk / other.tokens_per_chunk)) < LIKE_CHUNKS
 
 
 def result_of(plan: Plan, measured: Measured, goal: Goal, argv: Sequence[str]) -> Result:
@@ -65,8 +97,11 @@ def result_of(plan: Plan, measured: Measured, goal: Goal, argv: Sequence[str]) -
     summaries, ratios = [], []
     for load in plan.loads:
         parts = [_turns(measured, server.label, load.label) for server in plan.servers]
-        summaries += [summarise(part, goal) for part in parts]
-        ratios += compare(parts[0], parts[1]) if len(parts) == 2 else []
+        figures = [summarise(part, goal) for part in parts]
+        summaries += figures
+        if len(parts) == 2:
+            like = _like_chunks(figures[0], figures[1])
+            ratios += [each for each in compare(parts[0], parts[1]) if like or each.metric != BETWEEN_CHUNKS]
     both = [[turn for turn in measured.turns if turn.server == server.label] for server in plan.servers]
     return Result(
         plan=plan,

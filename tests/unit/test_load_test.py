@@ -11,9 +11,11 @@ import pytest
 
 from benchmarks.load.cli import main, parse
 from decoding.errors import ConfigError
+from decoding.text import Tokenizer
 from server import cli
 from tests.load_servers import Body, Script, fake_server
 
+ROOT = Path(__file__).parents[2]
 QUICK = ["--no-progress", "--random-input-len", "4", "--random-output-len", "4"]
 
 
@@ -40,7 +42,7 @@ def test_a_planted_slowdown_is_found(out: Path, capsys: pytest.CaptureFixture[st
     assert ratios["output tokens/s"]["high"] < 1.0
     assert found["texts"] == {"pairs": 24, "same": 24}
     assert re.search(r"TPOT \(median\) +[1-9]\.\d+ \[.*\] +slower", capsys.readouterr().out)
-    assert "B is slower" in out.with_suffix(".html").read_text()
+    assert "B is slower: TPOT (median), 4 at once: B has" in out.with_suffix(".html").read_text()
 
 
 def test_both_servers_get_the_same_requests_in_turns(out: Path) -> None:
@@ -163,6 +165,17 @@ def test_fields_and_keys_arrive(out: Path) -> None:
     assert "sk-" not in out.read_text()
 
 
+def test_prompts_can_be_token_ids(out: Path) -> None:
+    with fake_server(Script()) as server:
+        words = ["--tokenizer", str(ROOT / "demo/target"), "--random-input-len", "9", "--num-prompts", "2"]
+        bench(out, "--base-url", server.url, *words, "--token-ids")
+        bench(out, "--base-url", server.url, *words)
+    ids, text = server.bodies[1]["prompt"], server.bodies[4]["prompt"]
+    tokenizer = Tokenizer.load(ROOT / "demo/target")
+    assert len(ids) == 9
+    assert tokenizer.decode(ids) == text
+
+
 def test_no_server_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--base-url", "http://127.0.0.1:9"]) == 2
     said = capsys.readouterr().err
@@ -193,6 +206,7 @@ def test_a_refused_first_request_is_said_before_anything_is_measured() -> None:
         ("--arrival burst", "give its --request-rate"),
         ("--vs-model m", "name it with --vs URL"),
         ("--vs http://x --num-prompts 3", "fewer than the 6 rounds"),
+        ("--token-ids", "--token-ids needs --tokenizer"),
         ("--model", "expected one argument"),
     ],
 )
