@@ -111,7 +111,8 @@ class ChildServer:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._loop.run(self._http.aclose())
+        if not self._http.is_closed:
+            self._loop.run(self._http.aclose())
         self._loop.close()
         self._client.close()
         self._log.close()

@@ -104,7 +104,7 @@ def sentence(ratio: Ratio, names: Sequence[str]) -> str:
     if ratio.low is None or ratio.high is None:
         return f"{head}; too few rounds to tell how sure that is"
     verdict = ratio.verdict if ratio.verdict == "no difference shown" else f"{names[1]} is {ratio.verdict}"
-    return f"{verdict[0].upper()}{verdict[1:]}: {head} (95% interval {ratio.low:.2f} to {ratio.high:.2f})"
+    return f"{verdict}: {head} (95% interval {ratio.low:.2f} to {ratio.high:.2f})"
 
 
 def _css(ratio: Ratio) -> str:

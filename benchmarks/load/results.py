@@ -75,9 +75,7 @@ class Result:
         sent, prompts = requests // len(self.plan.servers), len(self.plan.prompts)
         if sent <= prompts:
             return None
-        return (
-            f"{prompts} prompts served {sent} requests of each server: one with a prefix cache knew repeated ones"
-        )
+        return f"{prompts} prompts served {sent} requests of each server: one with a prefix cache knew repeated ones"
 
 
 def _pairs(summaries: Sequence[Summary], servers: int) -> list[tuple[Summary, Summary]]:
