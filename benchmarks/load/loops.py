@@ -79,9 +79,9 @@ async def run_turn(
             await _closed(one, jobs, load.concurrency, bounds, end)
         else:
             await _open(one, jobs, load, bounds, (started, end), rng)
-        last = max((record.ended for record in records), default=started)
+        closed = max((record.ended for record in records), default=started) if math.isinf(end) else end
     records.sort(key=lambda record: record.scheduled)
-    return Turn(client.server.label, load, number, tuple(records), started, min(end, last), lag)
+    return Turn(client.server.label, load, number, tuple(records), started, closed, lag)
 
 
 async def _closed(one: Send, jobs: Iterator[Job], concurrency: int, bounds: Bounds, end: float) -> None:

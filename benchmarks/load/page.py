@@ -18,7 +18,7 @@ h1{font-size:26px;margin:0 0 4px}h2{font-size:18px;margin:34px 0 8px}
 .verdicts li.faster{border-color:#009e73}.verdicts li.slower,.verdicts li.failed{border-color:#d55e00}
 .note{padding:8px 14px;background:#fff6e0;border-left:5px solid #e69f00;margin:6px 0}
 table{border-collapse:collapse;margin:6px 0 16px;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:4px 18px 4px 0;border-bottom:1px solid #e2e2e2;vertical-align:top}
+th,td{text-align:left;padding:4px 18px 4px 0;border-bottom:1px solid #e2e2e2;vertical-align:top;white-space:pre-wrap}
 td+td,th+th{text-align:right}svg{max-width:100%;height:auto}
 dt{font-weight:600;margin-top:8px}dd{margin:0 0 0 18px;color:#333}
 code{background:#f2f2f2;padding:1px 4px;overflow-wrap:anywhere}
