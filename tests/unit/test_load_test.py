@@ -223,7 +223,8 @@ def test_wrong_command_lines(line: str, message: str, capsys: pytest.CaptureFixt
     [
         (["--base-url", "localhost:8000"], "write it as http"),
         (["--base-url", "http://"], "write it as http"),
-        (["--base-url", "http://[x"], "write it as http"),
+        (["--base-url", "http://x:y"], "write it as http"),
+        (["--base-url", "http://127.0.0.1:99999"], "write it as http"),
         (["--output", "/nowhere/at/all.json"], "cannot write /nowhere"),
         (["--vs", "http://x", "--label", "B"], "give them two names"),
     ],
