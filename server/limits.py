@@ -32,7 +32,7 @@ class Limits:
     header_timeout: float = 10.0  # from the first byte of a request (or the connection) to the end of its headers
     body_timeout: float = 60.0  # from there to the end of its body
     write_timeout: float = 60.0  # in which a client must read something of what waits for it
-    keep_alive_timeout: int = 5  # of a connection between two requests
+    keep_alive_timeout: int = 75  # of a connection between two requests; longer than proxies keep theirs (60)
     request_timeout: float | None = None  # from a request's arrival to the end of its answer
     shutdown_timeout: float = 8.0  # for requests in flight after SIGTERM; docker kills after 10
     watchdog_timeout: float = 300.0  # in which an engine with work must finish a step

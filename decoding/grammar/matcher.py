@@ -72,11 +72,11 @@ class Matcher:
     def masks(self, paths: Sequence[Path]) -> list[Words | None]:
         """What may follow each path; None where it does not matter: no text gets there, or none goes on from there."""
         new = sorted(set(paths) - self._masks.keys())  # depth first
-        started = time.perf_counter()
+        started = time.thread_time()  # not the clock's: on a busy machine another process may have the core
         for path in new:
             self._masks[path] = self._mask() if self._walk(path) else None
         if new:
-            self._slowness += SLOWNESS_RATE * ((time.perf_counter() - started) / len(new) - self._slowness)
+            self._slowness += SLOWNESS_RATE * ((time.thread_time() - started) / len(new) - self._slowness)
         return [self._masks[path] for path in paths]
 
     def allows(self, path: Path) -> bool:

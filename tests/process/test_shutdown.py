@@ -20,10 +20,13 @@ import pytest
 import trustme
 
 from decoding.config import EngineConfig
-from decoding.errors import EngineDeadError
+from decoding.errors import ConfigError, EngineDeadError
 from decoding.request import GenerateRequest, SamplingParams
+from server.cli import parse
 from server.engine_client import EngineClient
 from server.limits import Limits
+from server.security import Tls
+from server.serve_flags import tls
 from server.socket_client import SocketEngineClient
 from server.supervisor import RestartPolicy, Supervisor
 from tests.api.harness import eventually
@@ -72,7 +75,7 @@ def test_a_drain_tells_who_asks_and_lets_who_streams_finish() -> None:
     assert not any('"error"' in line for line in stream.lines)
 
 
-@pytest.mark.parametrize("body", [STREAM, {**STREAM, "n": 3}, {**STREAM, "prompt": [[SLOW], [SLOW]]}])
+@pytest.mark.parametrize("body", [{**STREAM, "n": 3}, {**STREAM, "prompt": [[SLOW], [SLOW]]}])
 def test_a_drain_ends_in_time_with_one_error_and_done(body: dict[str, Any]) -> None:
     with serving("--shutdown-timeout", "0.2", program=COUNTING) as server:
         stream = Stream(server.url, body)
@@ -246,16 +249,20 @@ def test_tls_with_and_without_certificates_of_clients(tmp_path: Path) -> None:
 
 
 def test_tls_files_that_do_not_fit_are_known_before_a_model_is_loaded(tmp_path: Path) -> None:
-    (tmp_path / "empty.pem").write_text("")
-    for flags, part in (
-        (("--ssl-certfile", "nowhere.pem"), "no file 'nowhere.pem', which --ssl-certfile names"),
-        (("--ssl-certfile", str(tmp_path / "empty.pem")), "TLS cannot be set up"),
-        (("--ssl-keyfile", "key.pem"), "need --ssl-certfile"),
-    ):
-        done = run("serve", "no/such/model", *flags, "--port", "0", seconds=60)
-        assert done.returncode == 1
-        assert part in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+    done = run("serve", "no/such/model", "--ssl-certfile", "nowhere.pem", "--port", "0", seconds=60)
+    assert done.returncode == 1
+    assert "no file 'nowhere.pem', which --ssl-certfile names" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    empty, key = tmp_path / "empty.pem", tmp_path / "key.pem"
+    empty.write_text("")
+    issued = [trustme.CA().issue_cert("127.0.0.1") for _ in range(2)]
+    issued[0].private_key_pem.write_to_path(str(key))
+    issued[1].cert_chain_pems[0].write_to_path(str(tmp_path / "other.pem"))
+    for files in (Tls(str(empty)), Tls(str(tmp_path / "other.pem"), str(key)), Tls(str(key), str(key), str(empty))):
+        with pytest.raises(ConfigError, match="TLS cannot be set up"):
+            files.context()
+    with pytest.raises(ConfigError, match="need --ssl-certfile"):
+        tls(parse(["serve", "m", "--ssl-keyfile", "key.pem"]))
 
 
 def test_while_the_model_loads_health_says_so(tmp_path: Path) -> None:

@@ -177,3 +177,13 @@ def test_the_official_clients_errors_name_the_place(server: Served) -> None:
         client.completions.create(model="demo/target", prompt="x", extra_body={"guided_json": {"type": "strin"}})
     assert (refused.value.code, refused.value.param) == ("invalid_grammar", "guided_json")
     assert "'#/type'" in refused.value.message
+
+
+def test_responses_are_held_to_a_format_too(server: Served) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    done = client.responses.parse(model="demo/target", input=PROMPT, text_format=Order, max_output_tokens=200)
+    assert isinstance(done.output_parsed, Order)
+    wrong: Any = {"format": {"type": "json_schema", "name": "it", "schema": {"type": "strin"}}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="demo/target", input=PROMPT, text=wrong)
+    assert (refused.value.code, refused.value.param) == ("invalid_grammar", "text.format.schema")

@@ -77,7 +77,8 @@ def cases() -> Iterator[Case]:
 
 def _mixed() -> Iterator[Case]:
     yield Case("mixed/array of tagged", 5, array({"oneOf": TAGGED}, 3, 1))
-    yield Case("mixed/property of tagged", 5, closed({"id": DIGIT, "shape": {"anyOf": TAGGED}}))
+    union = {"oneOf": [ref("circle"), ref("text")], "discriminator": {"propertyName": "kind"}}
+    yield Case("mixed/tagged union of references", 5, {**union, "$defs": {"circle": TAGGED[0], "text": TAGGED[2]}})
     shapes = {"$defs": {"circle": TAGGED[0], "text": TAGGED[2]}}
     yield Case("mixed/anyOf of references", 5, {"anyOf": [ref("circle"), ref("text")], **shapes})
     yield Case("mixed/anyOf beside a type", 5, {"type": "integer", "anyOf": [{"minimum": 90}, {"maximum": 9}], **_0_99})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import re
 from typing import Any
@@ -165,6 +166,9 @@ def test_negated_classes_are_read_without_nul(pattern: str, read: str) -> None:
         ("date-time", "2026-11-30T00:00:00+01:00", True),
         ("date-time", "2026-11-31T00:00:00Z", False),
         ("date-time", "2024-02-30T00:00:00Z", False),
+        ("date-time", "2024-02-29T00:00:00Z", True),
+        ("date-time", "2023-02-29T00:00:00Z", False),
+        ("date-time", "0999-02-28T00:00:00Z", False),
         ("date-time", "2024-02-28T12:30:00.5Z", True),
         ("date-time", "2024-02-28 12:30:00Z", False),
     ],
@@ -177,6 +181,19 @@ def test_times_are_such_as_readers_take(name: str, text: str, fits: bool) -> Non
         datetime.datetime.fromisoformat(text if name == "date-time" else f"2024-01-01T{text}")
 
 
+def test_days_are_those_of_the_calendar() -> None:
+    days = re.compile(json.loads(schema_source({"format": "date"}, "f"))["pattern"])
+    for year in (1000, 1600, 1700, 1900, 1996, 2000, 2023, 2024, 2100, 4000, 9999):
+        for month, day in itertools.product(range(14), range(33)):
+            text = f"{year:04d}-{month:02d}-{day:02d}"
+            try:
+                datetime.date.fromisoformat(text)
+            except ValueError:
+                assert days.search(text) is None, text
+            else:
+                assert days.search(text) is not None, text
+
+
 def test_a_time_with_a_pattern_has_both() -> None:
     read = json.loads(schema_source({"format": "time", "pattern": "^1", "allOf": [{"maxLength": 20}]}, "f"))
     assert read["pattern"] == "^1"
@@ -187,3 +204,39 @@ def test_references_have_one_spelling() -> None:
     schema = {"$defs": {"größe": {}, "a/b": {}}, "anyOf": [{"$ref": "#/$defs/größe"}, {"$ref": "#/$defs/a~1b"}]}
     read = json.loads(schema_source(schema, "f"))
     assert read["anyOf"] == [{"$ref": "#/$defs/gr%C3%B6%C3%9Fe"}, {"$ref": "#/$defs/a~1b"}]
+
+
+def tagged(name: str, **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"kind": {"const": name}, **more}, "required": ["kind"]}
+
+
+TWO = {"a": tagged("a"), "b": tagged("b", x={"type": "integer"})}
+
+
+@pytest.mark.parametrize(
+    ("branches", "excluding"),
+    [
+        ([{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}], True),
+        ([{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}, {"type": "null"}], True),
+        ([{"$ref": "#/$defs/a"}, tagged("c")], True),
+        ([{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}], False),
+        ([{"$ref": "#/$defs/a"}, {"type": "object"}], False),
+        ([{"$ref": "#/$defs/a"}, {}], False),
+        ([{"$ref": "#/$defs/a"}, True], False),
+        ([{"type": "integer"}, {"type": "number"}], False),
+        ([{"type": "integer"}, {"type": ["string", "null"]}], True),
+        ([tagged("a"), {**tagged("b"), "required": []}], False),
+        ([tagged("a"), {"properties": {"kind": {"const": "b"}}, "required": ["kind"]}], False),
+        ([tagged("a"), {**tagged("x"), "properties": {"kind": {"enum": ["x", "a"]}}}], False),
+        ([tagged("a"), {**tagged("x"), "properties": {"kind": {"enum": ["x", "y"]}}}], True),
+        ([{"const": 1}, {"const": 1.0}], False),
+    ],
+)
+def test_unions_whose_branches_exclude_each_other(branches: list[Any], excluding: bool) -> None:
+    read = json.loads(schema_source({"$defs": TWO, "oneOf": branches, "title": "t"}, "f"))
+    assert read == {"$defs": TWO, "anyOf" if excluding else "oneOf": branches}
+
+
+def test_a_union_that_is_referred_to_stays_where_it_is() -> None:
+    schema = {"oneOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#/oneOf/0"}}]}
+    assert json.loads(schema_source(schema, "f")) == schema

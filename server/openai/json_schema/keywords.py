@@ -122,13 +122,13 @@ LAYOUT_OPTIONS: Mapping[str, type] = {
     "whitespace_pattern": str,
 }
 
-# The compiler takes RFC 3339 at its word, where any minute may have a second 60 and fractions have no end; hardly any
-# reader does. So times are spelled out: as everybody reads them, and without the 29th of February.
-_DAY = (
-    "[0-9]{4}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
-)
+# The compiler takes RFC 3339 at its word, where there is a year 0000, any minute may have a second 60 and fractions
+# have no end; hardly any reader takes all that. So days and times are spelled out as everybody reads them.
+_LEAP_YEAR = "[1-9][0-9](0[48]|[2468][048]|[13579][26])|([2468][048]|[13579][26])00"
+_MONTH_AND_DAY = "(0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8])"
+_DAY = f"([1-9][0-9]{{3}}-({_MONTH_AND_DAY})|({_LEAP_YEAR})-02-29)"
 _TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
-TIMES: Mapping[str, str] = {"time": f"^{_TIME}$", "date-time": f"^{_DAY}T{_TIME}$"}
+TIMES: Mapping[str, str] = {"date": f"^{_DAY}$", "time": f"^{_TIME}$", "date-time": f"^{_DAY}T{_TIME}$"}
 
 _NEGATED = re.compile(r"(\\.)|(\[\^\]?)", re.DOTALL)
 

@@ -15,6 +15,7 @@ from urllib.parse import quote, unquote
 from decoding.errors import RequestError, nearest
 from server.openai.json_schema import keywords
 from server.openai.json_schema.endless import Place, endless
+from server.openai.json_schema.exclusive import exclusive
 
 MAX_BYTES = 128 * 2**10
 MAX_NESTING = 64
@@ -61,10 +62,23 @@ class _Reader:
         if never:
             place = min(never, key=len)
             raise self._wrong(place, "can never be satisfied: it needs itself, so that no output could end")
-        self._amend()
+        self._spell_times()
+        self._open_unions(targets)
         return self._text(cleaned)
 
-    def _amend(self) -> None:
+    def _open_unions(self, targets: Mapping[Place, Place]) -> None:
+        """Write oneOf as anyOf where it means the same, in its place among the other words."""
+        kept = {place[: i + 1] for place in targets.values() for i, word in enumerate(place) if word == "oneOf"}
+        for place, schema in self._schemas.items():
+            if not isinstance(schema, dict) or "oneOf" not in schema or "anyOf" in schema:
+                continue
+            branches = [(*place, "oneOf", str(i)) for i in range(len(schema["oneOf"]))]
+            if (*place, "oneOf") not in kept and exclusive(branches, self._schemas, targets):
+                words = {"anyOf" if word == "oneOf" else word: value for word, value in schema.items()}
+                schema.clear()
+                schema.update(words)
+
+    def _spell_times(self) -> None:
         """Say more exactly what the compiler would take too loosely."""
         for schema in self._schemas.values():
             if isinstance(schema, dict) and schema.get("format") in keywords.TIMES:
