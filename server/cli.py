@@ -26,6 +26,7 @@ TOOLS = {
     "train": ("training.cli", "train a drafter for a target, or a small model"),
     "report": ("benchmarks.report_cli", "measure how many drafted tokens are accepted"),
     "calibrate": ("benchmarks.calibrate_cli", "build a tree of fixed shape for Medusa heads"),
+    "bench": ("benchmarks.load.cli", "measure any server of OpenAI's API under load, or two side by side"),
     "datastore": ("server.datastore", "build the corpus that the retrieval drafter copies from"),
 }
 

@@ -90,7 +90,8 @@ def test_the_rules_would_notice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["server.app", "server.cli", "decoding.text", "decoding.request", "decoding.messages"]
+    "module",
+    ["benchmarks.load.page", "server.app", "server.cli", "decoding.text", "decoding.request", "decoding.messages"],
 )
 def test_the_http_process_does_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
