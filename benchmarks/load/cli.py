@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx
+
 from benchmarks.load.flags import add_flags
 from benchmarks.load.prompts import Prompt, Synthetic, approximate_tokens, read_prompts, synthetic_prompts
 from benchmarks.load.settings import Extent, Goal, Load, NoServerError, Sampling, Server
@@ -126,8 +128,16 @@ def servers(args: argparse.Namespace) -> tuple[Server, ...]:
 
 
 def _address(url: str) -> str:
-    """Without a slash or /v1 at its end, as both forms are usual."""
-    if not url.startswith(("http://", "https://")):
+    """Without a slash or /v1 at its end, as both forms are usual.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{url!r} is no address ({error}); write it as http://127.0.0.1:8000") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 0) > 65535:
         raise ConfigError(f"{url!r} is no address; write it as http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
@@ -178,7 +188,8 @@ def _read(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[Prompt]
         return read_prompts(args.dataset_path, args.output_len, args.random_output_len, count)
     shape = Synthetic(args.random_input_len, args.random_output_len, args.random_range_ratio, args.random_prefix_len)
     cut = None if tokenizer is None else lambda text, tokens: tokenizer.decode(encode(text)[:tokens])
-    return synthetic_prompts(shape, args.num_prompts + args.num_warmups, args.seed, cut)
+    number = args.num_prompts * len(loads(args)) + args.num_warmups  # so that no load finds prompts in a cache
+    return synthetic_prompts(shape, number, args.seed, cut)
 
 
 def _tokenizer(name: str) -> Tokenizer:

@@ -149,7 +149,7 @@ class LoadClient:
         except (TimeoutError, httpx.TimeoutException) as error:
             connecting = isinstance(error, httpx.ConnectTimeout)
             return ("connection" if connecting else "timeout"), f"no end after {self._timeout:g} s"
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             said = str(error) or type(error).__name__
             return ("truncated" if reader.arrivals else "connection"), said
         return reader.failure or (None, "")

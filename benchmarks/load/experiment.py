@@ -66,8 +66,11 @@ async def measure(plan: Plan, progress: bool | None = None) -> Measured:
             await _warm_up(client, plan)
         turns: list[Turn] = []
         with _bar(plan, progress) as advance:
+            first = plan.extent.warm_ups
             for place, load in enumerate(plan.loads):
-                turns += [turn async for turn in _rounds(clients, plan, place, load, advance)]
+                done = [turn async for turn in _rounds(clients, plan, (place, first), load, advance)]
+                first += sum(_most_records(done, number) for number in range(plan.extent.rounds))
+                turns += done
     return Measured(servers, tuple(turns))
 
 
@@ -85,18 +88,27 @@ async def _warm_up(client: LoadClient, plan: Plan) -> None:
 
 
 async def _rounds(
-    clients: Sequence[LoadClient], plan: Plan, place: int, load: Load, advance: Callable[[], None]
+    clients: Sequence[LoadClient], plan: Plan, where: tuple[int, int], load: Load, advance: Callable[[], None]
 ) -> AsyncIterator[Turn]:
-    first = plan.extent.warm_ups
+    """
+    Args:
+        where: the load's place in the sweep, and its first prompt.
+    """
+    place, first = where
     for number in range(plan.extent.rounds):
         order = clients if number % 2 == 0 else clients[::-1]
-        bounds, most = plan.bounds(number), 0
+        done = []
         for client in order:
             rng = np.random.default_rng([plan.sampling.seed, place, number])
-            turn = await run_turn(client, load, _jobs(client, plan, first), bounds, rng, (number, advance))
-            most = max(most, len(turn.records))
+            turn = await run_turn(client, load, _jobs(client, plan, first), plan.bounds(number), rng, (number, advance))
+            done.append(turn)
             yield turn
-        first += most
+        first += _most_records(done, number)
+
+
+def _most_records(turns: Sequence[Turn], number: int) -> int:
+    """Of a server in a round; within a given time one may get further than the other."""
+    return max(len(turn.records) for turn in turns if turn.round == number)
 
 
 def _jobs(client: LoadClient, plan: Plan, first: int) -> Iterator[Job]:

@@ -89,6 +89,7 @@ def test_a_sweep_has_a_summary_for_each_load(out: Path) -> None:
     with fake_server(Script()) as server:
         loads = ["--concurrency", "1", "2", "--request-rate", "200", "inf", "--num-prompts", "4"]
         found = bench(out, "--base-url", server.url, *loads, "--html", str(out.with_suffix(".html")))
+    assert len({body["prompt"] for body in server.bodies[1:]}) == 16  # no cache knows any of them from another load
     assert [each["load"] for each in found["summaries"]] == ["1 at once", "2 at once", "200/s poisson", "all at once"]
     assert len(found["requests"]) == 16
     page = out.with_suffix(".html").read_text()
@@ -221,6 +222,9 @@ def test_wrong_command_lines(line: str, message: str, capsys: pytest.CaptureFixt
     ("words", "message"),
     [
         (["--base-url", "localhost:8000"], "write it as http"),
+        (["--base-url", "http://"], "write it as http"),
+        (["--base-url", "http://x:y"], "write it as http"),
+        (["--base-url", "http://127.0.0.1:99999"], "write it as http"),
         (["--output", "/nowhere/at/all.json"], "cannot write /nowhere"),
         (["--vs", "http://x", "--label", "B"], "give them two names"),
     ],
