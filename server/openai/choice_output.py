@@ -99,6 +99,7 @@ class ChoiceOutput:
             options.skip_special_tokens,
             options.include_stop,
             options.kept,
+            request.params.min_tokens,
         )
         self._prompt_ids = request.prompt_ids if options.token_ids else None  # to be told
         self._scored = request.params.logprobs is not None
