@@ -73,6 +73,14 @@ def test_errors_are_counted_by_kind_and_are_no_successes(out: Path) -> None:
     assert (summary["requests"], summary["succeeded"], summary["output_tokens"]) == (10, 2, 8)
 
 
+def test_the_notes_quote_errors(out: Path) -> None:
+    with fake_server(faults) as server:
+        words = ["--base-url", server.url, "--num-prompts", "5", "--timeout", "0.5"]
+        notes = bench(out, *words)["notes"]
+    assert "server, error in stream: the engine is gone" in notes
+    assert "server, truncated: the stream ended without [DONE]" in notes
+
+
 def test_a_server_that_fails_always_is_a_failure() -> None:
     with fake_server(lambda body, number: Script(error="gone") if number else Script()) as server:
         assert main([*QUICK, "--base-url", server.url, "--num-prompts", "2"]) == 1
