@@ -19,6 +19,7 @@ from decoding.planner import Planner
 from decoding.sampler import Sampler
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence, SpeculationCounter
+from decoding.step_counts import StepCounts
 from decoding.trace import TracedTrees, is_traced, wanted_of
 from decoding.verify import Verdict
 from models.target import CausalModel, ForwardOutput
@@ -40,6 +41,7 @@ class Totals:
     cached_prompt_tokens: int = 0
     requests_finished: int = 0
     speculation: SpeculationCounter = field(default_factory=SpeculationCounter)
+    counts: StepCounts = field(default_factory=StepCounts)
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,10 @@ class Committer:
         for counter in counters:
             counter.steps += 1
         self.totals.generated_tokens += kept
-        if len(source) == 1:
+        self.totals.counts.row_tokens[kept] += 1
+        if not any(source):  # roots have no source
             return
+        self.totals.counts.paths[len(path)] += 1
         taken = [source[column] for column in path]
         # few drafters, so few different sources; the root has none, nor has padding
         for bits in set(source) - {0}:

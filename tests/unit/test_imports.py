@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "training": {"training", "decoding", "models"},
 }
 TEXT_SIDE = {"decoding.config", "decoding.messages", "decoding.errors", "decoding.text", "decoding.request"}
-TEXT_SIDE |= {"decoding.acceptance", "decoding.command_line"}
+TEXT_SIDE |= {"decoding.acceptance", "decoding.command_line", "decoding.step_counts"}
 TEXT_SIDE |= {f"decoding.datastore.{name}" for name in ("build", "corpus", "layout")}  # a corpus is text
 TEXT_SIDE |= {"decoding.grammar.compiler"}  # a grammar is text, too
 # the engine itself runs or is started here; everything else in server/ speaks to it through an EngineClient
