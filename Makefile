@@ -21,7 +21,7 @@ LLAMA_SOURCES := build/llama-source
 KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kernels/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-schemas lint faults soak overload bench-quick bench-matrix bench-offline bench-compare \
+.PHONY: help setup serve test test-schemas rehearse-image lint faults soak overload bench-quick bench-matrix bench-offline bench-compare \
     bench-drafters bench-structured bench-gpu bench-http bench-report clients llama-cpp clean
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make test-schemas  set up, then hold the demo model to 300 JSON schemas, 20 texts each (CI: 2)"
 	@echo "make lint          set up, then lint and types only"
 	@echo "make clients       set up, then run real clients of OpenAI's API, each in an environment of its own (CLIENTS=\"NAME ...\")"
+	@echo "make rehearse-image  set up, then go through docker/Dockerfile without Docker, in a folder (ARGS=\"--build-arg NAME=VALUE\")"
 	@echo "make faults        set up, then the fault tests at full size, on the demo model as well"
 	@echo "make soak          set up, then half an hour of mixed load; memory and descriptors must stay flat (ARGS=--minutes 2)"
 	@echo "make overload      set up, then four times the load that the server can take (ARGS=--seconds 20)"
@@ -84,6 +85,9 @@ test-schemas: setup
 
 clients: setup
 	$(BIN)/python -m tests.clients.run $(CLIENTS)
+
+rehearse-image: setup
+	$(BIN)/python -m tests.image.rehearse $(ARGS)
 
 faults: setup
 	FAULTS=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/process/test_faults.py $(ARGS)

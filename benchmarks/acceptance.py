@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import plots
+from benchmarks import figures, plots
 from benchmarks.acceptance_runs import REPLAY, Bench, Measured, Oracle, Variant, scripts_of
 from benchmarks.acceptance_tables import render
 from benchmarks.provenance import provenance
@@ -67,7 +67,7 @@ def report(options: Options, command: Sequence[str]) -> None:
         ConfigError: models, drafters, files or settings that cannot work; the message names the fix.
         RequestError: a temperature out of range.
     """
-    plots.require()
+    figures.require()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     sets = parse_sets(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -9,11 +10,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import msgspec
 
+from benchmarks.load.client import open_http, post
 from decoding.errors import ConfigError
 
 START_SECONDS = 180.0
@@ -58,13 +60,10 @@ class ChildServer:
             ConfigError: it ended, or is not ready in time; with the last lines that it wrote.
         """
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed in close()
-        self._client = httpx.Client(
-            base_url=f"http://127.0.0.1:{port}",
-            timeout=REQUEST_SECONDS,
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-            trust_env=False,
-        )
-        self._workers = ThreadPoolExecutor(connections)
+        address = f"http://127.0.0.1:{port}"
+        self._client = httpx.Client(base_url=address, trust_env=False)  # for what is not timed
+        self._loop = asyncio.Runner()
+        self._http = open_http(address, {}, connections, REQUEST_SECONDS)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-S", "-c", _LAUNCH, *command],
@@ -88,7 +87,7 @@ class ChildServer:
         Raises:
             RuntimeError: an answer that is an error.
         """
-        return list(self._workers.map(lambda body: self._post(path, body), bodies))
+        return self._loop.run(self._post_all(path, [msgspec.json.encode(body) for body in bodies]))
 
     def metrics(self) -> dict[str, float]:
         """Its counters and gauges, those without labels."""
@@ -112,16 +111,20 @@ class ChildServer:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._workers.shutdown()
+        if not self._http.is_closed:
+            self._loop.run(self._http.aclose())
+        self._loop.close()
         self._client.close()
         self._log.close()
 
-    def _post(self, path: str, body: dict[str, Any]) -> bytes:
+    async def _post_all(self, path: str, bodies: Sequence[bytes]) -> list[bytes]:
+        return await asyncio.gather(*(self._post(path, body) for body in bodies))
+
+    async def _post(self, path: str, body: bytes) -> bytes:
         # bytes as they come, looked through later: parsing events while others wait would be measured too
-        with self._client.stream("POST", path, json=body) as response:
-            content = b"".join(response.iter_raw())
-        if response.status_code != 200:
-            raise RuntimeError(f"POST {path} was answered with {response.status_code}: {content[:500]!r}")
+        status, content = await post(self._http, path, body)
+        if status != 200:
+            raise RuntimeError(f"POST {path} was answered with {status}: {content[:500]!r}")
         return content
 
     def _await_health(self, program: str) -> None:

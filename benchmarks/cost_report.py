@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import plots
+from benchmarks import figures
 from decoding.assemble import build_drafters, build_stepper, load_target
 from decoding.auto_planner import AutoPlanner
 from decoding.config import Dtype, EngineConfig
@@ -41,7 +41,7 @@ def report(options: Options) -> str:
         ConfigError: a model or settings that cannot work; a plot that cannot be drawn or written.
     """
     if options.plot is not None:
-        plots.require()
+        figures.require()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     config = EngineConfig(
@@ -62,7 +62,7 @@ def report(options: Options) -> str:
     if options.plot is None:
         return text
     try:
-        draw(table).savefig(options.plot, dpi=plots.DPI)
+        draw(table).savefig(options.plot, dpi=figures.DPI)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--plot {options.plot} cannot be written: {error}") from error
     return f"{text}\nwritten to {options.plot}"
@@ -85,12 +85,12 @@ def render(table: CostTable, title: str) -> str:
 
 def draw(table: CostTable) -> Any:
     """Step time over query tokens, drafting time over depth."""
-    figure = plots.new_figure(9.0, 3.6)
+    figure = figures.new_figure(9.0, 3.6)
     steps, drafting = figure.subplots(1, 2)
-    steps.plot(table.tokens, [1e3 * seconds for seconds in table.seconds], marker="o", color=plots.COLOURS[0])
+    steps.plot(table.tokens, [1e3 * seconds for seconds in table.seconds], marker="o", color=figures.COLOURS[0])
     steps.set(xscale="log", xlabel="query tokens", ylabel="ms", ylim=(0, None), title="a step")
     steps.set_xticks([1, 4, 16, 64, 256], labels=["1", "4", "16", "64", "256"])
-    for colour, (name, price) in zip(plots.COLOURS, table.drafters.items()):
+    for colour, (name, price) in zip(figures.COLOURS, table.drafters.items()):
         for rows, style in zip(SHOWN_ROWS, ("-", "--", ":"), strict=True):
             points = [1e3 * price.seconds(rows, depth) for depth in range(1, 9)]
             label = f"{name}, {rows} row{'s' if rows > 1 else ''}"

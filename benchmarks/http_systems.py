@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.child_server import ChildServer, bare_environment, free_port
+from benchmarks.load.events import StreamReader
 from benchmarks.measure import Run, Task
 
 _COUNTERS = ("steps", "forward_seconds", "draft_seconds", "drafted", "accepted")
@@ -20,7 +19,7 @@ _COUNTERS = ("steps", "forward_seconds", "draft_seconds", "drafted", "accepted")
 class Answer:
     """What came of one request."""
 
-    text: str
+    text: str  # its digest
     tokens: int
     by_drafter: dict[str, dict[str, int]]
 
@@ -68,7 +67,7 @@ class HttpSystem:
             seconds=seconds,
             tokens=_checked_tokens(self.name, task, answers),
             steps=int(moved["steps"]),
-            texts=tuple(hashlib.sha256(answer.text.encode()).hexdigest()[:16] for answer in answers),
+            texts=tuple(answer.text for answer in answers),
             forward_seconds=moved["forward_seconds"],
             draft_seconds=moved["draft_seconds"],
             drafted=int(moved["drafted"]),
@@ -99,19 +98,14 @@ def read_stream(stream: bytes) -> Answer:
     Raises:
         RuntimeError: it broke off, or it tells an error.
     """
-    events = [line[len(b"data: ") :] for line in stream.splitlines() if line.startswith(b"data: ")]
-    if not events or events[-1] != b"[DONE]":
-        raise RuntimeError(f"a stream broke off: it ends with {stream[-200:]!r}")
-    chunks = [json.loads(event) for event in events[:-1]]
-    for chunk in chunks:
-        if "error" in chunk:
-            raise RuntimeError(f"a stream ended with an error: {chunk['error']}")
-    usage = chunks[-1]["usage"]
-    return Answer(
-        text="".join(choice["text"] for chunk in chunks for choice in chunk["choices"]),
-        tokens=int(usage["completion_tokens"]),
-        by_drafter=usage.get("speculation", {}).get("by_drafter", {}),
-    )
+    reader = StreamReader()
+    reader.feed(stream, 0.0)
+    if reader.failure is not None:
+        kind, said = reader.failure
+        raise RuntimeError(f"{kind}: {said}; it ends with {stream[-200:]!r}")
+    if reader.output_tokens is None:
+        raise RuntimeError(f"a stream without usage; it ends with {stream[-200:]!r}")
+    return Answer(reader.digest, reader.output_tokens, {} if reader.drafts is None else reader.drafts.by_drafter)
 
 
 def _checked_tokens(name: str, task: Task, answers: Sequence[Answer]) -> int:

@@ -8,25 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.acceptance_runs import RANKS, REPLAY, Measured, Oracle, Variant
+from benchmarks.figures import COLOURS, DPI, new_figure
 from benchmarks.rates import Estimate, by_depth, tokens_per_step
-from decoding.errors import ConfigError
 
-# Okabe and Ito's palette: told apart by everybody, and in print
-COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 PANELS = 4  # in a row, at most
-DPI = 150
-
-
-def require() -> None:
-    """Check that plots can be drawn, before anything is measured.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("plots need matplotlib, which is not installed; pip install 'saccade[train]'") from None
 
 
 def draw(folder: Path, measured: Sequence[Measured], oracles: Sequence[Oracle]) -> list[Path]:
@@ -38,16 +23,6 @@ def draw(folder: Path, measured: Sequence[Measured], oracles: Sequence[Oracle]) 
         files.append(folder / "oracle.png")
         _save(files[2], _oracle(oracles))
     return files
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure, inches; its ``savefig`` needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display, and leaves pyplot's state alone
-    return figure
 
 
 def _save(path: Path, figure: Any) -> None:

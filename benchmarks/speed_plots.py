@@ -9,10 +9,10 @@ from typing import Any
 
 from benchmarks.cells import Cell, never_slower, rates, systems
 from benchmarks.checks import MEAN_RATIO, WORST_RATIO
+from benchmarks.figures import COLOURS, DPI, new_figure
 from benchmarks.measure import summarise
 from benchmarks.offline_tables import TREES, over_one
 from benchmarks.peer_tables import ORDER, OURS, runs_of
-from benchmarks.plots import COLOURS, DPI, new_figure
 from benchmarks.roofline import Roofline
 from benchmarks.settings import SETTINGS
 

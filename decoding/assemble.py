@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,7 @@ def build_stepper(
             sequence.admitted, sequence.cached_prompt_tokens = True, sequence.cached
             committer.totals.prompt_tokens += sequence.prompt_len
             committer.totals.cached_prompt_tokens += sequence.cached
+            committer.totals.counts.left_queue(time.perf_counter() - sequence.made_at)
         team.admit(sequence, page_flags)
 
     def preempted(sequence: Sequence) -> None:

@@ -30,7 +30,7 @@ from decoding.market import UNABLE, Deal, Member, Scene, Terms, lateness, load_m
 from decoding.plan import Guide, Plan, Quota, RowQuota
 from decoding.planner import Certain, Limits, StepTimes, roots_of, share_of
 from decoding.proposal_ops import ProposalOps
-from decoding.pulse import FULL, LIGHT, PLAIN, Beat, Pulse
+from decoding.pulse import FULL, LIGHT, NAMES, PLAIN, Beat, Pulse
 from decoding.sequence import Sequence, SequenceId
 from models.transfer import upload
 from models.tree import Trees
@@ -107,7 +107,7 @@ class AutoPlanner:
         gears = [PLAIN, *([LIGHT] if self.guessers.members else []), *([FULL] if self.members else [])]
         least = TRY if self.guessers.pinning else 0  # steps of a try
         self._pulse = Pulse(tuple(gears), least)
-        self._gear = PLAIN
+        self._gear, self.gear = PLAIN, NAMES[PLAIN]
         self._long_pulse = Pulse((PLAIN, gears[-1]), least)
         self._no_quotas: dict[int, Quota] = {}  # by rows: most steps of a plain engine have one of a few
         self._beat: Beat | None = None
@@ -130,6 +130,7 @@ class AutoPlanner:
         self._step = self._beat = None
         rows = len(plan.deciding)
         self._gear = self._next_gear(plan) if rows and (self.members or self.guessers.members) else PLAIN
+        self.gear = NAMES[self._gear]
         if self._gear == FULL or self._number % self._look == 0 or len(plan.rows) > rows:
             self._followers.settle(plan)  # new rows are never followed by those that sleep
         if self._gear == PLAIN:

@@ -20,6 +20,7 @@ from decoding.planner import Planner
 from decoding.sampler import Sampler
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence, SpeculationCounter
+from decoding.step_counts import StepCounts
 from decoding.trace import UNTRACED, TracedTrees, is_traced, wanted_of
 from decoding.verify import Verdict
 from models.target import CausalModel, ForwardOutput
@@ -41,6 +42,7 @@ class Totals:
     cached_prompt_tokens: int = 0
     requests_finished: int = 0
     speculation: SpeculationCounter = field(default_factory=SpeculationCounter)
+    counts: StepCounts = field(default_factory=StepCounts)
 
 
 class Results(NamedTuple):  # as is the next one: made in every step, in a third of the time that a frozen class takes
@@ -185,8 +187,10 @@ class Committer:
         for counter in counters:
             counter.steps += 1
         self.totals.generated_tokens += kept
-        if len(source) == 1:
+        self.totals.counts.row_tokens[kept] += 1
+        if not any(source):  # roots have no source
             return
+        self.totals.counts.paths[len(path)] += 1
         taken = [source[column] for column in path]
         # few drafters, so few different sources; the root has none, nor has padding
         for bits in set(source) - {0}:

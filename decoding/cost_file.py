@@ -15,7 +15,7 @@ from decoding.costs import FORMAT, CostTable
 from decoding.planner import Limits
 from decoding.probe import Probe
 from decoding.step import Stepper
-from models.kernels.build import cache_folder, library_path
+from models.kernels.build import cache_folder, speed_key
 
 ENOUGH_PAGES = 400  # with which everything can be measured
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("saccade.engine")
 
 def cost_path(config: EngineConfig, folder: Path, device: torch.device, num_pages: int) -> Path:
     """$SACCADE_CACHE/costs or ~/.cache/saccade/costs, and a name made of all that decides what a step costs."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else library_path().name
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else speed_key()
     facts = [FORMAT, where, torch.__version__, torch.get_num_threads(), config.dtype, config.quantization]
     facts += [config.attention, config.max_depth, config.max_num_seqs, min(num_pages, ENOUGH_PAGES)]
     facts += [*config.speculate, *_files(folder)]

@@ -270,7 +270,7 @@ class Engine:
         """Counters since loading, gauges of now."""
         stepper, totals = self._stepper, self._stepper.committer.totals
         pool = stepper.cache.prefixes.pool
-        speculation = totals.speculation.stats(stepper.drafters.names)
+        speculation, counts = totals.speculation.stats(stepper.drafters.names), totals.counts
         return EngineStats(
             running=len(stepper.scheduler.running),
             waiting=len(stepper.scheduler.waiting),
@@ -288,7 +288,17 @@ class Engine:
             by_drafter=speculation.by_drafter,
             step_seconds=stepper.seconds,
             draft_seconds=stepper.drafters.seconds,
-            forward_seconds=stepper.forward_seconds,
+            forward_seconds=stepper.laps.seconds["forward"],
+            part_seconds=dict(stepper.laps.seconds),
+            drafter_seconds=dict(stepper.drafters.taken),
+            drafts=sum(counts.paths),
+            accepted_at=tuple(counts.accepted_at),
+            row_tokens=tuple(counts.row_tokens),
+            step_sizes=tuple(counts.sizes),
+            step_nodes=counts.nodes,
+            steps_by_gear=dict(counts.gears),
+            queued=tuple(counts.queued),
+            queued_seconds=counts.queued_seconds,
         )
 
     def check(self) -> None:

@@ -44,8 +44,10 @@ class GenerationBuilder:
 
     def __init__(self, request: GenerateRequest, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
         self.request = request
-        prompt = request.prompt_ids
-        self._choices = [_Choice(TextStream(tokenizer, prompt, stop)) for _ in range(request.params.n)]
+        prompt, least = request.prompt_ids, request.params.min_tokens
+        self._choices = [
+            _Choice(TextStream(tokenizer, prompt, stop, min_tokens=least)) for _ in range(request.params.n)
+        ]
         self._tokens: list[list[int]] = [[] for _ in self._choices]
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in self._choices]
         self._traces: list[list[StepTrace]] = [[] for _ in self._choices]

@@ -122,6 +122,16 @@ class EngineStats:
     step_seconds: float = 0.0  # time in steps, all told
     draft_seconds: float = 0.0  # of it, in drafters' propose and observe
     forward_seconds: float = 0.0  # of it, in the target's forward pass
+    part_seconds: dict[str, float] = field(default_factory=dict)  # all of it, by step_counts.PARTS
+    drafter_seconds: dict[str, float] = field(default_factory=dict)
+    drafts: int = 0  # rows of steps in which something was drafted for them
+    accepted_at: tuple[int, ...] = ()  # accepted nodes by depth, from 1
+    row_tokens: tuple[int, ...] = ()  # this and what follows: see decoding.step_counts.StepCounts
+    step_sizes: tuple[int, ...] = ()
+    step_nodes: int = 0
+    steps_by_gear: dict[str, int] = field(default_factory=dict)
+    queued: tuple[int, ...] = ()
+    queued_seconds: float = 0.0
 
 
 # to the engine ---------------------------------------------------------------------------------------------------

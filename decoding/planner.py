@@ -61,6 +61,11 @@ class Planner(Protocol):
         """The sequence ended or lost its pages."""
         ...
 
+    @property
+    def gear(self) -> str:
+        """What it did in the last step, as metrics tell it."""
+        ...
+
 
 class Limits:
     """What clients, the text's end and the drafters allow, for any planner."""
@@ -166,6 +171,7 @@ class StaticPlanner:
         self._tree_ops = tree_ops
         self._max_step_tokens = max_step_tokens
         self._min_probability = min_probability
+        self.gear = "fixed"
         self._spared = sum(1 << bit for bit, drafter in enumerate(drafters) if drafter.needs.fixed_tree)
 
     def limits(self, plan: Plan) -> Quota:

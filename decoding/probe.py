@@ -42,6 +42,7 @@ class ProbePlanner:
     nodes: int = 0
     drafter: Drafter | None = None
     depth: int = 1
+    gear: str = "probe"
 
     def limits(self, plan: Plan) -> Quota:
         names = frozenset({self.drafter.name} if self.drafter else ())

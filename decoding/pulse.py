@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PLAIN, LIGHT, FULL = 0, 1, 2  # nothing drafted; guesses without a model alone; everything weighed
+NAMES = ("plain", "light", "full")
 TRIAL = (2, 8, 8)  # steps of a try, by gear, with one row; with many rows each step tells more
 ENOUGH = (6, 48, 48)  # the same: steps before anything is concluded
 LEAST = 2, 6  # of both, with however many rows

@@ -62,7 +62,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # over the output, as in OpenAI's API
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
-    min_tokens: int = 0  # no end-of-sequence and no stop token before that many
+    min_tokens: int = 0  # no end-of-sequence, no stop token and no stop string before that many
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     allowed_token_ids: tuple[int, ...] = ()  # nothing else is drawn; (): everything may be

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -67,6 +68,7 @@ class Sequence:
         self.page_keys: list[bytes] = []  # prefix-cache keys of the first len(page_keys) pages
         self.marked_pages: dict[int, int] = {}  # drafter bit -> pages whose drafter K/V is flagged valid
         self.cached_prompt_tokens = 0  # of the first admission, for usage
+        self.made_at = time.perf_counter()
         self.started = False  # its first event went out
         self.admitted = False  # it was in the batch before (a preempted sequence was)
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None

@@ -19,12 +19,13 @@ from decoding.messages import TokenEvent
 from decoding.planner import Planner, StepTimes
 from decoding.sampler import Sampler
 from decoding.scheduler import Scheduler
+from decoding.step_counts import Laps
 from decoding.verify import Rule, masks_ahead, verify
 from models.target import CausalModel
 
 
 class Stepper:
-    """Holds the collaborators of a step; has no state of its own but two counters."""
+    """Holds the collaborators of a step; has no state of its own but a clock."""
 
     def __init__(
         self,
@@ -45,46 +46,62 @@ class Stepper:
         self.drafters = drafters
         self.rule = rule
         self.committer = committer
-        self.seconds = 0.0
-        self.forward_seconds = 0.0
+        self.laps = Laps()
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         """Advance every planned row: at least one token for each row that decides, a chunk of prompt for the others."""
-        started = time.perf_counter()
+        lap, started = self.laps.end, self.laps.start()
         plan = self.scheduler.plan()  # which rows, how many chain tokens
         if not plan.rows:
             return []
+        lap("schedule")
         drafted = dict(self.drafters.taken)
         limits = self.planner.limits(plan)  # how much each row may speculate at most
+        lap("planner")
         sampling = self.sampler.prepare(plan, limits)  # parameters, penalties' counts, the rows' own noise
+        lap("prepare")
         guesses = self.drafters.guess(plan, limits, sampling)  # trees of the drafters that run no model
+        lap("drafters")
         quota = self.planner.quota(plan, limits, guesses)  # what models shall draft; 0 nodes is plain decoding
+        lap("planner")
         proposals = guesses + self.drafters.propose(plan, quota, sampling)  # a tree per drafter, with confidences
+        lap("drafters")
         chosen = self.planner.choose(plan, proposals, quota, self.target.device)  # merged, the best nodes
+        lap("planner")
         chains = [Chain(r.sequence.tokens[r.start : r.end], r.start, r.sequence.pages) for r in plan.rows]
         batch, nodes = build(chains, chosen.trees, chosen.masks, chosen.counts)
         masks = masks_ahead(chosen.trees, nodes, sampling, chosen.deepest)  # what grammars allow, if there are any
+        lap("prepare")
 
-        forward = time.perf_counter()
         out = self.target.forward(batch, self.cache.kv, self.drafters.taps(plan))
         logits = self.target.logits(batch.at_wanted(out.hidden))  # at the tree's nodes
-        self.forward_seconds += time.perf_counter() - forward
+        lap("forward")
 
         draws = self.drafters.want_draws
         verdict = verify(self.rule, chosen.trees, nodes, logits, sampling, chosen.deepest, masks, draws=draws)
         self.cache.commit(batch, nodes, verdict)  # keep the accepted path's K/V
+        lap("verify")
         results = self.committer.send(plan, chosen, nodes, verdict, logits)  # to the host, before others keep it busy
+        lap("commit")
         out = self.drafters.with_top(out, logits, limits, sampling)  # likeliest tokens, for who learns from them
         self.drafters.observe(plan, batch, nodes, out, verdict)
+        lap("drafters")
         events = self.committer.commit(plan, chosen, results, out)  # append, stop, finish, free
+        lap("commit")
         taken = time.perf_counter() - started
-        self.seconds += taken
         by_drafter = {name: seconds - drafted[name] for name, seconds in self.drafters.taken.items()}
         self.planner.learn(plan, chosen, sum(len(event.token_ids) for event in events), StepTimes(taken, by_drafter))
+        lap("planner")
+        self.committer.totals.counts.step(sum(chosen.counts) - len(chosen.counts), self.planner.gear)
         return events
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return sum(self.laps.seconds.values())
 
     def reset_clocks(self) -> None:
         """Begin to count time anew."""
-        self.seconds = self.forward_seconds = 0.0
+        self.laps = Laps()
         self.drafters.taken = dict.fromkeys(self.drafters.taken, 0.0)

@@ -20,14 +20,18 @@ class StopStrings:
         self._include_stop = include_stop
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """(text that is certain, the stop string that was completed or None). After a stop, push no more."""
+    def push(self, text: str, *, early: bool = False) -> tuple[str, str | None]:
+        """(text that is certain, the stop string that was completed or None). After a stop, push no more.
+
+        Args:
+            early: a stop string that is completed in this text is text as any other; its last part may begin one.
+        """
         if not self._matchers:
             return text, None
         pending = self._held + text
         for place, char in enumerate(text, start=len(self._held)):
             completed = [matcher.stop for matcher in self._matchers if matcher.step(char)]
-            if completed:
+            if completed and not early:
                 end = place + 1
                 self._held = ""
                 return pending[: end if self._include_stop else end - len(completed[0])], completed[0]
@@ -55,7 +59,10 @@ class _Matcher:
             self.matched = self._borders[self.matched - 1]
         if self.stop[self.matched] == char:
             self.matched += 1
-        return self.matched == len(self.stop)
+        if self.matched < len(self.stop):
+            return False
+        self.matched = self._borders[-1]
+        return True
 
 
 def _borders(pattern: str) -> list[int]:

@@ -178,6 +178,7 @@ class TextStream:
         stop: the output ends before the first of them that is completed (the longest, if several are at once).
         include_stop: keep the stop string in the text.
         kept: special tokens that are not skipped.
+        min_tokens: a stop string that the first so many tokens complete does not end the output.
 
     Attributes:
         offsets: for every output token, where its text begins in the output's text (before it is cut at a stop).
@@ -194,10 +195,12 @@ class TextStream:
         skip_special_tokens: bool = True,
         include_stop: bool = False,
         kept: frozenset[int] = frozenset(),
+        min_tokens: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._kept = kept
+        self._min_tokens = min_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._partial = False  # the decoder holds the first bytes of a character
         self._stops = StopStrings(stop, include_stop)
@@ -240,7 +243,7 @@ class TextStream:
 
     def _emit(self, text: str) -> str:
         self._length += len(text)
-        certain, self._stop = self._stops.push(text)
+        certain, self._stop = self._stops.push(text, early=len(self.offsets) <= self._min_tokens)
         return certain
 
     def _delta(self, text: str) -> TextDelta:

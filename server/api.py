@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from decoding.errors import ConfigError, RequestError, nearest
 from decoding.request import SpeculationParams
 from decoding.text import Tokenizer
+from server.account import Generated, keep_generated
 from server.admission import ticket_of
 from server.body_memory import BodyMemory
 from server.engine_client import EngineClient
@@ -218,12 +219,12 @@ class Api:
             OverloadedError: the queue is full.
             LateError: the request's deadline has passed.
         """
-        ticket_of(request).queue(sum(prompt.request.params.n for prompt in prompts))
-
-        def first_token() -> None:
-            self.metrics.first_token(time.monotonic() - arrived)
-
-        return Generation(self.client, self.tokenizer, prompts, options, first_token)
+        choices = sum(prompt.request.params.n for prompt in prompts)
+        ticket_of(request).queue(choices)
+        times = self.metrics.times(arrived, choices)
+        generation = Generation(self.client, self.tokenizer, prompts, options, times.tokens_came)
+        keep_generated(request.scope, Generated(self.settings.model_names[0], generation, times))
+        return generation
 
     async def answer(self, request: Request, renderer: Renderer, fields: SamplingFields) -> Response:
         """The response, streamed or whole; the request is cancelled when the client leaves or its deadline passes.

@@ -56,7 +56,9 @@ def build_app(
         admission: in place of the one that ``settings`` describe.
         grammars: checks those of requests; default: by their size alone.
     """
-    metrics = Metrics(client.stats, lambda: client.state)
+    observation = settings.observation
+    name = settings.model_names[0]
+    metrics = Metrics(client.stats, lambda: client.state, name, vllm=observation.vllm_metrics)
     api = Api(client, tokenizer, settings, metrics, grammars or SizeCheck())
     security = settings.security
     keys = ApiKeys(security.api_keys, metrics_public=security.metrics_public)

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from decoding.errors import SaccadeError, nearest
 from server.engine_driver import ENGINE
 from server.flags import Parser, add_engine_flags, engine_config, nonempty, positive
+from server.observation_flags import add_observation_flags, observation
 from server.reading_flags import add_reading_flags, reading
 from server.serve_flags import KEY_VARIABLE, add_limit_flags, add_security_flags, limits, security, tls
 
@@ -25,6 +26,7 @@ TOOLS = {
     "train": ("training.cli", "train a drafter for a target, or a small model"),
     "report": ("benchmarks.report_cli", "measure how many drafted tokens are accepted"),
     "calibrate": ("benchmarks.calibrate_cli", "build a tree of fixed shape for Medusa heads"),
+    "bench": ("benchmarks.load.cli", "measure any server of OpenAI's API under load, or two side by side"),
     "datastore": ("server.datastore", "build the corpus that the retrieval drafter copies from"),
 }
 
@@ -93,6 +95,7 @@ def _serve_parser(commands: argparse._SubParsersAction[Parser]) -> Parser:
     add_reading_flags(parser)
     add_limit_flags(parser)
     add_security_flags(parser)
+    add_observation_flags(parser)
     return parser
 
 
@@ -133,6 +136,7 @@ def run_server(args: argparse.Namespace, engine: str = ENGINE) -> int:
         **reading(args),
         limits=limits(args),
         security=security(args, os.environ.get(KEY_VARIABLE)),
+        observation=observation(args),
     )
     serve(config, settings, getattr(args, "chat_template", None), Address(args.host, args.port), tls(args), engine)
     return 0

@@ -2,93 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from decoding.messages import EngineStats
+from server.account import Account
+from server.engine_metrics import EngineCollector
+from server.latencies import Latencies, RequestTimes
+from server.vllm_metrics import VllmCollector
 
-_GAUGES = {
-    "running": "Choices in the batch",
-    "waiting": "Choices that wait for a place in the batch",
-    "pages_total": "Pages of the K/V pool",
-    "pages_free": "Pages that hold nothing",
-    "pages_cached": "Pages that no request holds, kept for prefix hits",
-}
-_COUNTERS = {
-    "steps": "Forward passes of the target",
-    "prompt_tokens": "Prompt tokens of admitted requests",
-    "generated_tokens": "Tokens generated",
-    "cached_prompt_tokens": "Prompt tokens that came from the prefix cache",
-    "preemptions": "Choices preempted to be resumed later",
-    "requests_finished": "Choices that ended, for whatever reason",
-    "drafted": "Draft tokens verified",
-    "accepted": "Draft tokens accepted",
-    "step_seconds": "Time in steps",
-    "draft_seconds": "Of it, time in drafters",
-    "forward_seconds": "Of it, time in the target's forward pass",
-}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Metrics:
-    """A registry of its own, so that two servers in one process do not share their numbers."""
+    """A registry of its own, so that two servers in one process do not share their numbers.
 
-    def __init__(self, stats: Callable[[], EngineStats], state: Callable[[], str]) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(stats, state))
+    Args:
+        stats: the engine's latest report.
+        state: the engine's state.
+        model: the name that metrics carry.
+        vllm: tell the most used ones under vLLM's names as well.
+    """
+
+    def __init__(
+        self, stats: Callable[[], EngineStats], state: Callable[[], str], model: str, *, vllm: bool = False
+    ) -> None:
+        registry = self._registry = CollectorRegistry()
+        self._latencies = Latencies()
+        registry.register(EngineCollector(stats, state))
+        registry.register(_HttpCollector(self._latencies, model))
+        ProcessCollector(registry=registry)
         self._requests = Counter(
-            "saccade_http_requests", "Requests answered", ["route", "method", "status"], registry=self._registry
+            "saccade_http_requests", "Requests answered", ["route", "method", "status"], registry=registry
         )
         self._seconds = Histogram(
-            "saccade_http_request_seconds", "Time to the end", ["route"], buckets=_SECONDS, registry=self._registry
+            "saccade_http_request_seconds", "Time to the end", ["route"], buckets=_SECONDS, registry=registry
         )
-        self._in_flight = Gauge("saccade_http_requests_in_flight", "Requests being answered", registry=self._registry)
-        self._first = Histogram(
-            "saccade_time_to_first_token_seconds",
-            "From the request's arrival",
-            buckets=_SECONDS,
-            registry=self._registry,
+        self._in_flight = Gauge("saccade_http_requests_in_flight", "Requests being answered", registry=registry)
+        self._ended = Counter(
+            "saccade_choices_ended", "Choices of answers, by why they ended", ["route", "reason"], registry=registry
         )
+        if vllm:
+            registry.register(VllmCollector(stats, self._latencies, self._reasons, model))
 
     def begin_request(self) -> None:
         self._in_flight.inc()
 
-    def end_request(self, route: str, method: str, status: int, seconds: float) -> None:
+    def end_request(self, account: Account) -> None:
+        """Count a request that has been answered."""
         self._in_flight.dec()
-        self._requests.labels(route, method, str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
+        self._requests.labels(account.route, account.method, str(account.status)).inc()
+        self._seconds.labels(account.route).observe(account.seconds)
+        if account.generated is not None:
+            account.generated.end()
+            for reason in account.generated.finish_reasons:
+                self._ended.labels(account.route, reason).inc()
 
-    def first_token(self, seconds: float) -> None:
-        self._first.observe(seconds)
+    def times(self, arrived: float, choices: int) -> RequestTimes:
+        """The clock of a request that goes to the engine; it arrived at that time (monotonic)."""
+        return RequestTimes(self._latencies, arrived, choices)
 
     def render(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self._registry)
 
+    def _reasons(self) -> Sequence[tuple[str, float]]:
+        """Choices that ended, by reason."""
+        samples = [sample for family in self._ended.collect() for sample in family.samples]
+        return [(each.labels["reason"], each.value) for each in samples if each.name.endswith("_total")]
 
-class _EngineCollector(Collector):
-    """Reads the engine's latest report when it is asked. A restarted engine's counters begin at 0 again."""
 
-    def __init__(self, stats: Callable[[], EngineStats], state: Callable[[], str]) -> None:
-        self._stats = stats
-        self._state = state
+class _HttpCollector(Collector):
+    """Latencies, and what runs here."""
+
+    def __init__(self, latencies: Latencies, model: str) -> None:
+        self._latencies = latencies
+        self._build = {"version": version("saccade"), "model_name": model}
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        yield GaugeMetricFamily("saccade_ready", "1 when requests are served", 1.0 if self._state() == "ready" else 0.0)
-        for name, text in _GAUGES.items():
-            yield GaugeMetricFamily(f"saccade_{name}", text, float(getattr(stats, name)))
-        for name, text in _COUNTERS.items():
-            yield CounterMetricFamily(f"saccade_{name}", text, float(getattr(stats, name)))
-        drafted = CounterMetricFamily(
-            "saccade_drafter_drafted", "Draft tokens verified, by drafter", labels=["drafter"]
-        )
-        accepted = CounterMetricFamily("saccade_drafter_accepted", "Draft tokens accepted", labels=["drafter"])
-        for name, each in stats.by_drafter.items():
-            drafted.add_metric([name], each.drafted)
-            accepted.add_metric([name], each.accepted)
-        yield drafted
-        yield accepted
+        info = GaugeMetricFamily("saccade_build_info", "What runs here; always 1", labels=list(self._build))
+        info.add_metric(list(self._build.values()), 1.0)
+        yield info
+        yield from self._latencies.families()

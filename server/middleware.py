@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from decoding.errors import SaccadeError
+from server.account import Account, generated_of
 from server.admission import Admission, keep_ticket
 from server.errors import LateError, reply_to
 from server.metrics import Metrics
@@ -51,7 +52,10 @@ class RequestMiddleware:
             status = 500
             raise
         finally:
-            self._metrics.end_request(_route(scope), _method(scope), status, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self._metrics.end_request(
+                Account(request_id, _method(scope), _route(scope), status, seconds, generated_of(scope))
+            )
 
 
 class AdmissionMiddleware:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from decoding.config import EngineConfig
 from server.limits import Limits
+from server.observation import Observation
 from server.openai.sse import PING_SECONDS
 from server.security import Security
 
@@ -23,3 +24,4 @@ class ServerSettings:
     rows: int = EngineConfig.max_num_seqs  # choices in the engine's batch; what is beyond them waits
     limits: Limits = field(default_factory=Limits)
     security: Security = field(default_factory=Security)
+    observation: Observation = field(default_factory=Observation)

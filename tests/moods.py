@@ -27,6 +27,10 @@ class MoodyPlanner:
         self._luck = luck
         self.quota, self.choose, self.learn, self.forget = inner.quota, inner.choose, inner.learn, inner.forget
 
+    @property
+    def gear(self) -> str:
+        return self.inner.gear
+
     def limits(self, plan: Plan) -> Quota:
         if self._luck.random() < 0.4:
             self.inner.costs.replace(self._prices(self._luck.random))

@@ -1,7 +1,8 @@
 """Builds the CPU kernels with the machine's C++ compiler, into a cache. ``python -m models.kernels.build`` at set-up.
 
-A library is named by a hash of everything that decides its code: sources, flags, PyTorch, Python, the CPU's features.
-So a cache may be shared by versions and machines, and a stale library is never loaded.
+A library is named by a hash of everything that decides its code: sources, flags, PyTorch, Python, and the CPU's
+features or the level that it is compiled for (arch.py). So a cache may be shared by versions and machines, and a stale
+library is never loaded.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from models.kernels.arch import NATIVE, Arch, ArchError, cpu_features, pick, wanted
 
 log = logging.getLogger("saccade.kernels")
 
@@ -47,21 +50,31 @@ SOURCES: dict[str, list[str]] = {  # file: flags of its own
     "tree.cpp": [],
 }
 # no -ffast-math: it would reorder sums, and results must not depend on how work is split
-FLAGS = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-w"]
+FLAGS = ["-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-w"]
 
 
 class BuildError(Exception):
     """The kernels could not be built; the message says why, and what to do."""
 
 
-def library_path() -> Path:
-    """Where the library of these sources, this PyTorch and this machine is, or would be."""
+def library_path(arch: Arch = NATIVE) -> Path:
+    """Where the library of these sources, this PyTorch and ``arch`` is, or would be."""
     digest = hashlib.sha256()
     for path in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")]):
         digest.update(path.name.encode() + path.read_bytes())
-    digest.update(repr((FLAGS, SOURCES, torch.__version__, torch.version.git_version)).encode())
-    digest.update(repr((sysconfig.get_config_var("SOABI"), platform.machine(), _cpu_features())).encode())
+    cpus = cpu_features() if arch is NATIVE else arch.name
+    digest.update(repr((_flags(arch), SOURCES, torch.__version__, torch.version.git_version)).encode())
+    digest.update(repr((sysconfig.get_config_var("SOABI"), platform.machine(), cpus)).encode())
     return cache_folder() / f"saccade-{digest.hexdigest()[:20]}.so"
+
+
+def speed_key() -> str:
+    """What decides how fast this process's kernels are: their code, the CPU, and for which CPUs they were compiled."""
+    try:
+        arch = pick().name
+    except ArchError:
+        arch = "none"
+    return f"{arch} {library_path().name}"
 
 
 def cache_folder() -> Path:
@@ -77,24 +90,31 @@ def find_compiler() -> str | None:
     return next((found for name in candidates if (found := shutil.which(name))), None)
 
 
-def build() -> Path:
+def build(arch: Arch | None = None) -> Path:
     """The library's path, after building it if it is not there. Processes that want it at once build it once.
 
+    Args:
+        arch: None: the one to run here.
+
     Raises:
-        BuildError: no compiler, or it failed; a cache folder that cannot be written.
+        BuildError: no compiler, or it failed; a cache folder that cannot be written; nothing for this CPU.
     """
-    library = library_path()
+    try:
+        arch = arch or pick()
+    except ArchError as error:
+        raise BuildError(str(error)) from error
+    library = library_path(arch)
     if library.exists():
         return library
     compiler = find_compiler()
     if compiler is None:
         raise BuildError(
-            "no C++ compiler was found ($CXX, c++, g++, clang++); install a C++ compiler (g++ 10 or newer) and start "
-            "again"
+            f"there is no library for {arch.name}, and no C++ compiler was found ($CXX, c++, g++, clang++); install a "
+            "C++ compiler (g++ 10 or newer) and start again"
         )
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        _build_once(compiler, library)
+        _build_once(compiler, library, arch)
     except OSError as error:
         raise BuildError(
             f"the compiled kernels cannot be kept in {library.parent} ({error.strerror or error}); set SACCADE_CACHE "
@@ -103,17 +123,21 @@ def build() -> Path:
     return library
 
 
-def _build_once(compiler: str, library: Path) -> None:
+def _build_once(compiler: str, library: Path, arch: Arch) -> None:
     with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():  # else another process has built it meanwhile
             started = time.monotonic()
-            log.info("building the CPU kernels with %s", compiler)
-            _compile(compiler, library)
+            log.info("building the CPU kernels (%s) with %s", arch.name, compiler)
+            _compile(compiler, library, arch)
             log.info("built %s in %.0f s", library, time.monotonic() - started)
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _flags(arch: Arch) -> list[str]:
+    return ["-std=c++20", "-O3", *arch.flags, *FLAGS]
+
+
+def _compile(compiler: str, library: Path, arch: Arch) -> None:
     """Compile and link next to ``library``, then move it into place in one step."""
     installed = Path(torch.__file__).parent
     headers = installed / "include"
@@ -122,7 +146,7 @@ def _compile(compiler: str, library: Path) -> None:
         objects = {name: str(Path(folder, name).with_suffix(".o")) for name in SOURCES}
 
         def compile_one(name: str) -> None:
-            _run([compiler, *FLAGS, *SOURCES[name], *includes, "-c", str(FOLDER / name), "-o", objects[name]])
+            _run([compiler, *_flags(arch), *SOURCES[name], *includes, "-c", str(FOLDER / name), "-o", objects[name]])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, SOURCES))
@@ -151,26 +175,36 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{' '.join(command)} failed; a newer compiler may do (g++ 10 or newer, or $CXX):\n{errors}")
 
 
-def _cpu_features() -> str:
-    """What -march=native looks at: the feature lines of the first CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor()
-    names = ("flags", "Features", "model name", "CPU part", "CPU implementer")
-    return "\n".join(line for line in lines if line.startswith(names))
+def main() -> int:
+    """Build what $SACCADE_KERNEL_ARCH names, and say what was done.
 
-
-def main() -> None:
-    """Build, say what was done, and leave an unfit machine to the slower reference kernels."""
+    Returns:
+        0, also where the machine is left to the slower reference kernels; 1 if levels were named and cannot be built,
+        or do not work though this CPU is fit.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     from models import kernels
 
-    if library_path().exists():
-        log.info("the CPU kernels are built: %s", library_path())
+    try:
+        archs = wanted()
+        for arch in archs:
+            if library_path(arch).exists():
+                log.info("the CPU kernels are built: %s", library_path(arch))
+            elif arch is not NATIVE:
+                build(arch)  # this CPU need not be one that can run it
+    except (ArchError, BuildError) as error:
+        log.error("the CPU kernels could not be built: %s", error)
+        return 1
+    try:
+        pick()
+    except ArchError as error:
+        log.info("the CPU kernels were not tried here: %s", error)
+        return 0
     if kernels.load():
         log.info("the CPU kernels work")
+        return 0
+    return int(NATIVE not in archs)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -82,6 +82,7 @@ class ChoiceOutput:
         returned: tokens returned so far, as ``usage.completion_tokens`` counts them.
         generated: tokens that the engine made, those after a stop string included.
         finished: the last delta was returned.
+        finish_reason: why it ended, as answers tell it; None: it did not, or was given up.
         speculation: the engine's account; with its terminal event.
         cached_tokens: prompt tokens that came from the prefix cache; with its first event.
         reasoning_tokens: returned tokens before the answer, closing tag included; None: nobody tells the two apart.
@@ -98,6 +99,7 @@ class ChoiceOutput:
             options.skip_special_tokens,
             options.include_stop,
             options.kept,
+            request.params.min_tokens,
         )
         self._prompt_ids = request.prompt_ids if options.token_ids else None  # to be told
         self._scored = request.params.logprobs is not None
@@ -107,6 +109,7 @@ class ChoiceOutput:
         self.returned = 0
         self.generated = 0
         self.finished = False
+        self.finish_reason: Literal["stop", "length"] | None = None
         self.speculation: SpeculationStats | None = None
         self.cached_tokens = 0
         self.reasoning_tokens: int | None = None
@@ -146,7 +149,7 @@ class ChoiceOutput:
         if event.finish_reason == "cancelled":
             raise GenerationError("The engine cancelled this request.")
         if self._options.prompt_only:
-            self.finished = True
+            self.finished, self.finish_reason = True, "length"
             return self._told(Delta(self.index, finish_reason="length"), ())
         return self._extend(event)
 
@@ -173,6 +176,7 @@ class ChoiceOutput:
         self.returned += count
         self.finished = reason is not None
         told: Literal["stop", "length"] | None = "length" if reason == "length" else "stop" if reason else None
+        self.finish_reason = told
         return self._told(Delta(self.index, text, scored, told), ids[:count])
 
     def _score(self, logprobs: tuple[TokenLogprobs, ...] | None, count: int) -> tuple[ScoredToken, ...]:

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+from decoding.errors import SaccadeError
 from decoding.messages import SpeculationStats, TokenEvent, TokenLogprobs
 from decoding.request import GenerateRequest
 from decoding.text import Tokenizer
@@ -27,7 +28,10 @@ class Generation:
     """Runs all prompts of one HTTP request. Choice ``j`` of prompt ``i`` has the index ``i * n + j``.
 
     Args:
-        on_first: called when the first token has come.
+        on_tokens: called with a choice's index whenever tokens of it have come.
+
+    Attributes:
+        failure: the error that ended it.
     """
 
     def __init__(
@@ -36,12 +40,12 @@ class Generation:
         tokenizer: Tokenizer,
         prompts: Sequence[PromptRequest],
         options: OutputOptions,
-        on_first: Callable[[], None],
+        on_tokens: Callable[[int], None],
     ) -> None:
         self.options = options
-        self._on_first = on_first
+        self.failure: SaccadeError | None = None
         self.prompts = [
-            PromptRun(client, tokenizer, prompt, options, place * prompt.request.params.n)
+            PromptRun(client, tokenizer, prompt, options, place * prompt.request.params.n, on_tokens)
             for place, prompt in enumerate(prompts)
         ]
 
@@ -58,13 +62,13 @@ class Generation:
         else:
             source = _merge([run.deltas() for run in self.prompts])
         async with aclosing(source) as deltas:
-            first = True
-            async for delta in deltas:
-                if first:
-                    self._on_first()
-                    first = False
-                if not delta.empty:
-                    yield delta
+            try:
+                async for delta in deltas:
+                    if not delta.empty:
+                        yield delta
+            except SaccadeError as error:
+                self.failure = error
+                raise
 
     async def collected(self) -> list[Delta]:
         """Each returned choice's whole output, in order; raises as ``deltas`` does."""
@@ -126,12 +130,19 @@ class PromptRun:
     """
 
     def __init__(
-        self, client: EngineClient, tokenizer: Tokenizer, prompt: PromptRequest, options: OutputOptions, first: int
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        prompt: PromptRequest,
+        options: OutputOptions,
+        first: int,
+        on_tokens: Callable[[int], None],
     ) -> None:
         self._client = client
         self._tokenizer = tokenizer
         self._prompt = prompt
         self._options = options
+        self._on_tokens = on_tokens
         self._echoed: set[int] = set()
         count = prompt.request.params.n
         self.choices = [ChoiceOutput(first + j, tokenizer, prompt.request, options) for j in range(count)]
@@ -172,6 +183,8 @@ class PromptRun:
 
     def _take(self, event: TokenEvent, scores: tuple[ScoredToken, ...] | None) -> Delta:
         choice = self.choices[event.choice]
+        if event.token_ids:
+            self._on_tokens(choice.index)
         echo = None
         if self._options.echo and event.choice not in self._echoed and event.finish_reason != "error":
             self._echoed.add(event.choice)

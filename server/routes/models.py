@@ -15,7 +15,8 @@ def models_router(api: Api) -> APIRouter:
 
     def model(name: str) -> dict[str, Any]:
         described = {"id": name, "object": "model", "created": api.created, "owned_by": "saccade"}
-        return {**described, "max_model_len": api.client.info.max_model_len}
+        # clients of vLLM read "root"; it says no more than the name, which need not be the folder's
+        return {**described, "root": name, "max_model_len": api.client.info.max_model_len}
 
     @router.get("/v1/models")
     async def list_models() -> Response:

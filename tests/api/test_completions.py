@@ -149,6 +149,16 @@ def test_a_stop_string_can_stay_in_the_text() -> None:
     assert body["choices"][0]["text"] == "one two"
 
 
+@pytest.mark.parametrize(("least", "text"), [(0, "one"), (1, "one"), (3, "one two three"), (4, None)])
+def test_a_stop_string_before_min_tokens_is_text(least: int, text: str | None) -> None:
+    said = ("one", " two", " three", " two", " four")
+    with api(saying(*said)) as client:
+        body = {"prompt": "x", "max_tokens": 16, "stop": [" two"], "min_tokens": least}
+        choice = client.post(URL, json=body).json()["choices"][0]
+    expected = ("".join(said), "length") if text is None else (text, "stop")
+    assert (choice["text"], choice["finish_reason"]) == expected
+
+
 def test_one_choice_that_stops_does_not_end_the_other() -> None:
     with api() as client:  # both choices say "a b a b ..."
         body = client.post(URL, json={"prompt": "a b c d", "n": 2, "max_tokens": 4, "stop": ["zzz"]}).json()

@@ -37,7 +37,7 @@ def test_models() -> None:
     assert listed["object"] == "list"
     assert [model["id"] for model in listed["data"]] == ["demo", "alias"]
     assert one == listed["data"][1]
-    assert set(one) == {"id", "object", "created", "owned_by", "max_model_len"}
+    assert set(one) == {"id", "object", "created", "owned_by", "root", "max_model_len"}
 
 
 def test_metrics_tell_the_engines_numbers_and_the_http_sides() -> None:

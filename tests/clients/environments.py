@@ -29,6 +29,8 @@ class Client:
     packages: tuple[str, ...]  # the client first; pip's or npm's requirements
     script: str
     seconds: float = RUN_SECONDS  # that its script may take
+    bare: bool = False  # the client itself is installed without what it requires
+    on_request: bool = False  # runs only when it is named
 
     @property
     def version(self) -> str:
@@ -88,5 +90,8 @@ def prepare(client: Client, folder: Path) -> None:
 def _commands(client: Client, folder: Path) -> Sequence[list[str]]:
     if client.node:
         return [["npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", *client.packages]]
-    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--prefer-binary", *client.packages]
-    return [[sys.executable, "-m", "venv", str(folder)], [str(folder / "bin" / "python"), *install]]
+    python = str(folder / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--prefer-binary"]
+    alone = [[*install, "--no-deps", client.packages[0]]] if client.bare else []
+    rest = client.packages[1:] if client.bare else client.packages
+    return [[sys.executable, "-m", "venv", str(folder)], *alone, [*install, *rest]]

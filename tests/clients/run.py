@@ -139,7 +139,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def chosen(names: Sequence[str]) -> list[Client]:
-    """The clients of these names; all when there are none.
+    """The clients of these names; without names all but those that run on request.
 
     Raises:
         ValueError: there is no such client.
@@ -149,13 +149,15 @@ def chosen(names: Sequence[str]) -> list[Client]:
     if unknown:
         known = ", ".join(client.name for client in clients)
         raise ValueError(f"no client is called {', '.join(sorted(unknown))}; there are: {known}")
-    return [client for client in clients if not names or client.name in names]
+    return [each for each in clients if each.name in names or not (names or each.on_request)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the clients; 0 if all checks passed."""
     parser = argparse.ArgumentParser(description="Run unmodified clients of OpenAI's API against this server.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="clients of versions.toml (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="clients of versions.toml (default: all but the largest)"
+    )
     try:
         clients = chosen(parser.parse_args(argv).names)
     except ValueError as error:

@@ -160,15 +160,18 @@ def test_text_is_cut_at_the_stop_string_that_is_completed_first(
 ) -> None:
     tokenizer, ids = TOKENIZERS[name], data.draw(outputs(name))
     text = tokenizer.decode(ids)
+    least = data.draw(st.one_of(st.just(0), st.integers(0, len(ids))))
     stops = data.draw(st.lists(st.text("ab ENDstop.\n你", min_size=1, max_size=4), max_size=3))
     if text:  # and one that does occur
         start = data.draw(st.integers(0, len(text) - 1))
         stops.append(text[start : start + data.draw(st.integers(1, 6))])
-    stream = TextStream(tokenizer, stop=tuple(stops), include_stop=include)
+    stream = TextStream(tokenizer, stop=tuple(stops), include_stop=include, min_tokens=least)
     whole, _ = streamed(stream, ids, rng)
     last = stream.push([])
 
-    ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
+    early = len(_certain(tokenizer, ids[:least])) if least < len(ids) else len(text)  # no end counts before
+    found = [(text.find(stop, max(early - len(stop) + 1, 0)), stop) for stop in stops]
+    ends = [(place + len(stop), -len(stop), stop) for place, stop in found if place >= 0]
     if not ends:
         assert (whole, last.stopped, last.token_count) == (text, False, len(ids))
         return

@@ -269,10 +269,10 @@ def test_wrong_command_lines(line: str, message: str, capsys: pytest.CaptureFixt
 
 
 def test_without_matplotlib_the_extra_is_named() -> None:
-    code = "import sys; sys.modules['matplotlib'] = None; from benchmarks import plots; plots.require()"
+    code = "import sys; sys.modules['matplotlib'] = None; from benchmarks import figures; figures.require()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "ConfigError: plots need matplotlib" in done.stderr
-    assert "pip install 'saccade[train]'" in done.stderr
+    assert "pip install 'saccade[bench]'" in done.stderr
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_before_anything_is_measured(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class Scripted(Generation):
     """Deltas without an engine."""
 
     def __init__(self, *deltas: Delta) -> None:
-        super().__init__(fake(), tokenizer(), [], OutputOptions(), lambda: None)
+        super().__init__(fake(), tokenizer(), [], OutputOptions(), lambda index: None)
         self._deltas = deltas
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -110,7 +110,7 @@ def test_usage_of_a_chunk_is_absent_or_null(stream_usage: StreamUsage, told: dic
 
 def test_continuous_usage_is_in_every_chunk() -> None:
     request = PromptRequest(GenerateRequest("r", (1, 2)))
-    generation = Generation(fake(), tokenizer(), [request], OutputOptions(), lambda: None)
+    generation = Generation(fake(), tokenizer(), [request], OutputOptions(), lambda index: None)
     chunks = Chunks(HEAD, "k", CONTINUOUS, generation)
     own = {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
     assert chunks.chunk('{"index":0}', 0) == payload("k", {"index": 0}, usage=own)
@@ -128,7 +128,9 @@ def test_other_fields_stand_beside_the_choice() -> None:
 
 def test_a_script_through_an_engine_is_the_same_text() -> None:
     request = PromptRequest(GenerateRequest("r", ids("x")))
-    generation = Generation(fake(saying("a\u2028", "\u0085b")), tokenizer(), [request], OutputOptions(), lambda: None)
+    generation = Generation(
+        fake(saying("a\u2028", "\u0085b")), tokenizer(), [request], OutputOptions(), lambda index: None
+    )
     chunks = streamed(CompletionRenderer(HEAD, tokenizer(), generation))
     texts = [json.loads(chunk.removeprefix(b"data: "))["choices"][0]["text"] for chunk in chunks]
     assert "".join(texts) == "a\u2028\u0085b"

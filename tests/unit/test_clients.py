@@ -118,6 +118,13 @@ def test_the_table_tells_who_failed() -> None:
     assert third.endswith("FAIL")
 
 
+def test_what_is_chosen() -> None:
+    everything = {client.name for client in run.chosen([])}
+    assert "vllm" not in everything
+    assert {"openai-3", "lm-eval"} <= everything
+    assert [client.name for client in run.chosen(["vllm", "openai-3"])] == ["openai-3", "vllm"]
+
+
 def test_a_client_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.main(["litelm"])

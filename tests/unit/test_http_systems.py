@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -22,12 +23,13 @@ def test_a_stream_is_text_tokens_and_what_was_drafted() -> None:
     answer = read_stream(
         stream({"choices": [{"text": "de"}]}, {"choices": [{"text": "f"}]}, {"choices": [], "usage": USAGE})
     )
-    assert (answer.text, answer.tokens) == ("def", 3)
+    assert answer.text == hashlib.sha256(b"def").hexdigest()[:16]
+    assert answer.tokens == 3
     assert answer.by_drafter == {"ngram": {"drafted": 4, "accepted": 1}}
 
 
 def test_a_stream_that_breaks_off_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="broke off"):
+    with pytest.raises(RuntimeError, match="truncated"):
         read_stream(stream({"choices": [{"text": "de"}]}, done=False))
 
 

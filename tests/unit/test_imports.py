@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "training": {"training", "decoding", "models"},
 }
 TEXT_SIDE = {"decoding.config", "decoding.messages", "decoding.errors", "decoding.text", "decoding.request"}
-TEXT_SIDE |= {"decoding.acceptance", "decoding.command_line"}
+TEXT_SIDE |= {"decoding.acceptance", "decoding.command_line", "decoding.step_counts"}
 TEXT_SIDE |= {f"decoding.datastore.{name}" for name in ("build", "corpus", "layout")}  # a corpus is text
 TEXT_SIDE |= {"decoding.grammar.compiler"}  # a grammar is text, too
 # the engine itself runs or is started here; everything else in server/ speaks to it through an EngineClient
@@ -90,7 +90,8 @@ def test_the_rules_would_notice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["server.app", "server.cli", "decoding.text", "decoding.request", "decoding.messages"]
+    "module",
+    ["benchmarks.load.page", "server.app", "server.cli", "decoding.text", "decoding.request", "decoding.messages"],
 )
 def test_the_http_process_does_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

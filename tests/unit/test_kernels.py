@@ -212,7 +212,7 @@ library.parent.mkdir(parents=True)
 library.write_text("no library")
 print(kernels.load())
 """
-    out, _ = in_a_new_process(code, SACCADE_CACHE=str(tmp_path)).communicate(timeout=60)
+    out, _ = in_a_new_process(code, SACCADE_CACHE=str(tmp_path), SACCADE_KERNEL_ARCH="native").communicate(timeout=60)
     assert "cannot be loaded" in out
     assert "delete it and start again" in out
     assert out.strip().endswith("False")

@@ -310,6 +310,20 @@ def test_a_stop_string_is_found_behind_any_beginning_of_itself() -> None:
             assert StopStrings((stop,), include_stop=True).push(text) == (text[: text.index(stop) + len(stop)], stop)
 
 
+def test_a_stop_string_that_is_completed_too_early_is_text(demo: Tokenizer) -> None:
+    single = [demo.vocab()[char] for char in "abab"]
+    texts = [TextStream(demo, stop=("ab",), min_tokens=least).push(single) for least in range(5)]
+    assert [(each.text, each.token_count, each.stopped) for each in texts] == [
+        ("", 2, True),
+        ("", 2, True),
+        ("ab", 4, True),
+        ("ab", 4, True),
+        ("abab", 4, False),
+    ]
+    overlapping = TextStream(demo, stop=("aba",), min_tokens=3).push([*single, single[0]])
+    assert (overlapping.text, overlapping.stop) == ("ab", "aba")  # its beginning lies in the end of an early one
+
+
 def test_held_text_comes_out_at_the_end_or_when_it_cannot_match(demo: Tokenizer) -> None:
     stream = TextStream(demo, stop=("STOP",))
     single = {char: demo.vocab()[char] for char in "STOPx"}
