@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -20,7 +21,7 @@ from decoding.sampler import Sampler
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence, SpeculationCounter
 from decoding.step_counts import StepCounts
-from decoding.trace import TracedTrees, is_traced, wanted_of
+from decoding.trace import UNTRACED, TracedTrees, is_traced, wanted_of
 from decoding.verify import Verdict
 from models.target import CausalModel, ForwardOutput
 from models.transfer import fetch, upload
@@ -44,8 +45,7 @@ class Totals:
     counts: StepCounts = field(default_factory=StepCounts)
 
 
-@dataclass(frozen=True)
-class Results:
+class Results(NamedTuple):  # as is the next one: made in every step, in a third of the time that a frozen class takes
     """A step's results on their way to the host."""
 
     wishes: dict[int, int]  # deciding rows that asked for logprobs
@@ -60,15 +60,14 @@ class Results:
         source = [[0]] * len(tokens)
         if self.with_nodes:
             path, source, rest = rest[0].tolist(), rest[1].tolist(), rest[2:]
-        trees = TracedTrees()
+        trees = UNTRACED
         if self.traced:
             trees, rest = TracedTrees(*rest[:3]), rest[3:]
         logprobs = by_row(self.wishes, rest) if self.wishes else {}
         return HostResults(tokens.tolist(), path, source, trees, logprobs)
 
 
-@dataclass(frozen=True)
-class HostResults:
+class HostResults(NamedTuple):
     """A step's results, by deciding row."""
 
     tokens: list[list[int]]  # accepted tokens and the bonus, padded with -1

@@ -171,7 +171,9 @@ class Guessers:
         self.asking = {}
         for member in members:
             rows = sum(1 for row in limits.rows if row.nodes and member.name in row.drafters)
-            if not rows or not member.is_due(self._price(member, rows, tokens), steps):
+            if not rows:
+                continue  # there was no question; the next steps may have rows for it
+            if not member.is_due(self._price(member, rows, tokens), steps):
                 resting.add(member.name)
                 continue
             self.asking[member.name] = rows

@@ -269,7 +269,8 @@ class Sampling:
                 the filters see the draft vocabulary only.
         Returns:
             the k largest entries of z that the filters keep: ids [W, k], best first; and their confidence
-            softmax(z / tau) [W, k] float32, 0 for ids that fill up. z = x + T * g, x at T = 0, x / T if not coupled.
+            softmax(z / tau) [W, k] float32, 0 for ids that fill up, and where nothing is possible. z = x + T * g, x at
+            T = 0, x / T if not coupled.
         """
         temperature, noise_row = self._of_nodes(row, depth)
         y, k = x, min(k, x.shape[1])
@@ -285,6 +286,8 @@ class Sampling:
         if self.table.filtered:
             best, confidence = self._keep_guesses(x / temperature[:, None], row, best, confidence)
             best, confidence = best[:, :k].contiguous(), confidence[:, :k].contiguous()
+        if self.table.bias is not None:
+            confidence = confidence.nan_to_num(0.0)  # a draft vocabulary may have none of the tokens that are allowed
         return (best if ids is None else ids[best]), confidence
 
     def noise_row(self, row: Tensor, depth: Tensor) -> Tensor:

@@ -78,6 +78,9 @@ class TracedTrees:
         )
 
 
+UNTRACED = TracedTrees()
+
+
 def _names(source: int, names: tuple[str, ...]) -> tuple[str, ...]:
     proposed = (source & GUESSED) | (source >> PINS)
     return tuple(name for bit, name in enumerate(names) if proposed >> bit & 1)

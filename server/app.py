@@ -17,6 +17,7 @@ from server.errors import ErrorReply, reply_to
 from server.grammar_worker import GrammarCheck, SizeCheck
 from server.metrics import Metrics
 from server.middleware import REQUEST_ID, AdmissionMiddleware, RequestMiddleware, assign_id
+from server.request_log import log_request
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.document import document_router
@@ -26,6 +27,7 @@ from server.routes.responses import responses_router
 from server.routes.tokenize import tokenize_router
 from server.routes.version import version_router
 from server.settings import ServerSettings
+from server.tracing import RequestTracer
 
 ROUTES = (
     "/v1/completions",
@@ -49,16 +51,17 @@ def build_app(
     settings: ServerSettings,
     admission: Admission | None = None,
     grammars: GrammarCheck | None = None,
+    tracer: RequestTracer | None = None,
 ) -> FastAPI:
     """The application that serves ``client``; starting and closing the client, and ``grammars``, is the caller's.
 
     Args:
         admission: in place of the one that ``settings`` describe.
         grammars: checks those of requests; default: by their size alone.
+        tracer: makes a span of each request.
     """
-    observation = settings.observation
-    name = settings.model_names[0]
-    metrics = Metrics(client.stats, lambda: client.state, name, vllm=observation.vllm_metrics)
+    vllm = settings.observation.vllm_metrics
+    metrics = Metrics(client.stats, lambda: client.state, settings.model_names[0], vllm=vllm)
     api = Api(client, tokenizer, settings, metrics, grammars or SizeCheck())
     security = settings.security
     keys = ApiKeys(security.api_keys, metrics_public=security.metrics_public)
@@ -80,7 +83,8 @@ def build_app(
     app.add_middleware(AdmissionMiddleware, admission=admission or guard, body_seconds=settings.limits.body_timeout)
     if security.cors_origins:
         _allow_origins(app, security.cors_origins)
-    app.add_middleware(RequestMiddleware, metrics=metrics)
+    watchers = [log_request] if tracer is None else [log_request, tracer.trace]
+    app.add_middleware(RequestMiddleware, metrics=metrics, watchers=watchers)
     app.add_exception_handler(SaccadeError, _on_own_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)

@@ -123,10 +123,12 @@ def run_server(args: argparse.Namespace, engine: str = ENGINE) -> int:
         engine: the class that the engine process runs, as "module:class".
     """
     from server.listening import Address
+    from server.log import set_up_log
     from server.serve import serve
     from server.settings import ServerSettings
 
-    logging.getLogger("saccade").setLevel(logging.INFO)
+    told = observation(args)
+    set_up_log(told.log_format, told.log_level)
     config = engine_config(args)
     names = tuple(getattr(args, "served_model_name", [config.model]))
     settings = ServerSettings(
@@ -136,7 +138,7 @@ def run_server(args: argparse.Namespace, engine: str = ENGINE) -> int:
         **reading(args),
         limits=limits(args),
         security=security(args, os.environ.get(KEY_VARIABLE)),
-        observation=observation(args),
+        observation=told,
     )
     serve(config, settings, getattr(args, "chat_template", None), Address(args.host, args.port), tls(args), engine)
     return 0

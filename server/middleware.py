@@ -9,6 +9,7 @@ import asyncio
 import re
 import secrets
 import time
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,15 +22,22 @@ from server.errors import LateError, reply_to
 from server.metrics import Metrics
 
 REQUEST_ID = "x-request-id"
+QUIET = frozenset({"/health", "/ready", "/live", "/metrics"})  # asked for again and again
+Watcher = Callable[[Account, Scope], None]
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestMiddleware:
-    """Gives each response an x-request-id (the client's own, if it sent a sane one) and counts it."""
+    """Gives each response an x-request-id (the client's own, if it sent a sane one) and counts it.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    Args:
+        watchers: are told of each request that was answered, those of ``QUIET`` routes left out unless they failed.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, watchers: Sequence[Watcher] = ()) -> None:
         self._app = app
         self._metrics = metrics
+        self._watchers = watchers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,9 +61,11 @@ class RequestMiddleware:
             raise
         finally:
             seconds = time.monotonic() - started
-            self._metrics.end_request(
-                Account(request_id, _method(scope), _route(scope), status, seconds, generated_of(scope))
-            )
+            account = Account(request_id, _method(scope), _route(scope), status, seconds, generated_of(scope))
+            self._metrics.end_request(account)
+            if account.route not in QUIET or status >= 400:
+                for watcher in self._watchers:
+                    watcher(account, scope)
 
 
 class AdmissionMiddleware:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True)
@@ -10,3 +14,6 @@ class Observation:
     """Settings of metrics, log and traces."""
 
     vllm_metrics: bool = False  # metrics under vLLM's names as well
+    log_format: LogFormat = "text"
+    log_level: LogLevel = "info"
+    otlp_traces_endpoint: str | None = None  # URL of a collector that takes OTLP over HTTP

@@ -31,6 +31,7 @@ from server.security import Tls
 from server.settings import ServerSettings
 from server.socket_client import SocketEngineClient
 from server.supervisor import Supervisor
+from server.tracing import open_tracer
 
 CLOSE_SECONDS = 1  # after the drain, for the last events to be sent
 
@@ -101,6 +102,8 @@ class Service:
         self._engine = Supervisor(lambda: SocketEngineClient(config, engine=engine, limits=settings.limits))
         self._stop = asyncio.Event()
         self._grammars: GrammarWorker | None = None
+        endpoint = settings.observation.otlp_traces_endpoint
+        self._tracer = None if endpoint is None else open_tracer(endpoint)
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM; a second one ends the process at once.
@@ -117,6 +120,8 @@ class Service:
             await self._engine.close()
             if self._grammars is not None:
                 await self._grammars.close()
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.close)
 
     async def _serve(self) -> None:
         folder = tokenizer_folder(self._config)
@@ -140,7 +145,7 @@ class Service:
         """The HTTP server answers while the model loads, /health with 503."""
         tokenizer = await asyncio.to_thread(Tokenizer.load, folder, chat_template=self._chat_template)
         self._grammars = GrammarWorker(folder, lambda: self._engine.info.vocab_size)
-        app = build_app(self._engine, tokenizer, self._settings, grammars=self._grammars)
+        app = build_app(self._engine, tokenizer, self._settings, grammars=self._grammars, tracer=self._tracer)
         server = http_server(app, self._settings.limits, self._tls)
         return asyncio.create_task(server.serve(sockets=[self._listener])), server
 

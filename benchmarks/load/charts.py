@@ -58,8 +58,11 @@ def _ratio_axis(axis: Any) -> None:
     axis.set_xscale("log")
     axis.set_xlim(min(0.8, 0.85 * max(low, axis.dataLim.x0)), max(1.25, high))
     low, high = axis.get_xlim()
-    ticks = [step * 10.0**power for power in range(-4, 5) for step in (1, 2, 5) if low <= step * 10.0**power <= high]
-    axis.set_xticks(ticks if len(ticks) > 2 else [0.8, 1.0, 1.25], minor=False)
+    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+        every = [step * 10.0**power for power in range(-4, 5) for step in steps]
+        axis.set_xticks(ticks := [tick for tick in every if low <= tick <= high])
+        if len(ticks) > 3:
+            break
     axis.xaxis.set_major_formatter("{x:g}×")
     axis.set_xticks([], minor=True)
 

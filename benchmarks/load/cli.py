@@ -160,7 +160,7 @@ def loads(args: argparse.Namespace) -> tuple[Load, ...]:
 
 def extent(args: argparse.Namespace) -> Extent:
     rounds = args.rounds or (1 if args.vs is None else DEFAULT_ROUNDS)
-    return Extent(args.num_prompts, args.duration, rounds, args.num_warmups, args.timeout)
+    return Extent(args.num_prompts, args.duration, rounds, args.num_warmups, args.timeout, not args.no_keep_alive)
 
 
 def prompts(args: argparse.Namespace) -> list[Prompt]:

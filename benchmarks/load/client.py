@@ -21,6 +21,7 @@ from benchmarks.load.records import Record
 from benchmarks.load.settings import PATHS, Sampling, Server
 
 CONNECT_SECONDS = 10.0
+IDLE_SECONDS = 1.0  # a server may close an idle connection just when a request is on its way (RFC 9112, 9.5)
 _DETAIL = 300  # characters of an error that are kept
 
 
@@ -55,13 +56,20 @@ def prepare(server: Server, sampling: Sampling, number: int, prompt: Prompt) -> 
     return Job(number, PATHS[sampling.endpoint], msgspec.json.encode(body), prompt.max_tokens)
 
 
-def open_http(base_url: str, headers: Mapping[str, str], connections: int | None, timeout: float) -> httpx.AsyncClient:
-    """Connections to a server, without the environment's proxies: they would be measured too."""
+def open_http(
+    base_url: str, headers: Mapping[str, str], connections: int | None, timeout: float, keep_alive: bool = True
+) -> httpx.AsyncClient:
+    """Connections to a server, without the environment's proxies: they would be measured too.
+
+    Args:
+        keep_alive: use connections for several requests, unless they were idle for a while.
+    """
+    kept = connections if keep_alive else 0
     return httpx.AsyncClient(
         base_url=base_url,
         headers={"Accept-Encoding": "identity", **headers},
         timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
-        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=kept, keepalive_expiry=IDLE_SECONDS),
         trust_env=False,
         verify=ssl.create_default_context() if base_url.startswith("https") else False,
     )
@@ -81,18 +89,19 @@ async def post(http: httpx.AsyncClient, path: str, body: bytes) -> tuple[int, by
 class LoadClient:
     """Connections to one server; an asynchronous context manager."""
 
-    def __init__(self, server: Server, connections: int | None, timeout: float) -> None:
+    def __init__(self, server: Server, connections: int | None, timeout: float, keep_alive: bool = True) -> None:
         """
         Args:
             connections: at once, at most; None: as many as are needed.
             timeout: seconds for one request, from its sending to its end.
+            keep_alive: use connections for several requests.
         """
         headers = {"Content-Type": "application/json"}
         if server.api_key:
             headers["Authorization"] = f"Bearer {server.api_key}"
         self.server = server
         self._timeout = timeout
-        self._http = open_http(server.base_url, headers, connections, timeout)
+        self._http = open_http(server.base_url, headers, connections, timeout, keep_alive)
 
     async def __aenter__(self) -> LoadClient:
         return self

@@ -61,7 +61,10 @@ async def measure(plan: Plan, progress: bool | None = None) -> Measured:
     servers = tuple(server for server, _ in greeted)
     async with contextlib.AsyncExitStack() as stack:
         connections = _most([load.connections for load in plan.loads])
-        clients = [await stack.enter_async_context(LoadClient(each, connections, timeout)) for each in servers]
+        clients = [
+            await stack.enter_async_context(LoadClient(each, connections, timeout, plan.extent.keep_alive))
+            for each in servers
+        ]
         for client in clients:
             await _warm_up(client, plan)
         turns: list[Turn] = []

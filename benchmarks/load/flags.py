@@ -64,6 +64,8 @@ def _add_loads(parser: StrictParser) -> None:
     warm = _of("requests to each server before")
     add("--num-warmups", type=whole_from(1), default=_DEFAULTS.warm_ups, metavar="N", help=warm)
     add("--timeout", type=above_zero, default=_DEFAULTS.timeout, metavar="SECONDS", help=_of("for one request"))
+    fresh = "a new connection for each request: for servers that close kept ones without notice"
+    add("--no-keep-alive", action="store_true", help=fresh)
 
 
 def _add_prompts(parser: StrictParser) -> None:

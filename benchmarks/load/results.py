@@ -50,6 +50,9 @@ class Result:
             for each in self.summaries
             if each.short
         ]
+        found += [
+            f"{each.server}, {kind}: {said}" for each in self.summaries for kind, said in each.examples.items() if said
+        ]
         sources = {each.server: each.source for each in self.summaries if each.succeeded}
         found += [
             f"{name} does not count tokens: its chunks are taken for tokens, and it makes more than that if a chunk "

@@ -90,6 +90,7 @@ class Extent:
         rounds: pieces that a load is cut into; of two servers, each piece is one's turn.
         warm_ups: requests to each server that nothing is measured of.
         timeout: seconds for one request.
+        keep_alive: use connections for several requests.
     """
 
     requests: int = 100
@@ -97,6 +98,7 @@ class Extent:
     rounds: int = 1
     warm_ups: int = 1
     timeout: float = 600.0
+    keep_alive: bool = True
 
 
 @dataclass(frozen=True)

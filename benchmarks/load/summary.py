@@ -64,6 +64,7 @@ class Summary:
     Attributes:
         request_rate: requests per second that succeeded and ended in the windows.
         errors: kind -> requests.
+        examples: kind -> what the first of its errors said.
         short: requests that ended before the tokens that were asked for.
         seconds: of all windows together.
         output_rate: tokens per second that came in the windows, those of failed requests left out.
@@ -78,6 +79,7 @@ class Summary:
     requests: int
     succeeded: int
     errors: dict[str, int]
+    examples: dict[str, str]
     short: int
     seconds: float
     request_rate: float
@@ -120,6 +122,7 @@ def summarise(turns: Sequence[Turn], goal: Goal) -> Summary:
         requests=len(records),
         succeeded=len(good),
         errors=dict(Counter(record.error for record in records if record.error is not None)),
+        examples={record.error: record.detail for record in reversed(records) if record.error is not None},
         short=sum(1 for record in good if record.output_tokens is not None and record.tokens < record.wanted),
         seconds=seconds,
         request_rate=_per(len(ended), seconds),

@@ -184,8 +184,11 @@ class Matcher:
         place, bit = self._vocab_size // 32, np.uint32(1 << self._vocab_size % 32).astype(np.int32)
         may_end = complete or bool(words[place] & bit)
         words[place] &= ~bit
-        early = self._goes_on or len(self._text) + len(self._path) < self._min_tokens
-        if may_end and not (early and words.any()):
+        early = len(self._text) + len(self._path) < self._min_tokens
+        if early:  # an end may be a piece of text, too
+            others = words & ~self._end_words
+            words = others if others.any() else words
+        if may_end and not ((early or self._goes_on) and words.any()):
             words |= self._end_words
         return words if words.any() else None
 

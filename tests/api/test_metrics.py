@@ -8,8 +8,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from decoding.messages import DrafterStats, EngineStats
+from server.cli import parse
 from server.latencies import Latencies, RequestTimes
 from server.observation import Observation
+from server.observation_flags import observation
 from server.tallies import Tally, add_tally, histogram
 from tests.api.harness import SETTINGS, api, fake, saying
 
@@ -161,3 +163,9 @@ def test_a_tally_is_a_histogram() -> None:
         ("name_count",): 4,
         ("name_sum",): 6.5,
     }
+
+
+def test_flags() -> None:
+    assert observation(parse(["serve", "model"])) == Observation()
+    words = ["--vllm-metrics", "--log-format", "json", "--log-level", "error", "--otlp-traces-endpoint", "http://c:1"]
+    assert observation(parse(["serve", "model", *words])) == Observation(True, "json", "error", "http://c:1")

@@ -121,3 +121,20 @@ def test_bans_that_cannot_be(params: SamplingParams, param: str, message: str) -
     with pytest.raises(RequestError, match=message) as caught:
         make_engine(target()).submit(GenerateRequest("r", (1,), params))
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("ops", steps.ON_CPU)
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5, "min_p": 0.1}])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_draft_vocabulary_without_any_allowed_token_is_sure_of_nothing(
+    ops: str, filters: dict[str, float], temperature: float
+) -> None:
+    """No number would be one that poisons what is learned of the drafter, for all requests and for good."""
+    rows = [SamplingParams(temperature=temperature, allowed_token_ids=(2, 4), **filters), SamplingParams()]  # type: ignore[arg-type]
+    sampling = sampling_of([Sequence(GenerateRequest("r", (1,), params), 0, 7) for params in rows], ops=ops)
+    row, zero, ids = torch.arange(2), torch.zeros(2, dtype=torch.int64), torch.tensor([0, 1, 3, 5, 6, 7])
+    x = sampling.process(torch.randn(2, len(ids)), row, zero, None, ids)
+    guessed, confidence = sampling.guess(x, row, zero, 3, 1.0, ids)
+    assert confidence[0].tolist() == [0.0, 0.0, 0.0]
+    assert 0 < confidence[1].sum() <= 1.0 + 1e-6
+    assert torch.isin(guessed, ids).all()

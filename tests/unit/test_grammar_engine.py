@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from decoding.grammar.compiler import LIMITS, BackgroundCompiler, GrammarCompile
 from decoding.grammar.queue import GrammarQueue
 from decoding.request import GenerateRequest, Grammar, SamplingParams, SpeculationParams
 from models.decoder import Decoder
-from tests.doubles import GarbageDrafter, OracleDrafter
+from tests.doubles import AlternatingDrafter, GarbageDrafter, OracleDrafter
 from tests.engines import EOS, ROOT, Outcome, make_engine, run, tiny_decoder, whole
 from tests.grammars import CHOICES, GRAMMARS, choice, fulfils, regex, spelled
 
@@ -161,6 +161,19 @@ def test_an_oracle_yields_depth_plus_one_tokens_every_step(temperature: float, d
     outcome = run(engine, [request])["r", 0]
     assert outcome.tokens == texts["r", 0][len(PROMPT) :]
     assert [len(event.token_ids) for event in outcome.events[:-1]] == [depth + 1] * (len(outcome.events) - 1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_drafter_that_is_all_right_and_all_wrong_in_turns(temperature: float) -> None:
+    request = ask(regex("([A-H]{2}[0-9])+"), temperature=temperature, max_tokens=47, ignore_eos=True)
+    texts = {("r", 0): [*PROMPT, *plain(request).tokens]}
+    drafters = {"oracle": partial(AlternatingDrafter, texts=texts)}
+    engine = make_engine(target(), drafters, max_nodes=8, max_depth=4)
+    outcome = run(engine, [request])["r", 0]
+    assert outcome.tokens == texts["r", 0][len(PROMPT) :]
+    sizes = [len(event.token_ids) for event in outcome.events]
+    assert 5 in sizes
+    assert 1 in sizes[1:-1]
 
 
 def test_refused_drafts_are_not_bought() -> None:

@@ -153,6 +153,16 @@ def test_stop_tokens_end_a_complete_text_too() -> None:
     assert state.commit([40, 8, 40]) == (2, "stop")
 
 
+def test_before_min_tokens_a_stop_token_is_no_text_unless_it_must_be() -> None:
+    bound = Matcher(compiled(regex("[AB]{1,3}(A|C)?")), (EOS, 40), min_tokens=2)
+    assert allowed(bound) == {41}
+    assert allowed(bound, (41,)) == {41, 42}
+    assert allowed(bound, (41, 41)) == {EOS, 40, 41, 42}
+    assert allowed(Matcher(compiled(regex("AB")), (EOS, 40), min_tokens=2)) == {40}
+    free = Matcher(compiled(regex("[AB]{2}")), (EOS, 40), goes_on=True)
+    assert allowed(free) == {40, 41}, "ignore_eos does not ignore stop tokens"
+
+
 # what is forced ------------------------------------------------------------------------------------------------------
 
 

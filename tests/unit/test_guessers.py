@@ -82,3 +82,10 @@ def test_it_is_decided_once_in_some_steps() -> None:
     changes = [number for number, (a, b) in enumerate(itertools.pairwise(turns), 1) if a != b]
     assert changes
     assert len({number % LIGHT_LOOK for number in changes}) == 1
+
+
+def test_a_look_that_had_no_rows_sends_nobody_to_rest() -> None:
+    steps = Steps()
+    steps.run(LIGHT_LOOK - 1, set(NAMES))
+    steps.guessers.ask_lightly(Quota((RowQuota(),)), 1)
+    assert steps.run(1, set(NAMES)) == dict.fromkeys(NAMES, 1.0)

@@ -67,10 +67,18 @@ def faults(body: Body, number: int) -> Script:
 
 def test_errors_are_counted_by_kind_and_are_no_successes(out: Path) -> None:
     with fake_server(faults) as server:
-        words = ["--base-url", server.url, "--num-prompts", "10", "--concurrency", "5", "--timeout", "0.5"]
+        words = ["--base-url", server.url, "--num-prompts", "10", "--concurrency", "5", "--timeout", "1.5"]
         (summary,) = bench(out, *words)["summaries"]
     assert summary["errors"] == {"error in stream": 2, "truncated": 2, "http 503": 2, "timeout": 2}
     assert (summary["requests"], summary["succeeded"], summary["output_tokens"]) == (10, 2, 8)
+
+
+def test_the_notes_quote_errors(out: Path) -> None:
+    with fake_server(faults) as server:
+        words = ["--base-url", server.url, "--num-prompts", "5", "--timeout", "1.5"]
+        notes = bench(out, *words)["notes"]
+    assert "server, error in stream: the engine is gone" in notes
+    assert "server, truncated: the stream ended without [DONE]" in notes
 
 
 def test_a_server_that_fails_always_is_a_failure() -> None:
