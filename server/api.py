@@ -28,7 +28,7 @@ from server.openai.generation import Generation, PromptRequest
 from server.openai.json_body import read_json
 from server.openai.output_parser import OutputFormats
 from server.openai.rendering import StreamUsage
-from server.openai.sse import DONE, EventStreamResponse, until_disconnect
+from server.openai.sse import DONE, EventStreamResponse, error_event, until_disconnect
 from server.openai.validation import parse_fields
 from server.prompt_log import log_prompt
 from server.settings import ServerSettings
@@ -241,15 +241,19 @@ class Api:
         whole: Callable[[], Awaitable[dict[str, Any]]],
         events: AsyncGenerator[bytes, None] | None,
         last: bytes = DONE,
+        failed: Callable[[Exception], bytes] = error_event,
     ) -> Response:
         """As ``answer``: a stream if there are events, with ``last`` behind them, else the whole.
+
+        Args:
+            failed: makes the events of an error in the middle of a stream.
 
         Raises:
             LateError: the deadline has passed.
         """
         remaining = ticket_of(request).remaining
         if events is not None:
-            return EventStreamResponse(events, self.settings.ping_seconds, remaining, last)
+            return EventStreamResponse(events, self.settings.ping_seconds, remaining, last, failed)
 
         async def made() -> Response:
             return JSONResponse(await whole())

@@ -162,6 +162,11 @@ class BackgroundCompiler:
         """Compile it anew next time."""
         self._kept.pop(grammar, None)
 
+    def give_up(self, grammar: Grammar, future: Future[Compiled]) -> None:
+        """What ``start`` returned is not needed; it is compiled only if that has begun."""
+        if future.cancel() and self._kept.get(grammar) is future:
+            del self._kept[grammar]
+
     def close(self) -> None:
         """End the thread."""
         if self._thread is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import Future, wait
 
 from decoding.errors import RequestError
@@ -24,6 +25,7 @@ class GrammarQueue:
         self._compiler = compiler
         self._eos_ids = eos_ids
         self._waiting: dict[SequenceId, tuple[Sequence, Future[Compiled]]] = {}
+        self._wanted: Counter[Future[Compiled]] = Counter()  # how many of these wait for it
 
     def warm(self) -> None:
         """Do what is the same for all grammars: a second or two for a large vocabulary."""
@@ -45,7 +47,9 @@ class GrammarQueue:
         """
         grammar = sequence.request.grammar
         if grammar is not None:
-            self._waiting[sequence.id] = (sequence, self._compiler.start(grammar, spent))
+            future = self._compiler.start(grammar, spent)
+            self._waiting[sequence.id] = (sequence, future)
+            self._wanted[future] += 1
 
     def settle(self, *, idle: bool) -> list[tuple[Sequence, RequestError]]:
         """Hand out what is ready; the sequences whose grammar cannot be compiled, and why.
@@ -59,7 +63,7 @@ class GrammarQueue:
             wait([future for _, future in self._waiting.values()], PATIENCE, return_when="FIRST_COMPLETED")
         failed = []
         for sequence, future in [each for each in self._waiting.values() if each[1].done()]:
-            del self._waiting[sequence.id]
+            self._leave(sequence)
             try:
                 sequence.matcher = self._matcher(sequence, outcome(future))
             except RequestError as error:
@@ -67,14 +71,31 @@ class GrammarQueue:
         return failed
 
     def forget(self, sequence: Sequence, error_code: str | None) -> None:
-        """The sequence ended. If by the limits of its grammar, the next one begins anew."""
-        self._waiting.pop(sequence.id, None)
-        if error_code is not None and sequence.request.grammar is not None:
-            self._compiler.forget(sequence.request.grammar)
+        """The sequence ended. If by the limits of its grammar, the next one begins anew.
+
+        What nobody waits for any more is not compiled: clients that ask and leave would keep the others waiting.
+        """
+        grammar = sequence.request.grammar
+        if grammar is None:
+            return
+        if sequence.id in self._waiting:
+            future = self._leave(sequence)
+            if future not in self._wanted:
+                self._compiler.give_up(grammar, future)
+        if error_code is not None:
+            self._compiler.forget(grammar)
 
     def close(self) -> None:
         """End what runs beside the engine."""
         self._compiler.close()
+
+    def _leave(self, sequence: Sequence) -> Future[Compiled]:
+        """The sequence waits no more; for what it did."""
+        _, future = self._waiting.pop(sequence.id)
+        self._wanted[future] -= 1
+        if not self._wanted[future]:
+            del self._wanted[future]
+        return future
 
     def _matcher(self, sequence: Sequence, compiled: Compiled) -> Matcher:
         params = sequence.params

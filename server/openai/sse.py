@@ -34,6 +34,11 @@ def event_bytes(payload: dict[str, Any]) -> bytes:
     return f"data: {to_json(payload)}\n\n".encode("ascii")
 
 
+def error_event(error: Exception) -> bytes:
+    """An error in the middle of a stream."""
+    return event_bytes(reply_to(error).body())
+
+
 class EventStreamResponse(Response):
     """Sends events, ``[DONE]`` at the end, and comments while there is nothing to send.
 
@@ -45,6 +50,7 @@ class EventStreamResponse(Response):
         ping_seconds: of silence before a comment.
         remaining: seconds to the deadline, None without one; raises LateError when it has passed.
         last: what stands behind the last event.
+        failed: makes an error's events.
     """
 
     media_type = "text/event-stream"
@@ -55,6 +61,7 @@ class EventStreamResponse(Response):
         ping_seconds: float = PING_SECONDS,
         remaining: Callable[[], float | None] = lambda: None,
         last: bytes = DONE,
+        failed: Callable[[Exception], bytes] = error_event,
     ) -> None:
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
@@ -62,6 +69,7 @@ class EventStreamResponse(Response):
         self._ping_seconds = ping_seconds
         self._remaining = remaining
         self._last = last
+        self._failed = failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = _Sender(send, self.status_code, self.raw_headers)
@@ -92,7 +100,7 @@ class EventStreamResponse(Response):
 
     async def _fail(self, sender: _Sender, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
         if sender.started:
-            await sender.send(event_bytes(reply_to(error).body()))
+            await sender.send(self._failed(error))
             await sender.send(self._last, more=False)
         elif isinstance(error, SaccadeError):
             await reply_to(error).response()(scope, receive, send)

@@ -33,7 +33,8 @@ def responses_router(api: Api) -> APIRouter:
             renderer = await _renderer(api, request, body, fields, arrived)
         except RequestError as error:
             raise here(error) from None
-        return await api.respond(request, renderer.whole, renderer.events() if fields.stream else None, last=b"")
+        events = renderer.events() if fields.stream else None
+        return await api.respond(request, renderer.whole, events, last=b"", failed=renderer.failed)
 
     return router
 

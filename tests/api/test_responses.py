@@ -6,13 +6,15 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from pydantic import BaseModel
 
 from decoding.messages import TokenEvent
 from decoding.request import GenerateRequest
-from server.fake_client import Death, Line, Script
+from server.fake_client import Death, Line, Pause, Script
+from server.settings import ServerSettings
 from tests.api.families import CALL, HERMES, THINKING
 from tests.api.harness import api, fake, ids, live, saying, tokenizer
 
@@ -39,7 +41,12 @@ def streamed(body: dict[str, Any], script: Script, template: str | None = None) 
     with api(script, template=template) as client:
         response = client.post(URL, json={**body, "stream": True})
     assert response.status_code == 200, response.text
-    *frames, rest = response.text.split("\n\n")
+    return numbered(response.text)
+
+
+def numbered(text: str) -> list[dict[str, Any]]:
+    """The events of a stream, which must be well-formed."""
+    *frames, rest = text.split("\n\n")
     assert rest == ""
     found = []
     for frame in frames:
@@ -305,6 +312,22 @@ def test_an_error_on_the_way_fails_the_response() -> None:
     assert (failed["type"], failed["response"]["status"]) == ("response.failed", "failed")
     assert failed["response"]["error"]["code"] == "server_error"
     assert (error["type"], error["code"], error["error"]["code"]) == ("error", "engine_dead", "engine_dead")
+
+
+@pytest.mark.parametrize("pinged", [False, True])
+def test_a_deadline_on_the_way_fails_the_response(pinged: bool) -> None:
+    def slow(request: GenerateRequest) -> Iterable[Line]:
+        yield from () if pinged else [TokenEvent(request.request_id, 0, ids("a"))]
+        yield Pause(30)
+
+    with live(slow, ServerSettings(("demo",), ping_seconds=0.1 if pinged else 30)) as url:
+        late = {"x-request-timeout": "0.4"}
+        text = httpx.post(url + URL, json={"input": "x", "stream": True}, headers=late).text
+    assert text.startswith(": ping\n\n") == pinged
+    begun, _, *_, failed, error = numbered(text.replace(": ping\n\n", ""))
+    assert [begun["type"], failed["type"], error["type"]] == ["response.created", "response.failed", "error"]
+    assert failed["response"]["id"] == begun["response"]["id"]
+    assert error["code"] == "deadline_exceeded"
 
 
 # the official client ---------------------------------------------------------------------------------------------

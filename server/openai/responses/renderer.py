@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from decoding.errors import RequestError, SaccadeError
+from decoding.errors import RequestError
 from decoding.text import Tokenizer
-from server.errors import ErrorReply, reply_to
+from server.errors import reply_to
 from server.openai.chat_deltas import read
 from server.openai.chat_logprobs import scored_token
 from server.openai.choice_output import ScoredToken
@@ -47,6 +47,7 @@ class ResponseRenderer:
         self._parser = parser
         self._alternatives = alternatives
         self._number = 0  # of the next event
+        self._output = OutputItems()  # of a stream
 
     async def whole(self) -> dict[str, Any]:
         """The answer to a request without ``stream``."""
@@ -64,7 +65,7 @@ class ResponseRenderer:
         """The events of a streamed answer; the first ones come with the first token, so that errors before it are not
         in the stream.
         """
-        output, reason = OutputItems(), None
+        output, reason = self._output, None
         try:
             async with aclosing(self._generation.deltas()) as deltas:
                 async for delta in deltas:
@@ -74,12 +75,8 @@ class ResponseRenderer:
                     events += output.push(pieces, self._logprobs(delta.scored))
                     if events:
                         yield self._bytes(events)
-        except SaccadeError as error:
-            told = here(error) if isinstance(error, RequestError) else error
-            if not self._number:
-                raise told from None
-            yield self._bytes(self._failed(output, reply_to(told)))
-            return
+        except RequestError as error:
+            raise here(error) from None
         complete = reason != "length"
         events = output.finish(complete=complete)
         kind = "response.completed" if complete else "response.incomplete"
@@ -99,15 +96,19 @@ class ResponseRenderer:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         return response
 
-    def _failed(self, output: OutputItems, reply: ErrorReply) -> list[dict[str, Any]]:
+    def failed(self, error: Exception) -> bytes:
         """The end of a stream that an error cut: an event for clients of the specification, which tells the response,
-        and one for those that look for errors.
+        and one for those that look for errors. The first events go before them if no token came.
         """
-        response = self._response("failed", output.items)
+        reply = reply_to(error)
+        events = [] if self._number else self._begun()
+        response = self._response("failed", self._output.items)
         response["error"] = {"code": "server_error", "message": reply.message}
         details = reply.body()["error"]
         flat = {name: details[name] for name in ("code", "message", "param")}
-        return [{"type": "response.failed", "response": response}, {"type": "error", **flat, "error": details}]
+        events.append({"type": "response.failed", "response": response})
+        events.append({"type": "error", **flat, "error": details})
+        return self._bytes(events)
 
     def _response(self, status: str, output: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {
