@@ -61,7 +61,7 @@ def build_app(
         tracer: makes a span of each request.
     """
     vllm = settings.observation.vllm_metrics
-    metrics = Metrics(client.stats, lambda: client.state, settings.model_names[0], vllm=vllm)
+    metrics = Metrics(client, settings.model_names[0], vllm=vllm)
     api = Api(client, tokenizer, settings, metrics, grammars or SizeCheck())
     security = settings.security
     keys = ApiKeys(security.api_keys, metrics_public=security.metrics_public)

@@ -79,6 +79,11 @@ class EngineClient(Protocol):
         """The engine's latest counters, at most a fraction of a second old."""
         ...
 
+    @property
+    def restarts(self) -> int:
+        """How often an engine was started in place of one that had ended."""
+        ...
+
     async def wait_dead(self) -> None:
         """Wait until the engine has ended for good."""
         ...
@@ -126,6 +131,10 @@ class RoutedEngineClient(ABC):
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         if self._state == "ready":
             self._send(Cancel(request_id, choice))
+
+    @property
+    def restarts(self) -> int:
+        return 0  # it is started once
 
     async def wait_dead(self) -> None:
         await self._dead.wait()

@@ -5,13 +5,14 @@ A restarted engine's counters begin at 0 again, as Prometheus expects of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from decoding.messages import EngineStats
 from decoding.step_counts import PARTS, QUEUE_SECONDS, size_bounds
+from server.engine_client import EngineClient
 from server.tallies import add_counts, by_label, histogram, regrouped
 
 ROW_TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
@@ -42,13 +43,13 @@ _COUNTERS = {
 class EngineCollector(Collector):
     """Families of the engine's latest report."""
 
-    def __init__(self, stats: Callable[[], EngineStats], state: Callable[[], str]) -> None:
-        self._stats = stats
-        self._state = state
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        yield GaugeMetricFamily("saccade_ready", "1 when requests are served", 1.0 if self._state() == "ready" else 0.0)
+        stats, ready = self._client.stats(), self._client.state == "ready"
+        yield GaugeMetricFamily("saccade_ready", "1 when requests are served", float(ready))
+        yield CounterMetricFamily("saccade_engine_restarts", "Engines started anew", float(self._client.restarts))
         for name, text in _GAUGES.items():
             yield GaugeMetricFamily(f"saccade_{name}", text, float(getattr(stats, name)))
         yield GaugeMetricFamily("saccade_kv_cache_usage_ratio", "Share of the K/V pool that choices hold", used(stats))

@@ -87,6 +87,10 @@ class FakeEngineClient:
         self._state = "dead"
         self._dead.set()
 
+    @property
+    def restarts(self) -> int:
+        return 0
+
     async def wait_dead(self) -> None:
         await self._dead.wait()
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from decoding.messages import EngineStats
 from server.account import Account
+from server.engine_client import EngineClient
 from server.engine_metrics import EngineCollector
 from server.latencies import Latencies, RequestTimes
 from server.vllm_metrics import VllmCollector
@@ -22,18 +22,15 @@ class Metrics:
     """A registry of its own, so that two servers in one process do not share their numbers.
 
     Args:
-        stats: the engine's latest report.
-        state: the engine's state.
+        client: the engine's.
         model: the name that metrics carry.
         vllm: tell the most used ones under vLLM's names as well.
     """
 
-    def __init__(
-        self, stats: Callable[[], EngineStats], state: Callable[[], str], model: str, *, vllm: bool = False
-    ) -> None:
+    def __init__(self, client: EngineClient, model: str, *, vllm: bool = False) -> None:
         registry = self._registry = CollectorRegistry()
         self._latencies = Latencies()
-        registry.register(EngineCollector(stats, state))
+        registry.register(EngineCollector(client))
         registry.register(_HttpCollector(self._latencies, model))
         ProcessCollector(registry=registry)
         self._requests = Counter(
@@ -47,7 +44,7 @@ class Metrics:
             "saccade_choices_ended", "Choices of answers, by why they ended", ["route", "reason"], registry=registry
         )
         if vllm:
-            registry.register(VllmCollector(stats, self._latencies, self._reasons, model))
+            registry.register(VllmCollector(client.stats, self._latencies, self._reasons, model))
 
     def begin_request(self) -> None:
         self._in_flight.inc()
