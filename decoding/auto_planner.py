@@ -27,7 +27,7 @@ from decoding.forecast import Forecast
 from decoding.guessers import TRY, Guessers
 from decoding.history import History
 from decoding.market import UNABLE, Deal, Member, Scene, Terms, lateness, load_market, slope_of
-from decoding.plan import Guide, Plan, Quota, RowQuota
+from decoding.plan import NOTHING, Guide, Plan, Quota, RowQuota
 from decoding.planner import Certain, Limits, StepTimes, roots_of, share_of
 from decoding.proposal_ops import ProposalOps
 from decoding.pulse import FULL, LIGHT, NAMES, PLAIN, Beat, Pulse
@@ -46,7 +46,6 @@ LONG_LOOK = 8  # the same where steps are long
 CREDIT = 64  # steps whose time a drafter's credit is worth at most
 DRIFT_STEP = 16  # steps between two of Forecast.drift
 FLOOR = (0.01, 0.5)  # path probabilities below which a node is not forecast to be bought
-NOTHING = RowQuota()
 
 
 @dataclass

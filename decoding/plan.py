@@ -49,6 +49,9 @@ class RowQuota:
     drafters: frozenset[str] = frozenset()
 
 
+NOTHING = RowQuota()
+
+
 @dataclass(frozen=True)
 class Guide:
     """What the planner tells one drafter about drafting in this step."""

@@ -14,7 +14,7 @@ import torch
 from decoding.cache import SequenceCache
 from decoding.drafters.base import Drafter
 from decoding.drafters.team import Proposal
-from decoding.plan import Plan, PlannedRow, Quota, RowQuota
+from decoding.plan import NOTHING, Plan, PlannedRow, Quota, RowQuota
 from decoding.sequence import Sequence, SequenceId
 from models.transfer import upload
 from models.tree_ops import ChosenTrees, TreeOps
@@ -80,13 +80,13 @@ class Limits:
     def of(self, plan: Plan, share: int) -> Quota:
         """One limit for each deciding row; ``share`` is what the token budget leaves each of them in nodes."""
         if not self._drafters:
-            return Quota(tuple(RowQuota() for _ in plan.deciding))
+            return Quota(tuple(NOTHING for _ in plan.deciding))
         return Quota(tuple(self._row(row.sequence, share) for row in plan.deciding))
 
     def reserved(self, plan: Plan, share: int) -> Quota:
         """The same, with the slots that all of it needs; rows without them get nothing."""
         asked = zip(plan.deciding, self.of(plan, share).rows, strict=True)
-        return Quota(tuple(m if m.nodes and self.reserve(row, m) else RowQuota() for row, m in asked))
+        return Quota(tuple(m if m.nodes and self.reserve(row, m) else NOTHING for row, m in asked))
 
     def _row(self, sequence: Sequence, share: int) -> RowQuota:
         allowed = self._allowances.get(sequence.id)
@@ -97,7 +97,7 @@ class Limits:
         if left >= allowed.depth and share >= allowed.nodes:
             return allowed
         depth, nodes = min(allowed.depth, left), min(allowed.nodes, share)
-        return RowQuota(nodes, depth, allowed.drafters) if depth >= 1 and nodes >= 1 else RowQuota()
+        return RowQuota(nodes, depth, allowed.drafters) if depth >= 1 and nodes >= 1 else NOTHING
 
     def _allowance(self, sequence: Sequence) -> RowQuota:
         """What the client allows."""
@@ -109,7 +109,7 @@ class Limits:
             for d in self._drafters
             if (structured if d.needs.automatic else wish.drafters is None or d.name in wish.drafters)
         )
-        return RowQuota(nodes, depth, names) if wish.enabled and names and depth and nodes else RowQuota()
+        return RowQuota(nodes, depth, names) if wish.enabled and names and depth and nodes else NOTHING
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence ended or lost its pages."""
