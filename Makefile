@@ -12,6 +12,7 @@ FAMILY ?= demo
 INFLATED = $(patsubst %,%/inflate.json,$(filter build/%,$(FAMILY)))
 RESULTS ?= $(wildcard $(foreach kind,matrix offline compare gpu,benchmarks/results/$(kind)*.json) benchmarks/results/*.txt)
 PYTEST_ARGS ?= -n 2 --dist worksteal
+GUESSERS := ngram suffix:max_cache_mb=16 retrieval=build/stdlib.store recycling lookahead
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -107,12 +108,20 @@ bench-matrix bench-offline: bench-%: setup $(INFLATED)
 bench-compare: setup llama-cpp $(INFLATED)
 	$(BIN)/python -m benchmarks.compare --family $(FAMILY) --tune $(ARGS)
 
+# a corpus that every machine has, and that the workloads were not made of
+build/stdlib.store: | setup
+	stdlib=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))') && \
+	    $(BIN)/saccade datastore build $$stdlib/asyncio $$stdlib/email $$stdlib/http $$stdlib/json $$stdlib/logging $$stdlib/unittest \
+	    $$stdlib/*.py --include '*.py' --tokenizer demo/target --out $@
+
 # results of an earlier run make way: the page tells of one
 bench-drafters bench-structured: result = benchmarks/results/$(1)-$(notdir $(FAMILY)).json
-bench-drafters: setup llama-cpp $(INFLATED)
-	$(BIN)/python -m benchmarks.drafters --family $(FAMILY) --peers transformers llama --tune --out $(call result,drafters) $(ARGS)
-	$(BIN)/python -m benchmarks.idle_cost --family $(FAMILY) --out $(call result,idle-cost)
-	$(BIN)/python -m benchmarks.store_bounds --family $(FAMILY) --out $(call result,store-bounds)
+bench-drafters: setup llama-cpp $(INFLATED) build/stdlib.store
+	$(BIN)/python -m benchmarks.drafters --family $(FAMILY) --peers transformers llama --tune --out $(call result,drafters) \
+	    --drafters $(GUESSERS) early-exit prediction draft ngram+suffix+recycling+prediction ngram+suffix+prediction+draft $(ARGS)
+	$(BIN)/python -m benchmarks.idle_cost --family $(FAMILY) --drafters $(GUESSERS) prediction ngram+suffix+recycling+prediction \
+	    --out $(call result,idle-cost)
+	$(BIN)/python -m benchmarks.store_bounds --family $(FAMILY) --drafters $(GUESSERS) --bound 64MiB --out $(call result,store-bounds)
 	$(BIN)/python -m benchmarks.drafters_page $(foreach kind,drafters idle-cost store-bounds,$(call result,$(kind)))
 
 bench-structured: setup
