@@ -18,13 +18,12 @@ from benchmarks import documents, drafters, idle_cost, store_bounds
 from benchmarks.command import carried_out
 from benchmarks.documents import Document
 from benchmarks.drafters_tables import drafters_text, idle_text, stores_text
-from benchmarks.pages import indented, sources
+from benchmarks.pages import Marks, indented, sources
 from decoding.errors import ConfigError
 from server.flags import Parser
 
 PAGE = Path("docs/drafters-without-training.md")
-BEGIN = "<!-- measured: written by make bench-drafters -->"
-END = "<!-- measured: end -->"
+MARKS = Marks("<!-- measured: written by make bench-drafters -->", "<!-- measured: end -->")
 
 
 @dataclass(frozen=True)
@@ -63,24 +62,7 @@ def write(results: Sequence[Path], page: Path) -> None:
     merged = documents.merge([documents.load(path) for path in results])
     if strange := sorted(set(merged) - set(PARTS)):
         raise ConfigError(f"{strange[0]} is no result for this page; give those of: {', '.join(PARTS)}")
-    try:
-        text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{page} cannot be read ({error.strerror}); give a page that has the marks") from None
-    page.write_text(replaced(text, measured(merged), page), encoding="utf-8")
-
-
-def replaced(text: str, measured: str, page: Path) -> str:
-    """The page with something else between the marks.
-
-    Raises:
-        ConfigError: they are not there, in their order.
-    """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f"{page} has no place for measurements; write these two lines into it:\n{BEGIN}\n{END}")
-    return f"{head}{BEGIN}\n\n{measured}\n\n{END}{tail}"
+    MARKS.write(page, measured(merged))
 
 
 def measured(merged: Mapping[str, Document]) -> str:

@@ -3,9 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.documents import Document
+from decoding.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Two lines of a page: what stands between them is written by a command, the rest by people."""
+
+    begin: str
+    end: str
+
+    def write(self, page: Path, measured: str) -> None:
+        """Put something else between the marks.
+
+        Raises:
+            ConfigError: a page that cannot be read, or has no such marks.
+        """
+        try:
+            text = page.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{page} cannot be read ({error.strerror}); give a page that has the marks") from None
+        page.write_text(self.replaced(text, measured, page), encoding="utf-8")
+
+    def replaced(self, text: str, measured: str, page: Path) -> str:
+        """The text of the page with something else between the marks.
+
+        Raises:
+            ConfigError: they are not there, in their order.
+        """
+        head, begin, rest = text.partition(self.begin)
+        _, end, tail = rest.partition(self.end)
+        if not begin or not end:
+            lines = f"{self.begin}\n{self.end}"
+            raise ConfigError(f"{page} has no place for measurements; write these two lines into it:\n{lines}")
+        return f"{head}{self.begin}\n\n{measured}\n\n{self.end}{tail}"
 
 
 def indented(text: str) -> str:

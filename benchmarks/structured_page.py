@@ -13,14 +13,13 @@ from pathlib import Path
 
 from benchmarks import documents, structured
 from benchmarks.command import carried_out
-from benchmarks.pages import indented, sources
+from benchmarks.pages import Marks, indented, sources
 from benchmarks.structured_tables import structured_text
 from decoding.errors import ConfigError
 from server.flags import Parser
 
 PAGE = Path("docs/structured-output-measured.md")
-BEGIN = "<!-- measured: written by make bench-structured -->"
-END = "<!-- measured: end -->"
+MARKS = Marks("<!-- measured: written by make bench-structured -->", "<!-- measured: end -->")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,15 +46,7 @@ def write(results: Sequence[Path], page: Path) -> None:
     text = "\n\n".join(
         [indented(structured_text(document.pieces)), "Where the numbers come from:", *sources([document])]
     )
-    try:
-        before = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{page} cannot be read ({error.strerror}); give a page that has the marks") from None
-    head, begin, rest = before.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f"{page} has no place for measurements; write these two lines into it:\n{BEGIN}\n{END}")
-    page.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
+    MARKS.write(page, text)
 
 
 if __name__ == "__main__":

@@ -134,11 +134,10 @@ Speculation = Annotated[
 ]
 
 
-class SamplingFields(Fields):
-    """Fields of both endpoints. ``None`` is a field that was left out, as in OpenAI's API."""
+class DrawFields(Fields):
+    """Fields of all endpoints that generate. ``None`` is a field that was left out, as in OpenAI's API."""
 
     model: Name | None = None
-    max_tokens: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Integer | None = None
@@ -151,21 +150,27 @@ class SamplingFields(Fields):
     ignore_eos: bool | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[Integer], Field(max_length=1024)] | None = None
+    seed: Integer | None = None
+    stream: bool | None = None
+    speculation: Speculation | None = None
+    cache_salt: Annotated[str, Field(max_length=1024)] | None = None
+    prediction: PredictionFields | None = None
+
+
+class SamplingFields(DrawFields):
+    """Fields of completions and chat."""
+
+    max_tokens: Integer | None = None
     allowed_token_ids: Annotated[list[Integer], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
     bad_words: BadWords | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    seed: Integer | None = None
     n: Integer | None = None
     prompt_logprobs: Integer | None = None
     truncate_prompt_tokens: Integer | None = None
     truncation_side: Literal["left", "right"] | None = None
     return_token_ids: bool | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    speculation: Speculation | None = None
-    cache_salt: Annotated[str, Field(max_length=1024)] | None = None
-    prediction: PredictionFields | None = None
 
     def check_combinations(self) -> None:
         """Check what no single field shows.

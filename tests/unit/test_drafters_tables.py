@@ -135,14 +135,14 @@ def test_stores_are_judged_by_memory_and_time() -> None:
 
 def test_tables_are_written_between_the_marks_again_and_again(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"# Head\n\n{drafters_page.BEGIN}\nold\n{drafters_page.END}\n\n## Tail\n")
+    page.write_text(f"# Head\n\n{drafters_page.MARKS.begin}\nold\n{drafters_page.MARKS.end}\n\n## Tail\n")
     results = tmp_path / "drafters.json"
     Document("drafters", [SESSION], [{**piece(run("plain", 0, 1.0)), "session": 0}]).save(results)
     for _ in range(2):
         assert drafters_page.main([str(results), "--out", str(page)]) == 0
     text = page.read_text()
-    assert text.startswith(f"# Head\n\n{drafters_page.BEGIN}\n\n### On texts that repeat\n")
-    assert text.endswith(f"{drafters_page.END}\n\n## Tail\n")
+    assert text.startswith(f"# Head\n\n{drafters_page.MARKS.begin}\n\n### On texts that repeat\n")
+    assert text.endswith(f"{drafters_page.MARKS.end}\n\n## Tail\n")
     assert "old" not in text
     assert text.count("    demo, code-editing") == 1
     assert "Not measured (`python -m benchmarks.idle_cost`)." in text
@@ -151,14 +151,14 @@ def test_tables_are_written_between_the_marks_again_and_again(tmp_path: Path) ->
 
 def test_the_projects_page_has_the_marks() -> None:
     text = drafters_page.PAGE.read_text(encoding="utf-8")
-    assert "### new" in drafters_page.replaced(text, "### new", drafters_page.PAGE)
+    assert "### new" in drafters_page.MARKS.replaced(text, "### new", drafters_page.PAGE)
 
 
 @pytest.mark.parametrize(
     ("kind", "page", "message"),
     [
-        ("matrix", f"{drafters_page.BEGIN}{drafters_page.END}", "matrix is no result for this page"),
-        ("drafters", f"{drafters_page.END}{drafters_page.BEGIN}", "has no place for measurements"),
+        ("matrix", f"{drafters_page.MARKS.begin}{drafters_page.MARKS.end}", "matrix is no result for this page"),
+        ("drafters", f"{drafters_page.MARKS.end}{drafters_page.MARKS.begin}", "has no place for measurements"),
     ],
 )
 def test_a_page_that_cannot_be_written_says_why(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from decoding.errors import RequestError
-from server.openai.fields import MAX_LOGIT_BIAS, Fields, Integer, Name, PredictionFields, Speculation, Stop
+from server.openai.fields import DrawFields, Fields, Integer, Name
 from server.openai.responses.items import Item, as_items
 from server.openai.tools.fields import MAX_TOOLS, FunctionName
 
@@ -89,30 +89,12 @@ class ResponsesStreamOptions(Fields):
 Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
-class ResponsesFields(Fields):
-    """``None`` is a field that was left out. The fields of sampling are those of chat, which checks them."""
+class ResponsesFields(DrawFields):
+    """The fields of sampling are those of chat, which checks them."""
 
     input: Annotated[Items, BeforeValidator(as_items, json_schema_input_type=str | Items)]
     instructions: str | None = None
-    model: Name | None = None
     max_output_tokens: Integer | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Integer | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
-    min_tokens: Integer | None = None
-    ignore_eos: bool | None = None
-    stop: Stop | None = None
-    stop_token_ids: Annotated[list[Integer], Field(max_length=1024)] | None = None
-    seed: Integer | None = None
-    speculation: Speculation | None = None
-    cache_salt: Annotated[str, Field(max_length=1024)] | None = None
-    prediction: PredictionFields | None = None
-    stream: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
     text: TextFields | None = None
     reasoning: ReasoningFields | None = None
