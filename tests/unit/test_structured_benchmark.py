@@ -63,7 +63,7 @@ def test_files_that_hold_no_schemas(tmp_path: Path) -> None:
 
 def test_the_page_is_filled_between_its_marks(tmp_path: Path) -> None:
     page, result = tmp_path / "page.md", tmp_path / "result.json"
-    page.write_text(f"# Title\n\n{structured_page.BEGIN}\nold\n{structured_page.END}\nrest\n")
+    page.write_text(f"# Title\n\n{structured_page.MARKS.begin}\nold\n{structured_page.MARKS.end}\nrest\n")
     Document(structured.KIND, [SESSION], [piece("const/a", 1)]).save(result)
     assert structured_page.main([str(result), "--out", str(page)]) == 0
     text = page.read_text()
