@@ -163,7 +163,7 @@ def test_an_engine_killed_under_32_streams(server: Served, before: Resources) ->
 
 def test_an_engine_killed_again_and_again_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    policy = RestartPolicy(first_delay=0.01, longest_delay=0.01, max_short_lives=100)
+    policy = RestartPolicy(first_delay=0.01, longest_delay=0.01, max_useless_lives=100)
     made: list[SocketEngineClient] = []
 
     def make() -> EngineClient:
