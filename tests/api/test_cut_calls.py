@@ -35,12 +35,6 @@ CUT: dict[str, tuple[str, Any, list[str], str | None, list[tuple[str, str]]]] = 
         "Hm. ",
         [WEATHER],
     ),
-        HERMES,
-        "auto",
-        ['Hm. <tool_call>{"name": "weather", "arguments": {"city": "Os'],
-        "Hm. ",
-        [WEATHER],
-    ),
     "before its name": (HERMES, "auto", ['<tool_call>{"name": "wea'], '<tool_call>{"name": "wea', []),
     "before its brace": (HERMES, NAMED, ["\n"], "\n", []),
 }
