@@ -25,16 +25,17 @@ EXIT_SECONDS = 2.0  # how long an engine may take to end by itself: drafters wri
 def engine_environment(config: EngineConfig, environment: Mapping[str, str]) -> dict[str, str]:
     """The engine process's environment: it must be there before torch is imported.
 
+    The threads are those of all its ranks together, which come from it: each rank has its share.
+
     Threads are not pinned: two engines on a machine would be pinned to the same cores. Whoever gives an engine cores of
     its own can say so (``OMP_PROC_BIND=close OMP_PLACES=cores``), and is obeyed, as with every variable set already.
     """
     env = dict(environment)
     if "OMP_WAIT_POLICY" not in env and "GOMP_SPINCOUNT" not in env:
         env["GOMP_SPINCOUNT"] = str(GOMP_SPINCOUNT)
-    if config.threads is not None:
-        env["OMP_NUM_THREADS"] = str(config.threads)
-    elif "OMP_NUM_THREADS" not in env:
-        env["OMP_NUM_THREADS"] = str(cores().engine_threads())
+    if config.threads is not None or "OMP_NUM_THREADS" not in env:
+        threads = config.threads or cores().engine_threads()
+        env["OMP_NUM_THREADS"] = str(max(1, threads // config.tensor_parallel_size))
     return env
 
 

@@ -167,7 +167,8 @@ class Service:
         host, port = self._listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         weights = info.dtype if info.quantization == "none" else f"{info.dtype} with {info.quantization} weights"
-        log.info("model     %s: %s on %s, context %d", info.model, weights, info.device, info.max_model_len)
+        place = info.device if info.tensor_parallel_size == 1 else f"{info.tensor_parallel_size} ranks, {info.device}"
+        log.info("model     %s: %s on %s, context %d", info.model, weights, place, info.max_model_len)
         log.info("memory    %d pages of K/V", stats.pages_total)
         log.info("drafters  %s", drafters)
         rule = Acceptance.parse(self._config.acceptance).rule
