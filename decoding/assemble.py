@@ -34,7 +34,7 @@ from decoding.step_ops import StepOps, load_step_ops
 from decoding.text import Tokenizer
 from decoding.verify import Rule, rule_by_request
 from models.attention import BACKENDS
-from models.batch import PAGE_SIZE
+from models.batch import MAX_TREE, PAGE_SIZE
 from models.graphed_model import GraphedModel
 from models.graphs import Capture, CudaCapture
 from models.kv_cache import KVCache
@@ -253,7 +253,7 @@ def build_planner(
             drafters,
             tree_ops,
             load_proposal_ops(device),
-            CostModel(guessed_table(chosen)),
+            CostModel(guessed_table(chosen), config.max_num_batched_tokens + MAX_TREE),
             max_nodes=config.max_nodes,
             max_depth=config.max_depth,
             max_step_tokens=config.max_num_batched_tokens,
