@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from decoding.errors import RequestError, SaccadeError, nearest
@@ -12,6 +11,7 @@ from decoding.text import Tokenizer
 from server.admission import Admission, Guard
 from server.api import Api
 from server.auth import ApiKeys
+from server.cors import OriginMiddleware
 from server.engine_client import EngineClient
 from server.errors import ErrorReply, reply_to
 from server.grammar_worker import GrammarCheck, SizeCheck
@@ -95,7 +95,7 @@ def build_app(
 def _allow_origins(app: FastAPI, origins: tuple[str, ...]) -> None:
     """Web pages of these origins may call the API. Keys go in a header, so cookies never are."""
     app.add_middleware(
-        CORSMiddleware,
+        OriginMiddleware,
         allow_origins=origins,
         allow_credentials=False,
         allow_methods=("GET", "POST"),
