@@ -37,7 +37,6 @@ from models.attention import BACKENDS
 from models.batch import PAGE_SIZE
 from models.graphed_model import GraphedModel
 from models.graphs import Capture, CudaCapture
-from models.kv_cache import KVCache
 from models.layers.quantization import FORMATS
 from models.loader import CheckpointError, generation_config, load_model, read_config, resolve
 from models.target import CausalModel
@@ -187,7 +186,7 @@ def build_stepper(
     team = DrafterTeam(drafters)
     specs = [target.kv_spec, *(d.needs.kv for d in drafters if d.needs.kv is not None)]
     num_pages = pool_size(config, target, specs, sum(d.needs.page_bytes for d in drafters))
-    kv = KVCache(target.kv_spec, num_pages, target.dtype, device)
+    kv = target.new_cache(num_pages)
     for drafter in drafters:
         drafter.attach(num_pages, kv)
     prefixes = PrefixCache(num_pages, enabled=config.prefix_caching)

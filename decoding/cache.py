@@ -69,7 +69,7 @@ class SequenceCache:
         self._valid_length = valid_length
         self._drafter_bits = drafter_bits
         self._moves = moves or needed_moves
-        self._in_one_call = moves is None and kernels.serves(kv.keys.device, kv.keys.dtype)
+        self._in_one_call = moves is None and not kv.shared and kernels.serves(kv.keys.device, kv.keys.dtype)
 
     @property
     def num_available(self) -> int:

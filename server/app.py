@@ -6,7 +6,6 @@ from functools import partial
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from decoding.errors import RequestError, SaccadeError, nearest
@@ -15,6 +14,7 @@ from server.account import Account
 from server.admission import Admission, Guard
 from server.api import Api
 from server.auth import ApiKeys
+from server.cors import OriginMiddleware
 from server.engine_client import EngineClient
 from server.errors import ErrorReply, reply_to
 from server.grammar_worker import GrammarCheck, SizeCheck
@@ -106,7 +106,7 @@ def _on_refused(metrics: Metrics, request_id: str, reply: ErrorReply) -> None:
 def _allow_origins(app: FastAPI, origins: tuple[str, ...]) -> None:
     """Web pages of these origins may call the API. Keys go in a header, so cookies never are."""
     app.add_middleware(
-        CORSMiddleware,
+        OriginMiddleware,
         allow_origins=origins,
         allow_credentials=False,
         allow_methods=("GET", "POST"),

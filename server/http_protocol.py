@@ -1,8 +1,9 @@
 """uvicorn's HTTP protocol with an end to whatever a client may take its time for.
 
-By itself uvicorn waits forever for the rest of a head or a body and for a client that does not read, takes heads of any
-size, and answers what is no HTTP in plain text. The time of a body that the application reads is the application's
-(``server.middleware``), so that its error is an ordinary response.
+By itself uvicorn waits forever for the rest of a head or a body and for a client that does not read, takes heads and
+trailers of any size (and trailers for headers), answers what is no HTTP in plain text, and HTTP/1.0 in chunks. The time
+of a body that the application reads is the application's (``server.middleware``), so that its error is an ordinary
+response.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from server.close_delimited import close_delimited
 from server.errors import ErrorReply, OverloadedError, reply_to
 from server.limits import Limits
 from server.middleware import new_id
@@ -50,7 +53,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._tell = refused
         self._part: Literal["none", "head", "body"] = "none"  # of a message, that has begun and is not complete
         self._begun = 0  # messages, in the bytes that are being parsed
+        self._fed = False  # there is some of a body in them
         self._head_bytes = 0
+        self._frame_bytes = 0  # that came since there was any of a body: of trailers, or of a chunk's extension
         self._refused = False
         self._awaited: Literal["nothing", "head", "rest"] = "nothing"
         self._read_timer: asyncio.TimerHandle | None = None
@@ -74,7 +79,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        part, self._begun = self._part, 0
+        part, self._begun, self._fed = self._part, 0, False
         if part != "body" and b"pgrade" in data:
             data = _UPGRADE.sub(_DECLINED, data)
         super().data_received(data)
@@ -86,6 +91,8 @@ class GuardedProtocol(HttpToolsProtocol):
             if self._head_bytes > self._limits.max_header_size:
                 self._refuse(_HEAD_TOO_LARGE)
                 return
+        if part == self._part == "body" and self._is_framed_without_end(len(data)):
+            return
         if self._part == "head" or (self._part == "none" and self._answered()):
             self._await("head")  # also after bytes that begin no message: they have ended the keep-alive timer
 
@@ -93,13 +100,21 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._part, self._head_bytes = "head", 0
+        self._part, self._head_bytes, self._frame_bytes = "head", 0, 0
         self._begun += 1
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._part == "head":  # a trailer is no header: nobody on the way here has looked at it
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         self._part = "body"
         self._await("nothing")
+
+    def on_body(self, body: bytes) -> None:
+        self._fed = True
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -117,6 +132,10 @@ class GuardedProtocol(HttpToolsProtocol):
     def _unsupported_upgrade_warning(self) -> None:
         """The parser stopped at an offer that came in two pieces, and has thrown the body away."""
         self._refuse(_NO_UPGRADE)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        is_old = cycle.scope["http_version"] == "1.0"
+        super()._start_asgi_task(cycle, close_delimited(app, cycle) if is_old else app)  # type: ignore[arg-type]
 
     # slow readers ----------------------------------------------------------------------------------------------------
 
@@ -159,6 +178,21 @@ class GuardedProtocol(HttpToolsProtocol):
         if what != "nothing":
             seconds = self._limits.header_timeout if what == "head" else self._limits.body_timeout
             self._read_timer = self.loop.call_later(seconds, self._too_late)
+
+    def _is_framed_without_end(self, size: int) -> bool:
+        """Whether trailers or the extension of a chunk take more than a head may; then this ends.
+
+        Args:
+            size: of the bytes that came now, all of them of a body that goes on.
+        """
+        self._frame_bytes = 0 if self._fed else self._frame_bytes + size
+        if self._frame_bytes <= self._limits.max_header_size:
+            return False
+        if self._answered():
+            self.transport.close()
+        else:
+            self._refuse(_HEAD_TOO_LARGE)
+        return True
 
     def _too_late(self) -> None:
         if self._awaited == "head" and self._part == "head":
