@@ -197,7 +197,8 @@ def build_stepper(
             sequence.admitted, sequence.cached_prompt_tokens = True, sequence.cached
             committer.totals.prompt_tokens += sequence.prompt_len
             committer.totals.cached_prompt_tokens += sequence.cached
-            committer.totals.counts.left_queue(time.perf_counter() - sequence.made_at)
+            sequence.queued_seconds = time.perf_counter() - sequence.made_at
+            committer.totals.counts.left_queue(sequence.queued_seconds)
         team.admit(sequence, page_flags)
 
     def preempted(sequence: Sequence) -> None:

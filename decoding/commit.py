@@ -107,7 +107,7 @@ class Committer:
         self._drafters = drafters
         self._planner = planner
         self._names = drafters.names
-        self._sources = drafters.sources
+        self.sources = drafters.sources  # names by the bits of a node's source
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
         self.totals = Totals()
@@ -245,7 +245,7 @@ class Committer:
                 drafted = accepted  # what is only pinned was not drafted, unless it proved right
             names = [
                 (name, drafted if guessed >> bit & 1 else accepted)
-                for bit, name in enumerate(self._sources)
+                for bit, name in enumerate(self.sources)
                 if (guessed | pinned) >> bit & 1
             ]
             for counter in counters:
@@ -254,11 +254,13 @@ class Committer:
                 for name, own in names:
                     counter.drafted_by[name] += own
                     counter.accepted_by[name] += accepted
+        for depth, bits in enumerate(taken):
+            self.totals.counts.accept(depth, (bits & GUESSED) | bits >> PINS)
 
     def _trace(self, row: PlannedRow, index: int, found: HostResults, taken: list[int], bonus: int | None) -> StepTrace:
         root = row.end - 1
         step = found.trees.step(
-            index, root, int(row.sequence.tokens[root]), found.source[index], self._sources, taken, bonus
+            index, root, int(row.sequence.tokens[root]), found.source[index], self.sources, taken, bonus
         )
         row.sequence.traced.steps += 1
         row.sequence.traced.nodes += len(step.tokens)
@@ -287,6 +289,7 @@ class Committer:
             error_code=code,
             seed=sequence.seed if first else None,
             cached_tokens=sequence.cached_prompt_tokens if first else 0,
+            queued_seconds=sequence.queued_seconds if first else 0.0,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
             speculation=sequence.counter.stats(self._names, sequence.acceptance.rule) if reason else None,
             trace=trace,
