@@ -35,7 +35,7 @@ from decoding.step_ops import StepOps, load_step_ops
 from decoding.text import Tokenizer
 from decoding.verify import Rule, rule_by_request
 from models.attention import BACKENDS
-from models.batch import PAGE_SIZE
+from models.batch import MAX_TREE, PAGE_SIZE
 from models.graphed_model import GraphedModel
 from models.graphs import Capture, CudaCapture
 from models.layers.quantization import FORMATS
@@ -221,7 +221,8 @@ def build_stepper(
             sequence.admitted, sequence.cached_prompt_tokens = True, sequence.cached
             committer.totals.prompt_tokens += sequence.prompt_len
             committer.totals.cached_prompt_tokens += sequence.cached
-            committer.totals.counts.left_queue(time.perf_counter() - sequence.made_at)
+            sequence.queued_seconds = time.perf_counter() - sequence.made_at
+            committer.totals.counts.left_queue(sequence.queued_seconds)
         team.admit(sequence, page_flags)
 
     def preempted(sequence: Sequence) -> None:
@@ -276,7 +277,7 @@ def build_planner(
             drafters,
             tree_ops,
             load_proposal_ops(device),
-            CostModel(guessed_table(chosen)),
+            CostModel(guessed_table(chosen), config.max_num_batched_tokens + MAX_TREE),
             max_nodes=config.max_nodes,
             max_depth=config.max_depth,
             max_step_tokens=config.max_num_batched_tokens,

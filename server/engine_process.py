@@ -12,7 +12,7 @@ import gc
 import logging
 import os
 import sys
-import traceback
+from typing import get_args
 
 import msgspec
 import zmq
@@ -22,10 +22,14 @@ from decoding.errors import ConfigError, EngineDeadError
 from decoding.messages import FromEngine, LoadFailed, Ready, ToEngine
 from decoding.parent import end_with_parent
 from server.engine_driver import ENGINE, EngineDriver, SteppedEngine, load_engine
+from server.log import own_process_log
+from server.observation import LogFormat, LogLevel
 
 PARENT_CHECK_MS = 500  # how long an idle engine waits for messages before it looks who is alive
 
 log = logging.getLogger("saccade")
+
+log = logging.getLogger("saccade.engine")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,8 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--address", required=True)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--engine", default=ENGINE)
+    parser.add_argument("--log-format", choices=get_args(LogFormat), default="text")
+    parser.add_argument("--log-level", choices=get_args(LogLevel), default="info")
     args = parser.parse_args(argv)
     end_with_parent(args.parent)
+    own_process_log(args.log_format, args.log_level)
     config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineConfig)
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.setsockopt(zmq.SNDHWM, 0)  # a terminal event must not wait for a busy HTTP process
@@ -99,8 +106,8 @@ def _load(target: str, config: EngineConfig, connection: EngineConnection) -> St
         return load_engine(target, config)
     except ConfigError as error:
         connection.send(LoadFailed(str(error)))
-    except Exception as error:  # noqa: BLE001 - a process boundary: the parent tells the user
-        traceback.print_exc()
+    except Exception as error:  # a process boundary: the parent tells the user
+        log.exception("loading failed")
         connection.send(LoadFailed(f"loading {config.model!r} failed: {type(error).__name__}: {error}"))
     return None
 

@@ -108,7 +108,8 @@ class Drafter(Protocol):
         """Trees of the plan's deciding rows, in their order (a bare root where there is nothing to propose).
 
         May be more than the quota; the planner cuts. Nothing is drafted where the quota's row does not name the
-        drafter. None: nothing for any row.
+        drafter. A confidence of NaN says that the model behind it is broken, and counts for nothing. None: nothing for
+        any row.
         """
         ...
 
