@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -31,9 +32,12 @@ _UPGRADE, _DECLINED = re.compile(rb"(?<=\r\n)upgrade(?=[ \t]*:)", re.IGNORECASE)
 log = logging.getLogger("saccade")
 
 
-def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
+Refused = Callable[[str, ErrorReply], None]  # told of a connection that was refused: the answer's id, the answer
+
+
+def http_protocol(limits: Limits, refused: Refused = lambda *_: None) -> type[asyncio.Protocol]:
     """What uvicorn's Config takes as ``http``."""
-    return cast("type[asyncio.Protocol]", partial(GuardedProtocol, limits))
+    return cast("type[asyncio.Protocol]", partial(GuardedProtocol, limits, refused))
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -43,9 +47,10 @@ class GuardedProtocol(HttpToolsProtocol):
     request is answered already: it is thrown away, since a client that is cut off while it sends reads no answer.
     """
 
-    def __init__(self, limits: Limits, **uvicorn: Any) -> None:
+    def __init__(self, limits: Limits, refused: Refused, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
         self._limits = limits
+        self._tell = refused
         self._part: Literal["none", "head", "body"] = "none"  # of a message, that has begun and is not complete
         self._begun = 0  # messages, in the bytes that are being parsed
         self._fed = False  # there is some of a body in them
@@ -61,7 +66,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._limits.max_connections:
-            self._refuse(reply_to(OverloadedError("The server has too many connections. Try again later.")))
+            message = "The server has too many connections. Try again later."
+            self._refuse(reply_to(OverloadedError(message, limit="max_connections")))
         else:
             self._await("head")
 
@@ -144,7 +150,10 @@ class GuardedProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _cut_off(self) -> None:
-        log.info("a client that did not read for %g s was cut off", self._limits.write_timeout)
+        scope = {} if self.cycle is None else self.cycle.scope
+        about = {"request_id": scope.get("state", {}).get("request_id")}
+        message = "a client that did not read for %g s was cut off"
+        log.info(message, self._limits.write_timeout, extra={"fields": about})
         self.transport.abort()  # to the application the client has left: its request is cancelled
 
     def _stop_write_timer(self) -> None:
@@ -202,7 +211,9 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
             self.cycle.disconnected = True  # to the application the client has left
             self.cycle.message_event.set()
-        self.transport.write(reply.raw(new_id()))
+        request_id = new_id()
+        self.transport.write(reply.raw(request_id))
+        self._tell(request_id, reply)
         if self.transport.can_write_eof():
             self.transport.write_eof()
             self.loop.call_later(LINGER_SECONDS, self.transport.abort)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import cast
 
 import uvicorn
-from starlette.types import ASGIApp
+from fastapi import FastAPI
 
 from decoding.acceptance import LOSSY, Acceptance
 from decoding.config import EngineConfig
@@ -63,12 +63,12 @@ class _UvicornServer(uvicorn.Server):
         yield
 
 
-def http_server(app: ASGIApp, limits: Limits, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
-    """The HTTP server of ``app``."""
+def http_server(app: FastAPI, limits: Limits, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
+    """The HTTP server of an application of ``build_app``."""
     config = uvicorn.Config(
         app,
         loop="asyncio",  # uvloop, measured with benchmarks/http_stream.py, brought nothing here
-        http=http_protocol(limits),
+        http=http_protocol(limits, app.state.refused),
         ws="none",
         log_config=None,
         log_level="error",  # its warnings are of what clients send, who could fill the log with them
@@ -116,10 +116,13 @@ class Service:
         self._chat_template = chat_template
         self._listener = listener
         self._tls = tls
-        self._engine = Supervisor(lambda: SocketEngineClient(config, engine=engine, limits=settings.limits))
+        told = settings.observation
+        self._engine = Supervisor(
+            lambda: SocketEngineClient(config, engine=engine, limits=settings.limits, observation=told)
+        )
         self._stop = asyncio.Event()
         self._grammars: GrammarWorker | None = None
-        endpoint = settings.observation.otlp_traces_endpoint
+        endpoint = told.otlp_traces_endpoint
         self._tracer = None if endpoint is None else open_tracer(endpoint)
 
     async def run(self) -> None:
@@ -165,7 +168,8 @@ class Service:
     async def _start_http(self, folder: Path) -> tuple[asyncio.Task[None], uvicorn.Server]:
         """The HTTP server answers while the model loads, /health with 503."""
         tokenizer = await asyncio.to_thread(Tokenizer.load, folder, chat_template=self._chat_template)
-        self._grammars = GrammarWorker(folder, lambda: self._engine.info.vocab_size)
+        form = self._settings.observation.log_format
+        self._grammars = GrammarWorker(folder, lambda: self._engine.info.vocab_size, log_format=form)
         app = build_app(self._engine, tokenizer, self._settings, grammars=self._grammars, tracer=self._tracer)
         server = http_server(app, self._settings.limits, self._tls)
         return asyncio.create_task(server.serve(sockets=[self._listener])), server
@@ -186,7 +190,8 @@ class Service:
         host, port = self._listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         weights = info.dtype if info.quantization == "none" else f"{info.dtype} with {info.quantization} weights"
-        log.info("model     %s: %s on %s, context %d", info.model, weights, info.device, info.max_model_len)
+        place = info.device if info.tensor_parallel_size == 1 else f"{info.tensor_parallel_size} ranks, {info.device}"
+        log.info("model     %s: %s on %s, context %d", info.model, weights, place, info.max_model_len)
         log.info("memory    %d pages of K/V", stats.pages_total)
         log.info("drafters  %s", drafters)
         rule = Acceptance.parse(self._config.acceptance).rule
