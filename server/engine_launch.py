@@ -42,7 +42,7 @@ class EngineProcess:
     """A running engine process."""
 
     def __init__(self, config: EngineConfig, address: str, engine: str) -> None:
-        """Start it. Must run on the main thread, since it dies with the thread that started it (see prctl(2))."""
+        """Start it, on a thread that lives as long as this process: it dies with the one that started it (see prctl(2))."""
         command = [sys.executable, "-m", "server.engine_process"]
         command += ["--address", address, "--parent", str(os.getpid()), "--engine", engine]
         # a session of its own: ctrl-C in the terminal reaches the parent alone, which then ends the engine

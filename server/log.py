@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from datetime import UTC, datetime
 
-from server.observation import LogFormat, LogLevel
+from server.observation import LogFormat, LogLevel, Observation
 from server.request_log import REQUESTS
 
 FIELDS = "fields"  # of a record: what its line has beside its message
@@ -26,6 +27,12 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, default=str)
+
+
+def begin_log(observation: Observation) -> None:
+    """The log of a process that is not ours from its beginning."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    set_up_log(observation.log_format, observation.log_level)
 
 
 def set_up_log(form: LogFormat, level: LogLevel) -> None:

@@ -19,19 +19,14 @@ from starlette.types import ASGIApp
 
 from decoding.acceptance import LOSSY, Acceptance
 from decoding.config import EngineConfig
-from decoding.text import Tokenizer
-from server.app import build_app
+from server.backend import Backend
 from server.engine_driver import ENGINE
-from server.grammar_worker import GrammarWorker
 from server.http_protocol import http_protocol
 from server.limits import Limits
 from server.listening import Address, allow_many_connections, is_loopback, listen
 from server.model_folder import tokenizer_folder
 from server.security import Tls
 from server.settings import ServerSettings
-from server.socket_client import SocketEngineClient
-from server.supervisor import Supervisor
-from server.tracing import open_tracer
 
 CLOSE_SECONDS = 1  # after the drain, for the last events to be sent
 
@@ -96,14 +91,11 @@ class Service:
     ) -> None:
         self._config = config
         self._settings = settings
-        self._chat_template = chat_template
         self._listener = listener
         self._tls = tls
-        self._engine = Supervisor(lambda: SocketEngineClient(config, engine=engine, limits=settings.limits))
+        self._backend = Backend(config, settings, chat_template, engine)
+        self._engine = self._backend.engine
         self._stop = asyncio.Event()
-        self._grammars: GrammarWorker | None = None
-        endpoint = settings.observation.otlp_traces_endpoint
-        self._tracer = None if endpoint is None else open_tracer(endpoint)
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM; a second one ends the process at once.
@@ -117,11 +109,7 @@ class Service:
         try:
             await self._serve()
         finally:
-            await self._engine.close()
-            if self._grammars is not None:
-                await self._grammars.close()
-            if self._tracer is not None:
-                await asyncio.to_thread(self._tracer.close)
+            await self._backend.close()
 
     async def _serve(self) -> None:
         folder = tokenizer_folder(self._config)
@@ -143,9 +131,7 @@ class Service:
 
     async def _start_http(self, folder: Path) -> tuple[asyncio.Task[None], uvicorn.Server]:
         """The HTTP server answers while the model loads, /health with 503."""
-        tokenizer = await asyncio.to_thread(Tokenizer.load, folder, chat_template=self._chat_template)
-        self._grammars = GrammarWorker(folder, lambda: self._engine.info.vocab_size)
-        app = build_app(self._engine, tokenizer, self._settings, grammars=self._grammars, tracer=self._tracer)
+        app = await self._backend.application(folder)
         server = http_server(app, self._settings.limits, self._tls)
         return asyncio.create_task(server.serve(sockets=[self._listener])), server
 
