@@ -30,9 +30,12 @@ class Backend:
     ) -> None:
         self._settings = settings
         self._chat_template = chat_template
-        self.engine = Supervisor(lambda: SocketEngineClient(config, engine=engine, limits=settings.limits))
+        told = settings.observation
+        self.engine = Supervisor(
+            lambda: SocketEngineClient(config, engine=engine, limits=settings.limits, observation=told)
+        )
         self._grammars: GrammarWorker | None = None
-        endpoint = settings.observation.otlp_traces_endpoint
+        endpoint = told.otlp_traces_endpoint
         self._tracer = None if endpoint is None else open_tracer(endpoint)
 
     async def application(self, folder: Path) -> FastAPI:
@@ -42,7 +45,8 @@ class Backend:
             folder: of the tokenizer.
         """
         tokenizer = await asyncio.to_thread(Tokenizer.load, folder, chat_template=self._chat_template)
-        self._grammars = GrammarWorker(folder, lambda: self.engine.info.vocab_size)
+        form = self._settings.observation.log_format
+        self._grammars = GrammarWorker(folder, lambda: self.engine.info.vocab_size, log_format=form)
         return build_app(self.engine, tokenizer, self._settings, grammars=self._grammars, tracer=self._tracer)
 
     async def close(self) -> None:

@@ -10,18 +10,20 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import uvicorn
+from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from decoding.acceptance import LOSSY, Acceptance
 from decoding.config import EngineConfig
 from server.backend import Backend
 from server.engine_driver import ENGINE
-from server.http_protocol import http_protocol
+from server.http_protocol import Refused, http_protocol
 from server.limits import Limits
 from server.listening import Address, allow_many_connections, is_loopback, listen
 from server.model_folder import tokenizer_folder
@@ -34,22 +36,43 @@ log = logging.getLogger("saccade")
 
 
 class _UvicornServer(uvicorn.Server):
-    """Leaves signals to ``Service``."""
+    """Leaves signals to ``Service``, and gives a TLS handshake the time of a head, where asyncio gives it a minute."""
+
+    def __init__(self, config: uvicorn.Config, handshake_seconds: float) -> None:
+        super().__init__(config)
+        self._handshake_seconds = handshake_seconds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        make = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
+        protocol = partial(make, config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        tls = self.config.ssl
+        seconds = None if tls is None else self._handshake_seconds
+        listening = partial(asyncio.get_running_loop().create_server, protocol, ssl=tls, backlog=self.config.backlog)
+        self.servers = [
+            await listening(sock=each, ssl_handshake_timeout=seconds, ssl_shutdown_timeout=seconds)
+            for each in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-def http_server(app: ASGIApp, limits: Limits, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
-    """The HTTP server of ``app``."""
+def http_server(app: FastAPI, limits: Limits, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
+    """The HTTP server of an application of ``build_app``."""
+    return server_of(app, app.state.refused, limits, tls)
+
+
+def server_of(app: ASGIApp, refused: Refused, limits: Limits, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
+    """The HTTP server of any application."""
     config = uvicorn.Config(
         app,
         loop="asyncio",  # uvloop, measured with benchmarks/http_stream.py, brought nothing here
-        http=http_protocol(limits),
+        http=http_protocol(limits, refused),
         ws="none",
         log_config=None,
-        log_level="warning",
+        log_level="error",  # its warnings are of what clients send, who could fill the log with them
         access_log=False,
         server_header=False,
         proxy_headers=False,
@@ -58,7 +81,7 @@ def http_server(app: ASGIApp, limits: Limits, tls: ssl.SSLContext | None = None)
         timeout_graceful_shutdown=CLOSE_SECONDS,
         ssl_context_factory=None if tls is None else partial(_ready_made, tls),
     )
-    return _UvicornServer(config)
+    return _UvicornServer(config, limits.header_timeout)
 
 
 def _ready_made(context: ssl.SSLContext, *_: object) -> ssl.SSLContext:
@@ -117,13 +140,17 @@ class Service:
         stopped = asyncio.create_task(self._stop.wait())
         try:
             http, server = await self._start_http(folder)
-            await asyncio.wait({loading, stopped, http}, return_when=asyncio.FIRST_COMPLETED)
-            if loading.done():
-                loading.result()
-                exempt_from_collection()
-                self._announce()
-                await asyncio.wait({stopped, http}, return_when=asyncio.FIRST_COMPLETED)
-            await self._shut_down(server, http)
+            try:
+                await asyncio.wait({loading, stopped, http}, return_when=asyncio.FIRST_COMPLETED)
+                if loading.done():
+                    loading.result()
+                    exempt_from_collection()
+                    self._announce()
+                    await asyncio.wait({stopped, http}, return_when=asyncio.FIRST_COMPLETED)
+                await self._drain()
+            finally:  # also when the model cannot be loaded: who connects as the loop ends would be left in the middle
+                server.should_exit = True
+                await http
         finally:
             loading.cancel()
             stopped.cancel()
@@ -135,12 +162,10 @@ class Service:
         server = http_server(app, self._settings.limits, self._tls)
         return asyncio.create_task(server.serve(sockets=[self._listener])), server
 
-    async def _shut_down(self, server: uvicorn.Server, http: asyncio.Task[None]) -> None:
+    async def _drain(self) -> None:
         log.info("shutting down: %d requests in flight", self._engine.in_flight)
         await self._engine.drain(self._settings.limits.shutdown_timeout)
         await self._engine.close()  # what is still in flight gets its error now
-        server.should_exit = True
-        await http
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -153,7 +178,8 @@ class Service:
         host, port = self._listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         weights = info.dtype if info.quantization == "none" else f"{info.dtype} with {info.quantization} weights"
-        log.info("model     %s: %s on %s, context %d", info.model, weights, info.device, info.max_model_len)
+        place = info.device if info.tensor_parallel_size == 1 else f"{info.tensor_parallel_size} ranks, {info.device}"
+        log.info("model     %s: %s on %s, context %d", info.model, weights, place, info.max_model_len)
         log.info("memory    %d pages of K/V", stats.pages_total)
         log.info("drafters  %s", drafters)
         rule = Acceptance.parse(self._config.acceptance).rule

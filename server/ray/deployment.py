@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from typing import Any
 
 from ray import serve
@@ -13,7 +14,7 @@ from starlette.types import ASGIApp
 
 from decoding.errors import ConfigError, EngineDeadError
 from server.backend import Backend
-from server.log import begin_log
+from server.log import set_up_log
 from server.model_folder import tokenizer_folder
 from server.ray.operations import OperationsServer
 from server.ray.proxy_middleware import HOOK, HOOK_VALUE
@@ -48,14 +49,17 @@ class Replica:
             ConfigError: the model cannot be loaded.
         """
         config, settings, chat_template = self._settings.parsed()
-        begin_log(settings.observation)
+        logging.basicConfig(stream=sys.stderr)
+        set_up_log(settings.observation.log_format, settings.observation.log_level)
         self._backend = Backend(config, settings, chat_template, self._settings.engine)
         engine = self._backend.engine
         application = await self._backend.application(tokenizer_folder(config))
         app = ReplicaApp(application, self._name, lambda: engine.state == "ready")
         await engine.start()
         if ports := self._settings.ports():
-            self._operations = OperationsServer(app, settings.limits, self._settings.metrics_host, ports)
+            self._operations = OperationsServer(
+                app, application.state.refused, settings.limits, self._settings.metrics_host, ports
+            )
             log.info("metrics   http://%s:%d/metrics", self._settings.metrics_host, self._operations.port)
         exempt_from_collection()
         log.info("ready     replica %s", self._name)

@@ -12,9 +12,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from decoding.errors import ConfigError, RequestError
 from server.auth import METRICS_PATH, OPEN_PATHS
 from server.errors import reply_to
+from server.http_protocol import Refused
 from server.limits import Limits
 from server.listening import Address, listen
-from server.serve import http_server
+from server.serve import server_of
 
 
 class OperationsOnly:
@@ -34,13 +35,16 @@ class OperationsOnly:
 class OperationsServer:
     """Listens on the first of several ports that is free.
 
+    Args:
+        refused: is told of connections that come to no request.
+
     Raises:
         ConfigError: none is.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, host: str, ports: Sequence[int]) -> None:
+    def __init__(self, app: ASGIApp, refused: Refused, limits: Limits, host: str, ports: Sequence[int]) -> None:
         self._listener = _first_free(host, ports, limits)
-        self._server: uvicorn.Server = http_server(OperationsOnly(app), limits)
+        self._server: uvicorn.Server = server_of(OperationsOnly(app), refused, limits)
         self._task = asyncio.create_task(self._server.serve(sockets=[self._listener]))
 
     @property

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import sys
 from collections.abc import Callable, Mapping
 
 from starlette.datastructures import MutableHeaders
@@ -24,9 +25,8 @@ from server.body_memory import BodyMemory, HeldBody
 from server.cli import parse
 from server.errors import UnavailableError, deadline_exceeded, reply_to
 from server.limits import Limits
-from server.log import begin_log
+from server.log import set_up_log
 from server.middleware import REQUEST_ID, assign_id, in_time
-from server.observation import Observation
 from server.openai.json_body import read_body
 from server.openai.sse import DONE, event_bytes
 from server.ray.exchange import READ, Exchange
@@ -47,7 +47,8 @@ log = logging.getLogger("saccade")
 
 def middlewares() -> list[Middleware]:
     """What Ray calls when a proxy starts, by the name in HOOK."""
-    begin_log(Observation())
+    logging.basicConfig(stream=sys.stderr)
+    set_up_log("text", "info")
     session = os.environ.get(SESSION_HEADER, "x-session-id")
     return [Middleware(ProxyMiddleware, *proxy_settings(os.environ), session)]
 

@@ -119,8 +119,8 @@ def test_each_replica_takes_a_port_and_shows_operations_only() -> None:
             taken.listen()
             port = taken.getsockname()[1]
             with pytest.raises(ConfigError, match="no port of metrics_ports"):
-                OperationsServer(app, Limits(), "127.0.0.1", [port])
-            server = OperationsServer(app, Limits(), "127.0.0.1", [port, 0])
+                OperationsServer(app, lambda *_: None, Limits(), "127.0.0.1", [port])
+            server = OperationsServer(app, lambda *_: None, Limits(), "127.0.0.1", [port, 0])
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
             found = [
                 (await client.get(path)).status_code for path in ("/metrics", "/health", "/v1/models", "/metrics/")
