@@ -101,12 +101,12 @@ def _balanced(before: Held, after: Held) -> bool:
     return restarted or after.ended - before.ended == after.finished - before.finished
 
 
-def open_to(server: Served, receive_buffer: int | None = None) -> socket.socket:
+def open_to(url: str, receive_buffer: int | None = None) -> socket.socket:
     opened = socket.socket()
     if receive_buffer is not None:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     opened.settimeout(60)
-    opened.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    opened.connect(("127.0.0.1", int(url.rpartition(":")[2])))
     return opened
 
 
@@ -144,10 +144,10 @@ def ends_of(server: Served, bodies: Sequence[dict[str, Any]]) -> Counter[str]:
         return Counter(pool.map(lambda body: how_it_ended(client, body), bodies))
 
 
-def come_and_go(server: Served, dice: random.Random, body: dict[str, Any]) -> None:
+def come_and_go(url: str, dice: random.Random, body: dict[str, Any]) -> None:
     """Connect, and leave at some moment, politely or not."""
     whole = request_bytes(body)
-    with contextlib.suppress(OSError), open_to(server, dice.choice([None, 4096])) as opened:
+    with contextlib.suppress(OSError), open_to(url, dice.choice([None, 4096])) as opened:
         sent = dice.choice([0, 1, len(HEAD) // 2, len(HEAD), len(whole) - 1, len(whole), len(whole), len(whole)])
         opened.sendall(whole[:sent])
         time.sleep(dice.choice([0, 0, 0.01, 0.05, 0.2]) * dice.random())

@@ -99,7 +99,7 @@ def test_clients_that_come_and_go(server: Served, before: Held) -> None:
     bodies = [LONG, {**LONG, "stream": False}, {**LONG, "n": 4}, {**LONG, "prompt": [[40], [41, 42]]}]
     with ThreadPoolExecutor(16) as pool:
         gone = [
-            pool.submit(come_and_go, server, random.Random(dice.random()), dice.choice(bodies))
+            pool.submit(come_and_go, server.url, random.Random(dice.random()), dice.choice(bodies))
             for _ in range(50 * SIZE)
         ]
     assert not [each.exception() for each in gone if each.exception()]
@@ -111,7 +111,7 @@ def test_heads_and_bodies_that_are_never_sent(server: Served, before: Held) -> N
     dice = random.Random(8)
     whole = request_bytes(LONG)
     with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(open_to(server)) for _ in range(40 * SIZE)]
+        held = [stack.enter_context(open_to(server.url)) for _ in range(40 * SIZE)]
         for each in held:
             each.sendall(whole[: dice.randrange(1, len(whole) - 1)])
         answers = [_until_closed(each) for each in held]
@@ -131,7 +131,7 @@ def test_clients_that_read_nothing(server: Served, before: Held) -> None:
     scored = {**LONG, "logprobs": 20, "n": 8}  # much to say
     with contextlib.ExitStack() as stack:
         for _ in range(4 * SIZE):
-            stack.enter_context(open_to(server, receive_buffer=2048)).sendall(request_bytes(scored))
+            stack.enter_context(open_to(server.url, receive_buffer=2048)).sendall(request_bytes(scored))
         assert ends_of(server, [{**LONG, "max_tokens": 50}] * 4) == {"length": 4}  # others do not feel it
         settled(server, before, growth=96 * MIB)  # while those connections are still open at their end
     settled(server, before, growth=64 * MIB)
@@ -179,7 +179,7 @@ def _held_up(server: Served) -> Iterator[None]:
     """The counting engine does nothing else meanwhile: a batch of choices that take their time."""
     with contextlib.ExitStack() as stack:
         if _counts(server):
-            stack.enter_context(open_to(server)).sendall(request_bytes({**HOLDING, "n": ROWS}))
+            stack.enter_context(open_to(server.url)).sendall(request_bytes({**HOLDING, "n": ROWS}))
             assert eventually(lambda: server.metrics()["saccade_running"] >= ROWS)
         yield
 
@@ -204,7 +204,7 @@ def test_a_queue_of_thousands_of_choices_that_nobody_waits_for(server: Served, b
     body = {"prompt": [[40 + i % 20] for i in range(500)], "max_tokens": 500, "ignore_eos": True}
     with contextlib.ExitStack() as stack:
         for _ in range(2 * SIZE):
-            stack.enter_context(open_to(server)).sendall(request_bytes(body))
+            stack.enter_context(open_to(server.url)).sendall(request_bytes(body))
         assert eventually(lambda: server.metrics()["saccade_waiting"] > 100, 20)
     after = settled(server, before)
     assert after.finished == before.finished + 1000 * SIZE + 1  # and settled's own
@@ -286,6 +286,7 @@ def test_an_engine_killed_again_and_again_leaves_nothing(tmp_path: Path, monkeyp
             os.kill(pid, signal.SIGKILL)
             for result in await asyncio.gather(*running, return_exceptions=True):
                 assert isinstance(result, EngineDeadError)
+            assert not len(made[-1]._router)
         assert held[0] == held[-1], "descriptors and tasks of the engines before are gone"
         assert supervisor.in_flight == 0
         await supervisor.close()
@@ -304,13 +305,13 @@ async def _count(client: EngineClient, asked: GenerateRequest) -> int:
 
 def test_requests_that_are_cancelled_in_every_state(server: Served, before: Held) -> None:
     """Waiting, running, streamed or whole, one choice or many: the engine ends each as soon as its client is gone."""
-    shapes = [{}, {"stream": False}, {"n": 8}, {"n": 8, "stream": False}, {"prompt": [[40]] * 16}]
+    shapes = [{}, {"stream": False}, {"n": 8}, {"n": 8, "stream": False}, {"prompt": [[SLOW]] * 16}]
     choices = 1 + 1 + 8 + 8 + 16
     with contextlib.ExitStack() as stack:
         for _ in range(4):  # more than a batch: some of them wait
             for shape in shapes:
-                stack.enter_context(open_to(server)).sendall(request_bytes({**LONG, **shape}))
-        assert eventually(lambda: _choices(server) >= 4 * choices - 10, 20)
+                stack.enter_context(open_to(server.url)).sendall(request_bytes({**HOLDING, **shape}))
+        assert eventually(lambda: _choices(server) >= 4 * choices - 10, 30)
         time.sleep(0.05)
     after = settled(server, before)
     assert after.finished == before.finished + 4 * choices + 1
@@ -324,7 +325,7 @@ def _choices(server: Served) -> float:
 def test_a_client_that_leaves_while_its_prompt_is_tokenized(server: Served, before: Held) -> None:
     text = {"prompt": ["x = 1\n" * 150] * 500, "max_tokens": 1}
     for pause in (0.0, 0.02, 0.1):
-        with open_to(server) as opened:
+        with open_to(server.url) as opened:
             opened.sendall(request_bytes(text))
             time.sleep(pause)
     settled(server, before)
