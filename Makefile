@@ -23,7 +23,7 @@ KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kern
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-schemas rehearse-image lint faults soak overload bench-quick bench-matrix bench-offline bench-compare \
-    bench-drafters bench-structured bench-gpu bench-http bench-report clients llama-cpp clean
+    bench-drafters bench-structured bench-gpu bench-first-token bench-http bench-http-cost bench-report clients llama-cpp clean
 
 help:
 	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
@@ -44,7 +44,9 @@ help:
 	@echo "make bench-drafters set up, then measure drafters without training, and write their page (FAMILY=demo)"
 	@echo "make bench-structured set up, then measure tokens per step under JSON schemas, and write their page (FAMILY=demo)"
 	@echo "make bench-gpu     set up, then measure an 8B-shaped target on a CUDA device, in under 8 minutes"
+	@echo "make bench-first-token set up, then measure how long first tokens wait under drafting (FAMILY=demo)"
 	@echo "make bench-http    set up, then measure how many tokens a second the HTTP process streams on one core"
+	@echo "make bench-http-cost set up, then measure what serving over HTTP costs against in-process use (FAMILY=demo)"
 	@echo "make bench-report  set up, then write docs/benchmarks.md from benchmarks/results"
 	@echo "make llama-cpp     set up, then build llama.cpp's server, which benchmarks compare with"
 	@echo "make clean         remove $(VENV) and everything that was built"
@@ -105,6 +107,9 @@ bench-quick: setup
 bench-matrix bench-offline: bench-%: setup $(INFLATED)
 	$(BIN)/python -m benchmarks.$* --family $(FAMILY) $(ARGS)
 
+bench-first-token: setup $(INFLATED)
+	$(BIN)/python -m benchmarks.first_token --family $(FAMILY) $(ARGS)
+
 bench-compare: setup llama-cpp $(INFLATED)
 	$(BIN)/python -m benchmarks.compare --family $(FAMILY) --tune $(ARGS)
 
@@ -136,6 +141,9 @@ bench-gpu: setup
 
 bench-http: setup
 	$(BIN)/python -m benchmarks.http_stream --out benchmarks/results/http-stream.json $(ARGS)
+
+bench-http-cost: setup $(INFLATED)
+	$(BIN)/python -m benchmarks.http_cost --family $(FAMILY) $(ARGS)
 
 bench-report: setup
 	$(BIN)/python -m benchmarks.speed_report $(RESULTS) $(ARGS)

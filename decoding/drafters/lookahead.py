@@ -84,7 +84,9 @@ class LookaheadDrafter(TokenDrafter):
         proposed, self._proposed = self._proposed, []
         if verdict.drawn is not None and any(number != NOBODY for number in proposed):
             tokens, masks = batch.at_wanted(batch.token_ids), batch.at_wanted(batch.tree_mask)
-            self._draws, self._waiting = fetch(tokens, masks, verdict.drawn, nodes.first), proposed
+            late = len(plan.deciding) - len(proposed)  # rows that joined the step since
+            self._draws = fetch(tokens, masks, verdict.drawn, nodes.first)
+            self._waiting = proposed + [NOBODY] * late
 
     def forget(self, sequence: SequenceId) -> None:
         number = self._numbers.pop(sequence, None)
