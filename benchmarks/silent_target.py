@@ -38,6 +38,9 @@ class SilentTarget:
     def forward(self, batch: RaggedBatch, cache: KVCache, taps: tuple[int, ...] = ()) -> ForwardOutput:
         return ForwardOutput(torch.zeros(batch.num_tokens, 1))
 
+    def new_cache(self, num_pages: int) -> KVCache:
+        return KVCache(self.kv_spec, num_pages, self.dtype, self.device)
+
     def embed(self, token_ids: Tensor) -> Tensor:
         return torch.zeros(len(token_ids), 1)
 

@@ -79,6 +79,7 @@ class TokenEvent:
     error_code: str | None = None  # with an error that is the request's own fault: the code of its RequestError
     seed: int | None = None  # on the first event of a choice
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache; on the first event of a choice
+    queued_seconds: float = 0.0  # that the choice waited for its place in the batch; on its first event
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # first event of choice 0, when asked for
     speculation: SpeculationStats | None = None  # on the last event of a choice
     trace: tuple[StepTrace, ...] = ()  # when asked for
@@ -99,6 +100,7 @@ class EngineInfo:
     quantization: str = "none"  # of the weights of linear layers
     acceptance: str = "exact"  # the rule of requests that name none, as --acceptance takes it
     recalling: tuple[str, ...] = ()  # drafters whose drafts can come from other requests' texts, see Needs.recalls
+    tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,12 @@ class EngineStats:
     drafter_seconds: dict[str, float] = field(default_factory=dict)
     drafts: int = 0  # rows of steps in which something was drafted for them
     accepted_at: tuple[int, ...] = ()  # accepted nodes by depth, from 1
+    accepted_by: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by drafter: those that it had proposed
     row_tokens: tuple[int, ...] = ()  # this and what follows: see decoding.step_counts.StepCounts
     step_sizes: tuple[int, ...] = ()
     step_nodes: int = 0
+    step_work: tuple[int, ...] = ()
+    step_tokens: int = 0
     steps_by_gear: dict[str, int] = field(default_factory=dict)
     queued: tuple[int, ...] = ()
     queued_seconds: float = 0.0

@@ -69,6 +69,7 @@ class Sequence:
         self.marked_pages: dict[int, int] = {}  # drafter bit -> pages whose drafter K/V is flagged valid
         self.cached_prompt_tokens = 0  # of the first admission, for usage
         self.made_at = time.perf_counter()
+        self.queued_seconds = 0.0  # until its first admission
         self.started = False  # its first event went out
         self.admitted = False  # it was in the batch before (a preempted sequence was)
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None

@@ -110,7 +110,7 @@ class Stepper:
         by_drafter = {name: seconds - drafted[name] for name, seconds in self.drafters.taken.items()}
         self.planner.learn(plan, chosen, sum(len(event.token_ids) for event in events), StepTimes(taken, by_drafter))
         lap("planner")
-        self.committer.totals.counts.step(sum(chosen.counts) - len(chosen.counts), self.planner.gear)
+        self.committer.totals.counts.step(plan.chain_tokens, sum(chosen.counts) - len(chosen.counts), self.planner.gear)
         return events
 
     def _read_prompts(self) -> None:

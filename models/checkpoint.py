@@ -23,6 +23,25 @@ class CheckpointError(Exception):
 
 
 @dataclass(frozen=True)
+class Cut:
+    """The part ``start`` .. ``stop`` - 1 of dimension ``dim`` of a weight, of ``whole`` in all."""
+
+    dim: int
+    start: int
+    stop: int
+    whole: int
+
+    def whole_shape(self, part: Shape) -> Shape:
+        """The shape of the weight whose part has shape ``part``."""
+        return (*part[: self.dim], self.whole, *part[self.dim + 1 :])
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """What to index the weight with."""
+        return (*[slice(None)] * self.dim, slice(self.start, self.stop))
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Names, shapes and files of a checkpoint's weights; the weights themselves stay on disk."""
 
@@ -52,8 +71,11 @@ class Checkpoint:
                 files[name], shapes[name] = path, shape
         return cls(files, shapes)
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    def read(self, names: Iterable[str], cuts: Mapping[str, Cut] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The named weights on the CPU, one at a time, file by file.
+
+        Args:
+            cuts: of weights of which no more than a part is read.
 
         Raises:
             CheckpointError: for a file that cannot be read to its end.
@@ -63,10 +85,10 @@ class Checkpoint:
             by_file.setdefault(self.files[name], []).append(name)
         for path, wanted in by_file.items():
             if path.suffix == ".safetensors":
-                yield from _read_safetensors(path, wanted)
+                yield from _read_safetensors(path, wanted, cuts or {})
             else:
                 weights = _unpickle(path)
-                yield from ((name, weights[name]) for name in wanted)
+                yield from ((name, _cut(weights[name], (cuts or {}).get(name))) for name in wanted)
 
 
 def misfits(wanted: Mapping[str, Shape], present: Mapping[str, Shape]) -> str:
@@ -137,13 +159,17 @@ def _shapes(path: Path) -> dict[str, Shape]:
         raise _damaged(path, error) from error
 
 
-def _read_safetensors(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _read_safetensors(path: Path, names: list[str], cuts: Mapping[str, Cut]) -> Iterator[tuple[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             for name in names:
-                yield name, file.get_tensor(name)
+                yield name, file.get_slice(name)[cuts[name].index] if name in cuts else file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
+
+
+def _cut(weight: Tensor, cut: Cut | None) -> Tensor:
+    return weight if cut is None else weight[cut.index]
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:

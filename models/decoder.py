@@ -17,7 +17,10 @@ from models.kernels.fused_stack import FusedStack, fuses
 from models.kv_cache import KVCache, KVSpec
 from models.layers.linear import Linear, Packing
 from models.layers.ops import LayerOps
+from models.layers.parallel import row_parallel, vocab_parallel
 from models.layers.rope import rope_table
+from models.parallel.ranks import ALONE, Ranks
+from models.parallel.shards import part_of
 from models.target import ForwardOutput, Trunk, check_exit
 
 
@@ -28,6 +31,7 @@ class DecoderLayer:
         inputs: width of what the queries, keys and values are made of; default: the hidden size.
         input_norm: whether the block has a norm before its attention.
         first_key: see ``AttentionSpec``; entries of such a layer stand one slot behind their position.
+        ranks: those that hold a part of the layer each; ``config`` is then of the part.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class DecoderLayer:
         inputs: int | None = None,
         input_norm: bool = True,
         first_key: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         heads, kv_heads, dim, hidden = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
         window = config.window(index)
@@ -68,9 +73,9 @@ class DecoderLayer:
         self.q_norm = norm(dim) if config.qk_norm else None
         self.k_norm = norm(dim) if config.qk_norm else None
         self.qkv = Linear(inputs or hidden, self.num_layer_heads * dim, config.qkv_bias, device, dtype)
-        self.o = Linear(heads * dim, hidden, config.o_bias, device, dtype)
+        self.o = row_parallel(heads * dim, hidden, config.o_bias, device, dtype, ranks)
         self.gate_up = Linear(hidden, 2 * config.mlp_size, config.mlp_bias, device, dtype)
-        self.down = Linear(config.mlp_size, hidden, config.mlp_bias, device, dtype)
+        self.down = row_parallel(config.mlp_size, hidden, config.mlp_bias, device, dtype, ranks)
 
     def attend(
         self,
@@ -216,7 +221,12 @@ class LayerStack:
 
 
 class Decoder:
-    """A ``CausalModel`` (models/target.py). Fill ``weights()``, call ``pack()``, then run under inference mode."""
+    """A ``CausalModel`` (models/target.py). Fill ``weights()``, call ``pack()``, then run under inference mode.
+
+    Args:
+        ranks: those that share the model. Each has a ``Decoder`` with its part of the weights and of the K/V, and all
+            must make the same calls; hidden states are whole in every rank, logits at rank 0.
+    """
 
     def __init__(
         self,
@@ -225,24 +235,34 @@ class Decoder:
         attention: AttentionBackend,
         device: torch.device,
         dtype: torch.dtype,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
         self.vocab_size = config.vocab_size
         self.hidden_size = config.hidden_size
         self.num_layers = config.num_layers
         self.max_model_len = config.max_len
-        self.kv_spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, config.head_dim)
+        part = part_of(config, ranks.size)
+        self.kv_spec = KVSpec(config.num_layers, part.num_kv_heads, config.head_dim, config.head_dim, ranks.size)
         self.dtype = dtype
         self.device = device
         # draft nodes may lie past the last position of a text
         rope = rope_table(config.rope, config.max_len, config.max_len + MAX_TREE, device, dtype)
-        self.layers = [DecoderLayer(config, index, device, dtype) for index in range(config.num_layers)]
+        self.layers = [DecoderLayer(part, index, device, dtype, ranks=ranks) for index in range(config.num_layers)]
         self.final_norm = torch.empty(config.hidden_size, device=device, dtype=dtype)
-        self.head = Linear(config.hidden_size, config.vocab_size, False, device, dtype)
+        self.head = vocab_parallel(config.hidden_size, config.vocab_size, device, dtype, ranks)
         assert self.head.weight is not None
-        # [V, H]; tied: the head's weight itself, which stays for the lookup when the head packs a copy
-        self.embedding = self.head.weight if config.tied else torch.empty_like(self.head.weight)
+        self.embedding = self.head.weight  # [V, H]; tied: it stays for the lookup when the head packs a copy
+        if not config.tied or ranks.size > 1:
+            self.embedding = torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
+        if config.tied:
+            own = ranks.share(config.vocab_size)
+            self.head.weight = self.embedding[own.start : own.stop]
         self._stack = LayerStack(self.layers, self.final_norm, rope, ops, attention)
+
+    def new_cache(self, num_pages: int) -> KVCache:
+        """See ``CausalModel.new_cache``."""
+        return KVCache(self.kv_spec, num_pages, self.dtype, self.device)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """See ``CausalModel.embed``."""

@@ -36,6 +36,7 @@ class ExitModel:
         self.kv_spec = model.kv_spec
         self.dtype = model.dtype
         self.device = model.device
+        self.new_cache = model.new_cache
         self.embed = model.embed
         self.logits = model.logits
         self._trunk = model.exit_after(exit_layer)

@@ -25,6 +25,7 @@ class GraphedModel:
         self.kv_spec = model.kv_spec
         self.dtype = model.dtype
         self.device = model.device
+        self.new_cache = model.new_cache
         self.embed = model.embed
         self.logits = model.logits
         self._model = model

@@ -20,6 +20,7 @@ class KVSpec:
     num_kv_heads: int
     key_dim: int
     value_dim: int
+    ranks: int = 1  # processes each of which holds K/V of this shape
 
     def bytes_per_page(self, dtype: torch.dtype) -> int:
         return self.num_layers * PAGE_SIZE * self.num_kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
@@ -30,7 +31,12 @@ class KVCache:
 
     Args:
         num_pages: of the pool. There is one page more, ``scratch_page``, for writes and moves that nobody reads.
+
+    Attributes:
+        shared: other ranks hold the other heads, and only ``move`` has them moved, too.
     """
+
+    shared = False
 
     def __init__(self, spec: KVSpec, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
         self.spec = spec

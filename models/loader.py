@@ -14,7 +14,7 @@ from torch import Tensor
 from models.attention import load_backend
 from models.checkpoint import Checkpoint as Checkpoint
 from models.checkpoint import CheckpointError as CheckpointError
-from models.checkpoint import misfits, read_json
+from models.checkpoint import Cut, misfits, read_json
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.families import NATIVE_FAMILIES, Family, supports_natively
@@ -23,6 +23,8 @@ from models.layers.linear import Packing
 from models.layers.ops import LayerOps, load_ops
 from models.layers.quantization import packing_of
 from models.meta_checkpoint import is_meta, meta_config, open_meta
+from models.parallel.ranks import ALONE, Ranks
+from models.parallel.shards import check_fits, cuts_of
 from models.target import CausalModel
 
 DTYPES = {
@@ -86,6 +88,7 @@ def load_model(
     ops: LayerOps | None = None,
     quantization: str = "none",
     room: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> CausalModel:
     """Load the model in a folder: with the native decoder where it can, else through transformers.
 
@@ -95,7 +98,8 @@ def load_model(
         max_model_len: the longest text to serve; default: the longest that the model supports.
         ops: element-wise operations of the native decoder; default: the best for the device and dtype.
         quantization: of the native decoder's linear layers, a name in ``models.layers.quantization.FORMATS``.
-        room: bytes that the weights may take; checked before they are loaded, for the native decoder.
+        room: bytes that the weights of all ranks may take; checked before they are loaded, for the native decoder.
+        ranks: those that share the model, each of which loads its part.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read or served; the message names cause and fix.
@@ -103,20 +107,13 @@ def load_model(
         RuntimeError: the backend or the quantization does not work here; the message names the fix.
     """
     hf, place = read_config(path), torch.device(device)
-    check_model(hf, path)
-    try:
-        native = supports_natively(hf)
-        config = NATIVE_FAMILIES[str(hf["model_type"])].configure(hf) if native else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / 'config.json'} cannot be used: {_reason(error)}") from error
+    config = _native_config(hf, path)
+    _check_ranks(config, path, ranks.size)
     if config is None:
         from models.transformers_model import load_transformers_model
 
         if quantization != "none":
-            raise CheckpointError(
-                f"{path}: --quantization {quantization} is for models that the native decoder runs "
-                f"({', '.join(NATIVE_FAMILIES)}), and this one runs through transformers; leave the flag out"
-            )
+            raise _only_native(f"--quantization {quantization}", path)
         return load_transformers_model(
             path, dtype=dtype, device=place, attention=attention, max_model_len=max_model_len
         )
@@ -128,9 +125,12 @@ def load_model(
     chosen = resolve_dtype(dtype, hf)
     packing = packing_of(quantization, place, chosen)
     if room is not None:
-        _check_room(checkpoint, path, chosen.itemsize if quantization == "none" else 1, room)
-    model = Decoder(config, ops or load_ops(place, chosen), load_backend(attention, place, chosen), place, chosen)
-    fill(model.weights(), checkpoint, family, path, layer_packer(model, packing))
+        repeated = (ranks.size - 1) * math.prod(checkpoint.shapes.get(family.checkpoint_name("embed.weight"), (0,)))
+        _check_room(checkpoint, path, chosen.itemsize if quantization == "none" else 1, room, repeated)
+    backend = load_backend(attention, place, chosen)
+    model = Decoder(config, ops or load_ops(place, chosen), backend, place, chosen, ranks)
+    cuts = cuts_of(config, ranks, model.weights())
+    fill(model.weights(), checkpoint, family, path, layer_packer(model, packing), cuts)
     model.pack(packing)  # what no layer holds: the head
     return model
 
@@ -167,9 +167,13 @@ def layer_packer(model: Decoder, packing: Packing | None) -> Callable[[str], Non
     return filled
 
 
-def _check_room(checkpoint: Checkpoint, path: Path, width: int, room: int) -> None:
-    """Raise CheckpointError, before anything is loaded, if weights of ``width`` bytes do not fit ``room`` bytes."""
-    size = width * sum(math.prod(shape) for shape in checkpoint.shapes.values())
+def _check_room(checkpoint: Checkpoint, path: Path, width: int, room: int, repeated: int) -> None:
+    """Raise CheckpointError, before anything is loaded, if weights of ``width`` bytes do not fit ``room`` bytes.
+
+    Args:
+        repeated: numbers that are held more than once.
+    """
+    size = width * (repeated + sum(math.prod(shape) for shape in checkpoint.shapes.values()))
     if size > room:
         raise CheckpointError(
             f"the weights in {path} take at least {size / 2**20:.0f} MiB, and the machine (or the container's limit) "
@@ -184,11 +188,13 @@ def fill(
     family: Family,
     path: Path,
     filled: Callable[[str], None] = lambda name: None,
+    cuts: Mapping[str, Cut] | None = None,
 ) -> None:
     """Copy a checkpoint into ``weights`` (``Decoder.weights``), one tensor at a time, converting device and dtype.
 
     Args:
         filled: called with our name of each weight once it is there.
+        cuts: by our names, which part of a stored weight ``weights`` has.
 
     Raises:
         CheckpointError: naming the weights that are missing, that nothing uses, or whose shape is wrong.
@@ -200,14 +206,49 @@ def fill(
         for name, shape in checkpoint.shapes.items()
         if name in targets or not (name in spare or family.ignores(name))
     }
-    if problems := misfits({name: tuple(weight.shape) for name, weight in targets.items()}, used):
+    cut = {family.checkpoint_name(ours): each for ours, each in (cuts or {}).items()}
+    wanted = {name: tuple(weight.shape) for name, weight in targets.items()}
+    wanted |= {name: each.whole_shape(wanted[name]) for name, each in cut.items()}
+    if problems := misfits(wanted, used):
         raise CheckpointError(
             f"the weights in {path} do not fit its config.json: {problems}. Get weights and config of one model"
         )
     ours = {family.checkpoint_name(name): name for name in weights}
-    for name, stored_weight in checkpoint.read(targets):
+    for name, stored_weight in checkpoint.read(targets, cut):
         targets[name].copy_(stored_weight)
         filled(ours[name])
+
+
+def check_ranks(path: Path, size: int) -> None:
+    """Check that the model in a folder can be spread over ``size`` ranks, before anything of it is loaded.
+
+    Raises:
+        CheckpointError: it cannot; the message names the sizes that can be, or the models that can.
+    """
+    _check_ranks(_native_config(read_config(path), path), path, size)
+
+
+def _check_ranks(config: ModelConfig | None, path: Path, size: int) -> None:
+    if config is not None:
+        check_fits(config, size)
+    elif size > 1:
+        raise _only_native("--tensor-parallel-size", path)
+
+
+def _native_config(hf: Mapping[str, Any], path: Path) -> ModelConfig | None:
+    """The config of the native decoder; None for a model that runs through transformers."""
+    check_model(hf, path)
+    try:
+        return NATIVE_FAMILIES[str(hf["model_type"])].configure(hf) if supports_natively(hf) else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / 'config.json'} cannot be used: {_reason(error)}") from error
+
+
+def _only_native(flag: str, path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {flag} is for models that the native decoder runs ({', '.join(NATIVE_FAMILIES)}), and this one runs "
+        "through transformers; leave the flag out"
+    )
 
 
 def _limited(config: ModelConfig, max_model_len: int | None) -> ModelConfig:

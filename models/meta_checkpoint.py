@@ -7,14 +7,14 @@ projections are put in our order as they are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from models.checkpoint import Checkpoint, CheckpointError, read_json
+from models.checkpoint import Checkpoint, CheckpointError, Cut, read_json
 
 _NAMES = {
     "tok_embeddings": "model.embed_tokens",
@@ -41,13 +41,16 @@ class MetaCheckpoint(Checkpoint):
     stored: dict[str, str]  # our name -> the file's
     heads: dict[str, int]  # our name -> heads whose rows are to be put in our order
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """See ``Checkpoint.read``."""
+    def read(self, names: Iterable[str], cuts: Mapping[str, Cut] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """See ``Checkpoint.read``; of weights with heads, parts are whole heads."""
         ours = {self.stored[name]: name for name in names}
         plain = Checkpoint({self.stored[name]: self.files[name] for name in ours.values()}, {})
-        for stored, weight in plain.read(ours):
+        for stored, weight in plain.read(ours, {self.stored[name]: cut for name, cut in (cuts or {}).items()}):
             name = ours[stored]
-            yield name, halves(weight, self.heads[name]) if name in self.heads else weight
+            yield name, halves(weight, self._heads_in(name, weight)) if name in self.heads else weight
+
+    def _heads_in(self, name: str, part: Tensor) -> int:
+        return self.heads[name] * part.shape[0] // self.shapes[name][0]
 
 
 def is_meta(folder: Path) -> bool:

@@ -45,6 +45,10 @@ class CausalModel(Protocol):
         """Write the batch's K/V into ``cache`` and return hidden states of all its query tokens."""
         ...
 
+    def new_cache(self, num_pages: int) -> KVCache:
+        """Empty K/V of this model for ``num_pages`` pages."""
+        ...
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] int64 -> [T, H], rows of the embedding matrix: what drafters that share it are fed."""
         ...

@@ -5,6 +5,7 @@ The many small tensors of a step travel packed: a copy costs some microseconds w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -29,12 +30,21 @@ class Part:
         return packed[self.start : self.stop].view(self.dtype).view(self.shape)
 
 
+Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype
+
+
 def layout(tensors: Iterable[Tensor]) -> tuple[list[Part], int]:
     """Where each tensor lies in a packed copy of all, and the bytes of it."""
+    return layout_of((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+
+
+def layout_of(kinds: Iterable[Kind]) -> tuple[list[Part], int]:
+    """``layout`` of tensors that are not there yet."""
     parts, total = [], 0
-    for tensor in tensors:
-        parts.append(Part(total, total + tensor.nbytes, tuple(tensor.shape), tensor.dtype))
-        total += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    for shape, dtype in kinds:
+        size = math.prod(shape) * dtype.itemsize
+        parts.append(Part(total, total + size, shape, dtype))
+        total += -(-size // _ALIGNMENT) * _ALIGNMENT
     return parts, total
 
 

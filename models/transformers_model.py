@@ -171,6 +171,10 @@ class TransformersModel:
             saccade_step=PagedStep(batch, cache, self.attend, self.specs),
         )
 
+    def new_cache(self, num_pages: int) -> KVCache:
+        """See ``CausalModel.new_cache``."""
+        return KVCache(self.kv_spec, num_pages, self.dtype, self.device)
+
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
         """See ``CausalModel.embed``; without the factor that some families put on it."""

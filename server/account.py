@@ -7,7 +7,7 @@ from typing import cast
 
 from starlette.types import Scope
 
-from server.errors import reply_to
+from server.errors import ErrorReply
 from server.latencies import RequestTimes
 from server.openai.generation import Generation
 
@@ -24,29 +24,18 @@ class Generated:
     def __init__(self, model: str, generation: Generation, times: RequestTimes) -> None:
         self.model = model
         self.generation = generation
-        self._times = times
+        self.times = times
         self.prompt = generation.prompts[0].request
 
     @property
     def first_token_seconds(self) -> float | None:
         """From the request's arrival; None: there was none."""
-        return None if self._times.first is None else self._times.first - self._times.arrived
-
-    @property
-    def finish_reasons(self) -> list[str]:
-        """Of the choices; one that was not finished met an error, or was cancelled: by its client or a deadline."""
-        other = "cancelled" if self.generation.failure is None else "error"
-        return [choice.finish_reason or other for choice in self.generation.choices]
-
-    @property
-    def error(self) -> str | None:
-        """The code of the error that ended it, also in the middle of a stream; None: there was none."""
-        failure = self.generation.failure
-        return None if failure is None else reply_to(failure).code
+        return None if self.times.first is None else self.times.first - self.times.arrived
 
     def end(self) -> None:
         """The answer has been sent."""
-        self._times.end(self.generation.prompt_tokens, [choice.generated for choice in self.generation.choices])
+        generated = [choice.generated for choice in self.generation.choices]
+        self.times.end(self.generation.prompt_tokens, generated, self.prompt.params.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -58,6 +47,7 @@ class Account:
         status: of the answer; 499 if there was none, as the client had left.
         seconds: from its arrival to the end of the answer.
         generated: what the engine did for it; None: it did not come so far.
+        error: what the answer, or its stream, ended with; None: there was none.
     """
 
     request_id: str
@@ -65,7 +55,18 @@ class Account:
     route: str
     status: int
     seconds: float
-    generated: Generated | None
+    generated: Generated | None = None
+    error: ErrorReply | None = None
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """Of the choices: as answers tell them; else what ended one: an error, a deadline, or that the client left."""
+        if self.generated is None:
+            return []
+        other = "cancelled"
+        if self.error is not None:
+            other = "deadline" if self.error.code == "deadline_exceeded" else "error"
+        return [choice.finish_reason or other for choice in self.generated.generation.choices]
 
 
 def keep_generated(scope: Scope, generated: Generated) -> None:

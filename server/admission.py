@@ -114,7 +114,9 @@ class Room:
         """Raises OverloadedError when the queue is full."""
         if self.full:
             raise OverloadedError(
-                "The server is overloaded: its queue is full. Try again later.", retry_after=self.retry_after()
+                "The server is overloaded: its queue is full. Try again later.",
+                limit="max_queued_requests",
+                retry_after=self.retry_after(),
             )
         self._taken += choices
 
@@ -149,6 +151,7 @@ class Guard:
         if scope["method"] == "POST" and self._requests >= self._most:
             raise OverloadedError(
                 f"The server is overloaded: it answers {self._most} requests already. Try again later.",
+                limit="max_concurrent_requests",
                 retry_after=self.room.retry_after(),
             )
         return self._hold(ticket, 1 if scope["method"] == "POST" else 0)

@@ -85,7 +85,7 @@ class Api:
         """
         held = self.bodies.begin()
         ticket_of(request).hold(held)
-        body = await read_json(request, self.settings.limits.max_body_size, held)
+        body = await read_json(request, self.settings.limits, held)
         if self.settings.security.log_prompts:
             log_prompt(request.scope, body)
         return body

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from decoding.errors import RequestError, SaccadeError, nearest
 from decoding.text import Tokenizer
+from server.account import Account
 from server.admission import Admission, Guard
 from server.api import Api
 from server.auth import ApiKeys
+from server.cors import OriginMiddleware
 from server.engine_client import EngineClient
 from server.errors import ErrorReply, reply_to
 from server.grammar_worker import GrammarCheck, SizeCheck
@@ -89,13 +92,21 @@ def build_app(
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_mistake)
+    app.state.refused = partial(_on_refused, metrics)
     return app
+
+
+def _on_refused(metrics: Metrics, request_id: str, reply: ErrorReply) -> None:
+    """A connection was refused before a request came to be: nothing else here hears of it."""
+    account = Account(request_id, "other", "unknown", reply.status, 0.0, error=reply)
+    metrics.count(account)
+    log_request(account)
 
 
 def _allow_origins(app: FastAPI, origins: tuple[str, ...]) -> None:
     """Web pages of these origins may call the API. Keys go in a header, so cookies never are."""
     app.add_middleware(
-        CORSMiddleware,
+        OriginMiddleware,
         allow_origins=origins,
         allow_credentials=False,
         allow_methods=("GET", "POST"),

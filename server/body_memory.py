@@ -19,7 +19,10 @@ class BodyMemory:
     def take(self, size: int) -> None:
         """Raises OverloadedError when there is no room for so many bytes more."""
         if self.held + size > self._limit:
-            raise OverloadedError("The server is overloaded: too many large requests came at once. Try again later.")
+            raise OverloadedError(
+                "The server is overloaded: too many large requests came at once. Try again later.",
+                limit="max_body_memory",
+            )
         self.held += size
 
     def free(self, size: int) -> None:

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from decoding.errors import SaccadeError, nearest
 from server.engine_driver import ENGINE
 from server.flags import Parser, add_engine_flags, engine_config, nonempty, positive
+from server.observation import Observation
 from server.observation_flags import add_observation_flags, observation
 from server.reading_flags import add_reading_flags, reading
 from server.serve_flags import KEY_VARIABLE, add_limit_flags, add_security_flags, limits, security, tls
@@ -122,13 +123,25 @@ def run_server(args: argparse.Namespace, engine: str = ENGINE) -> int:
     Args:
         engine: the class that the engine process runs, as "module:class".
     """
+    from server.log import own_process_log
+
+    told = observation(args)
+    own_process_log(told.log_format, told.log_level)
+    try:
+        _serve(args, told, engine)
+    except SaccadeError as error:
+        if told.log_format == "text":
+            raise
+        logging.getLogger("saccade").error("%s", error)
+        return 1
+    return 0
+
+
+def _serve(args: argparse.Namespace, told: Observation, engine: str) -> None:
     from server.listening import Address
-    from server.log import set_up_log
     from server.serve import serve
     from server.settings import ServerSettings
 
-    told = observation(args)
-    set_up_log(told.log_format, told.log_level)
     config = engine_config(args)
     names = tuple(getattr(args, "served_model_name", [config.model]))
     settings = ServerSettings(
@@ -141,7 +154,6 @@ def run_server(args: argparse.Namespace, engine: str = ENGINE) -> int:
         observation=told,
     )
     serve(config, settings, getattr(args, "chat_template", None), Address(args.host, args.port), tls(args), engine)
-    return 0
 
 
 def _generate(args: argparse.Namespace) -> int:

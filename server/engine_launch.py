@@ -13,6 +13,8 @@ import msgspec
 
 from decoding.config import EngineConfig
 from decoding.machine import cores
+from server.log import Relay
+from server.observation import Observation
 
 # OpenMP's idle threads. Left alone they spin for milliseconds and starve the HTTP process on a small machine; with
 # OMP_WAIT_POLICY=passive they sleep at once, and every small operation pays about 50 us to wake them. This many turns
@@ -25,30 +27,39 @@ EXIT_SECONDS = 2.0  # how long an engine may take to end by itself: drafters wri
 def engine_environment(config: EngineConfig, environment: Mapping[str, str]) -> dict[str, str]:
     """The engine process's environment: it must be there before torch is imported.
 
+    The threads are those of all its ranks together, which come from it: each rank has its share.
+
     Threads are not pinned: two engines on a machine would be pinned to the same cores. Whoever gives an engine cores of
     its own can say so (``OMP_PROC_BIND=close OMP_PLACES=cores``), and is obeyed, as with every variable set already.
     """
     env = dict(environment)
     if "OMP_WAIT_POLICY" not in env and "GOMP_SPINCOUNT" not in env:
         env["GOMP_SPINCOUNT"] = str(GOMP_SPINCOUNT)
-    if config.threads is not None:
-        env["OMP_NUM_THREADS"] = str(config.threads)
-    elif "OMP_NUM_THREADS" not in env:
-        env["OMP_NUM_THREADS"] = str(cores().engine_threads())
+    if config.threads is not None or "OMP_NUM_THREADS" not in env:
+        threads = config.threads or cores().engine_threads()
+        env["OMP_NUM_THREADS"] = str(max(1, threads // config.tensor_parallel_size))
     return env
 
 
 class EngineProcess:
     """A running engine process."""
 
-    def __init__(self, config: EngineConfig, address: str, engine: str) -> None:
+    def __init__(self, config: EngineConfig, address: str, engine: str, observation: Observation) -> None:
         """Start it. Must run on the main thread, since it dies with the thread that started it (see prctl(2))."""
         command = [sys.executable, "-m", "server.engine_process"]
         command += ["--address", address, "--parent", str(os.getpid()), "--engine", engine]
+        command += ["--log-format", observation.log_format, "--log-level", observation.log_level]
+        self._relay = Relay("saccade.engine") if observation.log_format == "json" else None
         # a session of its own: ctrl-C in the terminal reaches the parent alone, which then ends the engine
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, env=engine_environment(config, os.environ), start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stderr=None if self._relay is None else self._relay.fileno(),
+            env=engine_environment(config, os.environ),
+            start_new_session=True,
         )
+        if self._relay is not None:
+            self._relay.handed_over()
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(msgspec.msgpack.encode(config))
@@ -72,6 +83,8 @@ class EngineProcess:
         except TimeoutError:
             self.kill()
             await self.wait()
+        if self._relay is not None:
+            await asyncio.to_thread(self._relay.join)
 
     def kill(self) -> None:
         """End it at once."""

@@ -80,6 +80,19 @@ def _labelled(stats: EngineStats) -> Iterator[Metric]:
         for value, count in values.items():
             family.add_metric([value], float(count))
         yield family
+    yield _by_drafter_and_depth(stats)
+
+
+def _by_drafter_and_depth(stats: EngineStats) -> Metric:
+    family = CounterMetricFamily(
+        "saccade_drafter_accepted_at_depth",
+        "Draft tokens accepted of a drafter, by their depth in the tree",
+        labels=["drafter", "depth"],
+    )
+    for drafter, counts in stats.accepted_by.items():
+        for depth, count in enumerate(counts, start=1):
+            family.add_metric([drafter, str(depth)], float(count))
+    return family
 
 
 def _distributions(stats: EngineStats) -> Iterator[Metric]:
@@ -90,6 +103,9 @@ def _distributions(stats: EngineStats) -> Iterator[Metric]:
     nodes = histogram("saccade_step_nodes", "Draft tokens that the planner had verified in a step")
     add_counts(nodes, [], size_bounds(), stats.step_sizes, float(stats.step_nodes))
     yield nodes
+    work = histogram("saccade_step_tokens", "Query tokens of a step: of prompts, roots of trees, draft tokens")
+    add_counts(work, [], size_bounds(), stats.step_work, float(stats.step_tokens))
+    yield work
     yield queue_times("saccade_queue_seconds", stats)
 
 

@@ -11,8 +11,10 @@ import math
 import random
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import cast
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from decoding.errors import EngineDeadError, RequestError, SaccadeError
 from server.auth import AuthenticationError
@@ -29,6 +31,7 @@ _STATUS_BY_CODE = {
     "headers_too_large": 431,
 }
 _ENGINE_ENDED = "The engine ended before the request was finished; it can be sent again."
+_ERROR = "error"
 
 
 class UnavailableError(SaccadeError):
@@ -43,11 +46,13 @@ class OverloadedError(SaccadeError):
     """There is no room for one more request. An HTTP 429.
 
     Args:
+        limit: the one that was reached, by its name in ``Limits``.
         retry_after: seconds after which there may be room.
     """
 
-    def __init__(self, message: str, *, retry_after: float = RETRY_AFTER_SECONDS) -> None:
+    def __init__(self, message: str, *, limit: str = "", retry_after: float = RETRY_AFTER_SECONDS) -> None:
         super().__init__(message)
+        self.limit = limit
         self.retry_after = retry_after
 
 
@@ -71,7 +76,11 @@ class GenerationError(SaccadeError):
 
 @dataclass(frozen=True)
 class ErrorReply:
-    """An error, ready for the wire."""
+    """An error, ready for the wire.
+
+    Attributes:
+        limit: the one that was reached, for those who set it; clients are not told.
+    """
 
     status: int
     type: str
@@ -79,6 +88,7 @@ class ErrorReply:
     message: str
     param: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    limit: str = ""
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON envelope, ``{"error": {...}}``."""
@@ -86,8 +96,7 @@ class ErrorReply:
 
     def response(self) -> Response:
         """The HTTP response."""
-        content = json.dumps(self.body(), separators=(",", ":"))
-        return Response(content, self.status, headers=self.headers, media_type="application/json")
+        return _ErrorResponse(self)
 
     def raw(self, request_id: str) -> bytes:
         """The whole HTTP/1.1 response, for a connection on which no request came to be; it closes the connection."""
@@ -96,6 +105,29 @@ class ErrorReply:
         lines = [f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}".encode("ascii")]
         lines += [name + b": " + value for name, value in given]
         return b"\r\n".join(lines) + b"\r\n\r\n" + bytes(response.body)
+
+
+class _ErrorResponse(Response):
+    """Leaves word of the error where ``error_of`` finds it."""
+
+    def __init__(self, reply: ErrorReply) -> None:
+        content = json.dumps(reply.body(), separators=(",", ":"))
+        super().__init__(content, reply.status, headers=reply.headers, media_type="application/json")
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        keep_error(scope, self._reply)
+        await super().__call__(scope, receive, send)
+
+
+def keep_error(scope: Scope, reply: ErrorReply) -> None:
+    """A request ends with this error, be it in the middle of a stream."""
+    scope.setdefault("state", {})[_ERROR] = reply
+
+
+def error_of(scope: Scope) -> ErrorReply | None:
+    """What a request ended with; None: all is well, or its client left."""
+    return cast("ErrorReply | None", scope.get("state", {}).get(_ERROR))
 
 
 def reply_to(error: BaseException) -> ErrorReply:
@@ -108,7 +140,7 @@ def reply_to(error: BaseException) -> ErrorReply:
         return ErrorReply(401, "authentication_error", "invalid_api_key", str(error), headers=headers)
     if isinstance(error, OverloadedError):
         headers = retry_headers(error.retry_after)
-        return ErrorReply(429, "rate_limit_error", "server_overloaded", str(error), headers=headers)
+        return ErrorReply(429, "rate_limit_error", "server_overloaded", str(error), headers=headers, limit=error.limit)
     if isinstance(error, LateError):
         return _late(error)
     if isinstance(error, UnavailableError):

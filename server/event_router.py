@@ -163,6 +163,7 @@ def _merge(events: list[TokenEvent]) -> TokenEvent:
         logprobs=tuple(entry for event in events for entry in event.logprobs or ()) if scored else None,
         seed=first.seed,
         cached_tokens=first.cached_tokens,
+        queued_seconds=first.queued_seconds,
         prompt_logprobs=first.prompt_logprobs,
         trace=tuple(step for event in events for step in event.trace),
     )

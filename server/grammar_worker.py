@@ -23,6 +23,8 @@ from typing import Any, Protocol
 from decoding.errors import RequestError
 from decoding.request import Grammar
 from server.errors import UnavailableError
+from server.log import Relay
+from server.observation import LogFormat
 
 SECONDS = 1.2  # for one grammar: with all else, a client that sends a bad one has its answer in 2
 MEMORY = 2**30  # bytes of one grammar's process, those of the tokenizer included
@@ -70,15 +72,23 @@ class GrammarWorker(SizeCheck):
         vocab_size: gives the number of ids that can be drawn.
         seconds: for one grammar, on the clock; it is killed then.
         memory: bytes for one grammar, likewise.
+        log_format: of what the process writes.
     """
 
     def __init__(
-        self, folder: Path, vocab_size: Callable[[], int], *, seconds: float = SECONDS, memory: int = MEMORY
+        self,
+        folder: Path,
+        vocab_size: Callable[[], int],
+        *,
+        seconds: float = SECONDS,
+        memory: int = MEMORY,
+        log_format: LogFormat = "text",
     ) -> None:
         self._folder = folder
         self._vocab_size = vocab_size
         self._seconds = seconds
         self._memory = memory
+        self._log_format = log_format
         self._known: OrderedDict[bytes, Verdict] = OrderedDict()
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[Verdict]] = {}
@@ -144,13 +154,17 @@ class GrammarWorker(SizeCheck):
 
     async def _start(self) -> Process:
         limits = ["--vocab-size", str(self._vocab_size()), "--seconds", str(self._seconds)]
+        relay = Relay("saccade.grammars") if self._log_format == "json" else None
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "server.grammar_child", "--tokenizer", str(self._folder)),
             *(*limits, "--memory", str(self._memory)),
             stdin=PIPE,
             stdout=PIPE,
+            stderr=None if relay is None else relay.fileno(),
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},  # it forks, and threads do not survive that
         )
+        if relay is not None:
+            relay.handed_over()
         assert process.stdout is not None
         ready = b""
         with contextlib.suppress(TimeoutError):

@@ -1,8 +1,9 @@
 """uvicorn's HTTP protocol with an end to whatever a client may take its time for.
 
-By itself uvicorn waits forever for the rest of a head or a body and for a client that does not read, takes heads of any
-size, and answers what is no HTTP in plain text. The time of a body that the application reads is the application's
-(``server.middleware``), so that its error is an ordinary response.
+By itself uvicorn waits forever for the rest of a head or a body and for a client that does not read, takes heads and
+trailers of any size (and trailers for headers), answers what is no HTTP in plain text, and HTTP/1.0 in chunks. The time
+of a body that the application reads is the application's (``server.middleware``), so that its error is an ordinary
+response.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from server.close_delimited import close_delimited
 from server.errors import ErrorReply, OverloadedError, reply_to
 from server.limits import Limits
 from server.middleware import new_id
@@ -28,9 +32,12 @@ _UPGRADE, _DECLINED = re.compile(rb"(?<=\r\n)upgrade(?=[ \t]*:)", re.IGNORECASE)
 log = logging.getLogger("saccade")
 
 
-def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
+Refused = Callable[[str, ErrorReply], None]  # told of a connection that was refused: the answer's id, the answer
+
+
+def http_protocol(limits: Limits, refused: Refused = lambda *_: None) -> type[asyncio.Protocol]:
     """What uvicorn's Config takes as ``http``."""
-    return cast("type[asyncio.Protocol]", partial(GuardedProtocol, limits))
+    return cast("type[asyncio.Protocol]", partial(GuardedProtocol, limits, refused))
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -40,12 +47,15 @@ class GuardedProtocol(HttpToolsProtocol):
     request is answered already: it is thrown away, since a client that is cut off while it sends reads no answer.
     """
 
-    def __init__(self, limits: Limits, **uvicorn: Any) -> None:
+    def __init__(self, limits: Limits, refused: Refused, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
         self._limits = limits
+        self._tell = refused
         self._part: Literal["none", "head", "body"] = "none"  # of a message, that has begun and is not complete
         self._begun = 0  # messages, in the bytes that are being parsed
+        self._fed = False  # there is some of a body in them
         self._head_bytes = 0
+        self._frame_bytes = 0  # that came since there was any of a body: of trailers, or of a chunk's extension
         self._refused = False
         self._awaited: Literal["nothing", "head", "rest"] = "nothing"
         self._read_timer: asyncio.TimerHandle | None = None
@@ -56,7 +66,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._limits.max_connections:
-            self._refuse(reply_to(OverloadedError("The server has too many connections. Try again later.")))
+            message = "The server has too many connections. Try again later."
+            self._refuse(reply_to(OverloadedError(message, limit="max_connections")))
         else:
             self._await("head")
 
@@ -68,7 +79,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        part, self._begun = self._part, 0
+        part, self._begun, self._fed = self._part, 0, False
         if part != "body" and b"pgrade" in data:
             data = _UPGRADE.sub(_DECLINED, data)
         super().data_received(data)
@@ -80,6 +91,8 @@ class GuardedProtocol(HttpToolsProtocol):
             if self._head_bytes > self._limits.max_header_size:
                 self._refuse(_HEAD_TOO_LARGE)
                 return
+        if part == self._part == "body" and self._is_framed_without_end(len(data)):
+            return
         if self._part == "head" or (self._part == "none" and self._answered()):
             self._await("head")  # also after bytes that begin no message: they have ended the keep-alive timer
 
@@ -87,13 +100,21 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._part, self._head_bytes = "head", 0
+        self._part, self._head_bytes, self._frame_bytes = "head", 0, 0
         self._begun += 1
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._part == "head":  # a trailer is no header: nobody on the way here has looked at it
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         self._part = "body"
         self._await("nothing")
+
+    def on_body(self, body: bytes) -> None:
+        self._fed = True
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -112,6 +133,10 @@ class GuardedProtocol(HttpToolsProtocol):
         """The parser stopped at an offer that came in two pieces, and has thrown the body away."""
         self._refuse(_NO_UPGRADE)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        is_old = cycle.scope["http_version"] == "1.0"
+        super()._start_asgi_task(cycle, close_delimited(app, cycle) if is_old else app)  # type: ignore[arg-type]
+
     # slow readers ----------------------------------------------------------------------------------------------------
 
     def pause_writing(self) -> None:
@@ -125,7 +150,10 @@ class GuardedProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _cut_off(self) -> None:
-        log.info("a client that did not read for %g s was cut off", self._limits.write_timeout)
+        scope = {} if self.cycle is None else self.cycle.scope
+        about = {"request_id": scope.get("state", {}).get("request_id")}
+        message = "a client that did not read for %g s was cut off"
+        log.info(message, self._limits.write_timeout, extra={"fields": about})
         self.transport.abort()  # to the application the client has left: its request is cancelled
 
     def _stop_write_timer(self) -> None:
@@ -151,6 +179,21 @@ class GuardedProtocol(HttpToolsProtocol):
             seconds = self._limits.header_timeout if what == "head" else self._limits.body_timeout
             self._read_timer = self.loop.call_later(seconds, self._too_late)
 
+    def _is_framed_without_end(self, size: int) -> bool:
+        """Whether trailers or the extension of a chunk take more than a head may; then this ends.
+
+        Args:
+            size: of the bytes that came now, all of them of a body that goes on.
+        """
+        self._frame_bytes = 0 if self._fed else self._frame_bytes + size
+        if self._frame_bytes <= self._limits.max_header_size:
+            return False
+        if self._answered():
+            self.transport.close()
+        else:
+            self._refuse(_HEAD_TOO_LARGE)
+        return True
+
     def _too_late(self) -> None:
         if self._awaited == "head" and self._part == "head":
             self._refuse(_HEAD_TOO_LATE)
@@ -168,7 +211,9 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
             self.cycle.disconnected = True  # to the application the client has left
             self.cycle.message_event.set()
-        self.transport.write(reply.raw(new_id()))
+        request_id = new_id()
+        self.transport.write(reply.raw(request_id))
+        self._tell(request_id, reply)
         if self.transport.can_write_eof():
             self.transport.write_eof()
             self.loop.call_later(LINGER_SECONDS, self.transport.abort)

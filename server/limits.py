@@ -13,6 +13,7 @@ class Limits:
 
     # of one request
     max_body_size: int = 8 * MIB
+    max_body_values: int = 65536  # strings (names too), arrays and objects of a body
     max_header_size: int = 64 * KIB  # the request line and all headers
     max_header_count: int = 256
     max_prompt_chars: int | None = None  # of one prompt; the context limits it in any case

@@ -13,7 +13,7 @@ from server.account import Account
 from server.engine_client import EngineClient
 from server.engine_metrics import EngineCollector
 from server.latencies import Latencies, RequestTimes
-from server.vllm_metrics import VllmCollector
+from server.vllm_metrics import Counted, VllmCollector
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -40,23 +40,40 @@ class Metrics:
             "saccade_http_request_seconds", "Time to the end", ["route"], buckets=_SECONDS, registry=registry
         )
         self._in_flight = Gauge("saccade_http_requests_in_flight", "Requests being answered", registry=registry)
+        self._errors = Counter(
+            "saccade_http_errors",
+            "Requests that ended with an error, in mid-stream as well",
+            ["route", "code", "limit"],
+            registry=registry,
+        )
         self._ended = Counter(
             "saccade_choices_ended", "Choices of answers, by why they ended", ["route", "reason"], registry=registry
         )
         if vllm:
-            registry.register(VllmCollector(client.stats, self._latencies, self._reasons, model))
+            counted = Counted(
+                reasons=lambda: [(labels["reason"], value) for labels, value in _values(self._ended)],
+                requests=lambda: _values(self._requests),
+                seconds=self._seconds,
+            )
+            registry.register(VllmCollector(client, self._latencies, counted, model))
 
     def begin_request(self) -> None:
         self._in_flight.inc()
 
     def end_request(self, account: Account) -> None:
-        """Count a request that has been answered."""
+        """Count a request that was begun and has been answered."""
         self._in_flight.dec()
+        self.count(account)
+
+    def count(self, account: Account) -> None:
+        """Count an answer; of a connection on which no request came to be, too."""
         self._requests.labels(account.route, account.method, str(account.status)).inc()
         self._seconds.labels(account.route).observe(account.seconds)
+        if account.error is not None:
+            self._errors.labels(account.route, account.error.code, account.error.limit).inc()
         if account.generated is not None:
             account.generated.end()
-            for reason in account.generated.finish_reasons:
+            for reason in account.finish_reasons:
                 self._ended.labels(account.route, reason).inc()
 
     def times(self, arrived: float, choices: int) -> RequestTimes:
@@ -67,10 +84,11 @@ class Metrics:
         """Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def _reasons(self) -> Sequence[tuple[str, float]]:
-        """Choices that ended, by reason."""
-        samples = [sample for family in self._ended.collect() for sample in family.samples]
-        return [(each.labels["reason"], each.value) for each in samples if each.name.endswith("_total")]
+
+def _values(counter: Counter) -> Sequence[tuple[dict[str, str], float]]:
+    """Labels and values."""
+    samples = [sample for family in counter.collect() for sample in family.samples]
+    return [(each.labels, each.value) for each in samples if each.name.endswith("_total")]
 
 
 class _HttpCollector(Collector):

@@ -18,7 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from decoding.errors import SaccadeError
 from server.account import Account, generated_of
 from server.admission import Admission, keep_ticket
-from server.errors import LateError, reply_to
+from server.errors import LateError, error_of, keep_error, reply_to
+from server.log import answering
 from server.metrics import Metrics
 
 REQUEST_ID = "x-request-id"
@@ -45,6 +46,7 @@ class RequestMiddleware:
             return
         started, status = time.monotonic(), 499  # an answer that never started: the client had left
         request_id = assign_id(scope)
+        answering.set(request_id)  # in this request's own task: there is nothing to undo
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -56,12 +58,15 @@ class RequestMiddleware:
         self._metrics.begin_request()
         try:
             await self._app(scope, receive, send_with_id)
-        except Exception:
+        except Exception as error:
             status = 500
+            keep_error(scope, reply_to(error))
             raise
         finally:
             seconds = time.monotonic() - started
-            account = Account(request_id, _method(scope), _route(scope), status, seconds, generated_of(scope))
+            account = Account(
+                request_id, _method(scope), _route(scope), status, seconds, generated_of(scope), error_of(scope)
+            )
             self._metrics.end_request(account)
             if account.route not in QUIET or status >= 400:
                 for watcher in self._watchers:

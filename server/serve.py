@@ -10,12 +10,13 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import uvicorn
-from starlette.types import ASGIApp
+from fastapi import FastAPI
 
 from decoding.acceptance import LOSSY, Acceptance
 from decoding.config import EngineConfig
@@ -39,22 +40,38 @@ log = logging.getLogger("saccade")
 
 
 class _UvicornServer(uvicorn.Server):
-    """Leaves signals to ``Service``."""
+    """Leaves signals to ``Service``, and gives a TLS handshake the time of a head, where asyncio gives it a minute."""
+
+    def __init__(self, config: uvicorn.Config, handshake_seconds: float) -> None:
+        super().__init__(config)
+        self._handshake_seconds = handshake_seconds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        make = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
+        protocol = partial(make, config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        tls = self.config.ssl
+        seconds = None if tls is None else self._handshake_seconds
+        listening = partial(asyncio.get_running_loop().create_server, protocol, ssl=tls, backlog=self.config.backlog)
+        self.servers = [
+            await listening(sock=each, ssl_handshake_timeout=seconds, ssl_shutdown_timeout=seconds)
+            for each in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-def http_server(app: ASGIApp, limits: Limits, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
-    """The HTTP server of ``app``."""
+def http_server(app: FastAPI, limits: Limits, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
+    """The HTTP server of an application of ``build_app``."""
     config = uvicorn.Config(
         app,
         loop="asyncio",  # uvloop, measured with benchmarks/http_stream.py, brought nothing here
-        http=http_protocol(limits),
+        http=http_protocol(limits, app.state.refused),
         ws="none",
         log_config=None,
-        log_level="warning",
+        log_level="error",  # its warnings are of what clients send, who could fill the log with them
         access_log=False,
         server_header=False,
         proxy_headers=False,
@@ -63,7 +80,7 @@ def http_server(app: ASGIApp, limits: Limits, tls: ssl.SSLContext | None = None)
         timeout_graceful_shutdown=CLOSE_SECONDS,
         ssl_context_factory=None if tls is None else partial(_ready_made, tls),
     )
-    return _UvicornServer(config)
+    return _UvicornServer(config, limits.header_timeout)
 
 
 def _ready_made(context: ssl.SSLContext, *_: object) -> ssl.SSLContext:
@@ -99,10 +116,13 @@ class Service:
         self._chat_template = chat_template
         self._listener = listener
         self._tls = tls
-        self._engine = Supervisor(lambda: SocketEngineClient(config, engine=engine, limits=settings.limits))
+        told = settings.observation
+        self._engine = Supervisor(
+            lambda: SocketEngineClient(config, engine=engine, limits=settings.limits, observation=told)
+        )
         self._stop = asyncio.Event()
         self._grammars: GrammarWorker | None = None
-        endpoint = settings.observation.otlp_traces_endpoint
+        endpoint = told.otlp_traces_endpoint
         self._tracer = None if endpoint is None else open_tracer(endpoint)
 
     async def run(self) -> None:
@@ -129,13 +149,17 @@ class Service:
         stopped = asyncio.create_task(self._stop.wait())
         try:
             http, server = await self._start_http(folder)
-            await asyncio.wait({loading, stopped, http}, return_when=asyncio.FIRST_COMPLETED)
-            if loading.done():
-                loading.result()
-                exempt_from_collection()
-                self._announce()
-                await asyncio.wait({stopped, http}, return_when=asyncio.FIRST_COMPLETED)
-            await self._shut_down(server, http)
+            try:
+                await asyncio.wait({loading, stopped, http}, return_when=asyncio.FIRST_COMPLETED)
+                if loading.done():
+                    loading.result()
+                    exempt_from_collection()
+                    self._announce()
+                    await asyncio.wait({stopped, http}, return_when=asyncio.FIRST_COMPLETED)
+                await self._drain()
+            finally:  # also when the model cannot be loaded: who connects as the loop ends would be left in the middle
+                server.should_exit = True
+                await http
         finally:
             loading.cancel()
             stopped.cancel()
@@ -144,17 +168,16 @@ class Service:
     async def _start_http(self, folder: Path) -> tuple[asyncio.Task[None], uvicorn.Server]:
         """The HTTP server answers while the model loads, /health with 503."""
         tokenizer = await asyncio.to_thread(Tokenizer.load, folder, chat_template=self._chat_template)
-        self._grammars = GrammarWorker(folder, lambda: self._engine.info.vocab_size)
+        form = self._settings.observation.log_format
+        self._grammars = GrammarWorker(folder, lambda: self._engine.info.vocab_size, log_format=form)
         app = build_app(self._engine, tokenizer, self._settings, grammars=self._grammars, tracer=self._tracer)
         server = http_server(app, self._settings.limits, self._tls)
         return asyncio.create_task(server.serve(sockets=[self._listener])), server
 
-    async def _shut_down(self, server: uvicorn.Server, http: asyncio.Task[None]) -> None:
+    async def _drain(self) -> None:
         log.info("shutting down: %d requests in flight", self._engine.in_flight)
         await self._engine.drain(self._settings.limits.shutdown_timeout)
         await self._engine.close()  # what is still in flight gets its error now
-        server.should_exit = True
-        await http
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -167,7 +190,8 @@ class Service:
         host, port = self._listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         weights = info.dtype if info.quantization == "none" else f"{info.dtype} with {info.quantization} weights"
-        log.info("model     %s: %s on %s, context %d", info.model, weights, info.device, info.max_model_len)
+        place = info.device if info.tensor_parallel_size == 1 else f"{info.tensor_parallel_size} ranks, {info.device}"
+        log.info("model     %s: %s on %s, context %d", info.model, weights, place, info.max_model_len)
         log.info("memory    %d pages of K/V", stats.pages_total)
         log.info("drafters  %s", drafters)
         rule = Acceptance.parse(self._config.acceptance).rule

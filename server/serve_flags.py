@@ -53,6 +53,7 @@ _LIMITS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "max_connections": (positive, "N", "open connections"),
     "request_timeout": (some_seconds, "SECONDS", "for a whole answer (default: no limit); requests can ask for less"),
     "max_body_size": (size, "SIZE", "of a request's body"),
+    "max_body_values": (positive, "N", "strings, arrays and objects of a request's body"),
     "max_body_memory": (size, "SIZE", "of all bodies that are read, parsed and tokenized at once"),
     "max_header_size": (size, "SIZE", "of a request's line and headers"),
     "max_header_count": (positive, "N", "of a request's headers"),

@@ -19,6 +19,7 @@ from server.engine_client import RoutedEngineClient
 from server.engine_driver import ENGINE
 from server.engine_launch import EngineProcess, describe_exit
 from server.limits import Limits
+from server.observation import Observation
 
 log = logging.getLogger("saccade")
 
@@ -33,14 +34,23 @@ class SocketEngineClient(RoutedEngineClient):
     Args:
         engine: the class that it runs, as "module:class".
         limits: how long an engine with work may be silent, and how much of an answer may wait for its reader.
+        observation: how the process logs.
     """
 
-    def __init__(self, config: EngineConfig, *, engine: str = ENGINE, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        engine: str = ENGINE,
+        limits: Limits | None = None,
+        observation: Observation | None = None,
+    ) -> None:
         limits = limits or Limits()
         super().__init__(limits.max_pending_tokens)
         self._watchdog_seconds = limits.watchdog_timeout
         self._config = config
         self._engine = engine
+        self._observation = observation or Observation()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._context = zmq.asyncio.Context()
@@ -56,7 +66,7 @@ class SocketEngineClient(RoutedEngineClient):
         return self._process.pid if self._process else None
 
     async def start(self) -> None:
-        self._process = EngineProcess(self._config, self._bind(), self._engine)
+        self._process = EngineProcess(self._config, self._bind(), self._engine, self._observation)
         process = self._process
         work = (self._read(), self._watch(process), self._kill_if_hung(process))
         self._tasks = [asyncio.create_task(each) for each in work]

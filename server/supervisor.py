@@ -1,4 +1,4 @@
-"""Keeps an engine running: starts a new one when it dies, slower each time, and gives up on one that cannot live."""
+"""Keeps an engine running: starts a new one when it dies, and gives up on one that is of no use."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ log = logging.getLogger("saccade")
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """When to start an engine again, in seconds."""
+    """When to start an engine again, in seconds.
 
-    first_delay: float = 0.5
+    A life is useless if the engine did not start, or had requests and died young without a token for any of them.
+    Whoever kills engines that work, or that have nothing to do, can do so forever: there will be another one.
+    """
+
+    first_delay: float = 0.5  # doubled with each useless life
     longest_delay: float = 16.0
-    short_life: float = 60.0  # an engine that lived longer counts as sound: its end starts the count anew
-    max_short_lives: int = 5  # so many short lives in a row, and the supervisor gives up
+    short_life: float = 60.0  # an engine that lived longer was of use
+    max_useless_lives: int = 8  # after more in a row the supervisor gives up
 
-    def delay(self, short_lives: int) -> float:
-        return min(self.first_delay * 2.0 ** max(short_lives - 1, 0), self.longest_delay)
+    def delay(self, useless_lives: int) -> float:
+        return min(self.first_delay * 2.0 ** max(useless_lives - 1, 0), self.longest_delay)
 
 
 class Supervisor:
@@ -45,6 +49,7 @@ class Supervisor:
         self._info: EngineInfo | None = None
         self._in_flight = 0
         self._restarts = 0
+        self._asked = self._answered = False  # the engine that runs: for anything, with any token
         self._watcher: asyncio.Task[None] | None = None
 
     @property
@@ -92,9 +97,11 @@ class Supervisor:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         check_ready(self.state)
         self._in_flight += 1
+        self._asked = True
         try:
             async with aclosing(self._client.generate(request)) as events:
                 async for event in events:
+                    self._answered = True
                     yield event
         finally:
             self._in_flight -= 1
@@ -111,33 +118,36 @@ class Supervisor:
             await asyncio.wait([self._watcher])
 
     async def _watch(self) -> None:
-        short_lives = 0
+        useless = 0  # lives in a row
         while True:
             started = time.monotonic()
             await self._client.wait_dead()
             lived = time.monotonic() - started
-            short_lives = 1 if lived > self._policy.short_life else short_lives + 1
+            if self._answered or lived > self._policy.short_life:
+                useless = 0
+            elif self._asked:
+                useless += 1
             log.error("the engine ended after %.0f s", lived)
             await self._client.close()
-            while not await self._restart(short_lives):
-                short_lives += 1
-                if short_lives > self._policy.max_short_lives:
-                    self._state = "dead"
-                    log.error("gave up on the engine after %d short lives in a row; restart the server", short_lives)
-                    return
+            while useless <= self._policy.max_useless_lives and not await self._restart(useless):
+                useless += 1
+            if useless > self._policy.max_useless_lives:
+                self._state = "dead"
+                log.error("gave up on the engine after %d useless lives in a row; restart the server", useless)
+                return
 
-    async def _restart(self, short_lives: int) -> bool:
-        if short_lives > self._policy.max_short_lives:
-            return False
+    async def _restart(self, useless_lives: int) -> bool:
         self._set_unless_draining("restarting")
-        await asyncio.sleep(self._policy.delay(short_lives))
+        await asyncio.sleep(self._policy.delay(useless_lives))
         self._client = self._make_client()
         try:
             await self._client.start()
         except (ConfigError, OSError) as error:
             log.error("the engine did not start again: %s", error)
+            await self._client.close()  # of one that could not even be started the socket is open
             return False
         self._restarts += 1
+        self._asked = self._answered = False
         self._info = self._client.info
         self._set_unless_draining("ready")
         log.info("the engine runs again")

@@ -1,4 +1,5 @@
-"""Spans of OpenTelemetry: one a request, made when it has been answered, so that a stream costs nothing meanwhile.
+"""Spans of OpenTelemetry: a request's and those of its parts, made when it has been answered, so that a stream costs
+nothing meanwhile.
 
 Names are those of the semantic conventions for HTTP and generative AI; what these have no name for is called as vLLM
 calls it, or "saccade.…". No prompt and no output is told.
@@ -7,6 +8,7 @@ calls it, or "saccade.…". No prompt and no output is told.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 EXPORT_SECONDS = 2  # for a batch of spans; a collector that is not there costs so long when the server ends
 _OPERATIONS = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat", "/v1/responses": "chat"}
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
+_LARGEST = 2**63  # OTLP has no larger integers: one would cost the whole batch of spans
 
 
 class RequestTracer:
@@ -44,21 +47,25 @@ class RequestTracer:
         self._propagator = TraceContextTextMapPropagator()
 
     def trace(self, account: Account, scope: Scope) -> None:
-        """The span of a request; a child of the client's own, if it sent a ``traceparent``."""
-        from opentelemetry.trace import SpanKind, Status, StatusCode
+        """The spans of a request; children of the client's own, if it sent a ``traceparent``."""
+        from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 
-        ended = time.time_ns()
-        began = ended - int(1e9 * account.seconds)
+        ended, now = time.time_ns(), time.monotonic()
         carrier = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in _TRACE_HEADERS}
         span = self._tracer.start_span(
             _name(account),
             context=self._propagator.extract(carrier),
             kind=SpanKind.SERVER,
-            attributes=attributes(account),
-            start_time=began,
+            attributes=attributes(account, scope),
+            start_time=ended - int(1e9 * account.seconds),
         )
-        if _error(account) is not None:
+        if _failure(account) is not None:
             span.set_status(Status(StatusCode.ERROR))
+        if account.generated is not None:
+            inside = set_span_in_context(span)
+            for name, (begin, end), told in parts(account.generated):
+                first, last = (ended - int(1e9 * (now - moment)) for moment in (begin, end))
+                self._tracer.start_span(name, context=inside, attributes=told, start_time=first).end(last)
         span.end(ended)
 
     def close(self) -> None:
@@ -87,49 +94,99 @@ def open_tracer(endpoint: str) -> RequestTracer:
     return RequestTracer(BatchSpanProcessor(OTLPSpanExporter(full, timeout=EXPORT_SECONDS)))
 
 
-def attributes(account: Account) -> dict[str, Any]:
-    """What a span tells."""
-    found: dict[str, Any] = {
+def parts(generated: Generated) -> Iterator[tuple[str, tuple[float, float], dict[str, Any]]]:
+    """The parts of a request that got tokens: until its place in the batch, until its first token, until its last.
+
+    Yields:
+        (name, (begin, end) in seconds of ``time.monotonic``, attributes).
+    """
+    times, generation = generated.times, generated.generation
+    if times.scheduled is None or times.first is None or times.last is None:
+        return
+    yield "queue", (times.submitted, times.scheduled), {}
+    prompt = {
+        "gen_ai.usage.input_tokens": generation.prompt_tokens,
+        "gen_ai.usage.cache_read.input_tokens": generation.cached_tokens,
+    }
+    yield "prefill", (times.scheduled, times.first), prompt
+    output = {"gen_ai.usage.output_tokens": generation.completion_tokens, **_speculation(generated)}
+    yield "decode", (times.first, times.last), output
+
+
+def attributes(account: Account, scope: Scope) -> dict[str, Any]:
+    """What a request's span tells."""
+    found: dict[str, Any] = _address(scope) | {
         "http.request.method": account.method,
         "http.route": account.route,
         "http.response.status_code": account.status,
         "saccade.request_id": account.request_id,
+        "error.type": _failure(account),
     }
     if account.generated is not None:
-        found |= _generated(account.route, account.generated)
-    if (error := _error(account)) is not None:
-        found["error.type"] = error
+        found |= _asked(account.route, account.generated) | _answered(account, account.generated)
+        found |= _latencies(account.generated, account.seconds) | _speculation(account.generated)
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _generated(route: str, generated: Generated) -> dict[str, Any]:
-    generation, params = generated.generation, generated.prompt.params
-    speculation = generation.speculation()
-    found = {
+def _asked(route: str, generated: Generated) -> dict[str, Any]:
+    params = generated.prompt.params
+    return {
         "gen_ai.operation.name": _OPERATIONS.get(route),
         "gen_ai.provider.name": "saccade",
         "gen_ai.request.model": generated.model,
-        "gen_ai.response.model": generated.model,
         "gen_ai.request.max_tokens": params.max_tokens,
         "gen_ai.request.temperature": params.temperature,
         "gen_ai.request.top_p": params.top_p,
-        "gen_ai.request.choice.count": len(generation.choices),
-        "gen_ai.response.finish_reasons": generated.finish_reasons,
+        "gen_ai.request.top_k": params.top_k if params.top_k > 0 else None,
+        "gen_ai.request.frequency_penalty": params.frequency_penalty or None,
+        "gen_ai.request.presence_penalty": params.presence_penalty or None,
+        "gen_ai.request.seed": params.seed if (params.seed or 0) < _LARGEST else None,
+        "gen_ai.request.choice.count": len(generated.generation.choices),
+    }
+
+
+def _answered(account: Account, generated: Generated) -> dict[str, Any]:
+    generation = generated.generation
+    return {
+        "gen_ai.response.model": generated.model,
+        "gen_ai.response.finish_reasons": account.finish_reasons,
         "gen_ai.usage.input_tokens": generation.prompt_tokens,
         "gen_ai.usage.cache_read.input_tokens": generation.cached_tokens,
         "gen_ai.usage.output_tokens": generation.completion_tokens,
-        "gen_ai.latency.time_to_first_token": generated.first_token_seconds,
     }
-    if speculation is not None:
-        found |= {"saccade.steps": speculation.steps, "saccade.drafted": speculation.drafted}
-        found |= {"saccade.accepted": speculation.accepted}
-    return found
 
 
-def _error(account: Account) -> str | None:
+def _latencies(generated: Generated, seconds: float) -> dict[str, Any]:
+    """In seconds, by the names that vLLM's spans have for them."""
+    lengths = {name: end - begin for name, (begin, end), _ in parts(generated)}
+    return {
+        "gen_ai.latency.time_to_first_token": generated.first_token_seconds,
+        "gen_ai.latency.e2e": seconds,
+        "gen_ai.latency.time_in_queue": lengths.get("queue"),
+        "gen_ai.latency.time_in_model_prefill": lengths.get("prefill"),
+        "gen_ai.latency.time_in_model_decode": lengths.get("decode"),
+    }
+
+
+def _speculation(generated: Generated) -> dict[str, Any]:
+    stats = generated.generation.speculation()
+    if stats is None:
+        return {}
+    return {"saccade.steps": stats.steps, "saccade.drafted": stats.drafted, "saccade.accepted": stats.accepted}
+
+
+def _address(scope: Scope) -> dict[str, Any]:
+    """Where the request came in."""
+    server = scope.get("server")
+    if not server or server[1] is None:
+        return {}
+    return {"server.address": server[0], "server.port": server[1]}
+
+
+def _failure(account: Account) -> str | None:
     """What went wrong on the server's side, also in the middle of a stream."""
-    if account.generated is not None and account.generated.error is not None:
-        return account.generated.error
+    if account.error is not None and account.error.status >= 500:
+        return account.error.code
     return str(account.status) if account.status >= 500 else None
 
 

@@ -159,6 +159,9 @@ class OracleTarget:
         hidden[:, FADED] = (weights.faded[known] * (inside * FADING**distance)[:, :, None]).sum(dim=1)
         return ForwardOutput(hidden, {tap: hidden * (tap + 1) for tap in taps})
 
+    def new_cache(self, num_pages: int) -> KVCache:
+        return KVCache(self.kv_spec, num_pages, self.dtype, self.device)
+
     def embed(self, token_ids: Tensor) -> Tensor:
         embedded = torch.zeros(len(token_ids), self.hidden_size, dtype=self.dtype)
         embedded[:, TOKEN] = self.weights.token[token_ids]

@@ -48,18 +48,23 @@ def run(args: argparse.Namespace) -> int:
     kind = RECIPES[args.recipe]()
     device = distributed.start(resolve_device(args.device))
     try:
-        with distributed.main_first():
-            _make_folder(args.out)
-            _forget_unfinished(args)
-        trainer = _prepare(args, kind, device)
-        if trainer.resume(_fingerprint(args)):
-            logger.info("going on from step %d", trainer.position.step)
-        history = _run(trainer)
+        history = _train(args, kind, device)
+        distributed.settle()
     finally:
         distributed.stop()
     logger.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in history.last().items()))
     logger.info("written to %s", args.out)
     return 0
+
+
+def _train(args: argparse.Namespace, kind: RecipeKind, device: torch.device) -> History:
+    with distributed.main_first():
+        _make_folder(args.out)
+        _forget_unfinished(args)
+    trainer = _prepare(args, kind, device)
+    if trainer.resume(_fingerprint(args)):
+        logger.info("going on from step %d", trainer.position.step)
+    return _run(trainer)
 
 
 def _run(trainer: Trainer) -> History:

@@ -34,6 +34,16 @@ def main_first() -> Iterator[None]:
         distributed.barrier()
 
 
+def settle() -> None:
+    """Wait for all processes, so that nobody's communication is under way any more; before ``stop``.
+
+    The thread of gloo that carried out the last operation lets go of its tensor afterwards, for which it needs the
+    interpreter's lock. Destroying the group joins that thread with the lock held, and would wait for ever.
+    """
+    if world_size() > 1:
+        distributed.barrier()
+
+
 def stop() -> None:
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -50,7 +50,8 @@ def load_draft_model(options: DraftModelOptions, context: DrafterContext) -> Dra
     options.check("draft")
     try:
         folder = resolve(options.path)
-        model = load_model(
+        load = load_model if context.driver is None else context.driver.load
+        model = load(
             folder,
             dtype=str(context.dtype).removeprefix("torch."),
             device=context.device,
@@ -103,7 +104,7 @@ class DraftModelDrafter:
         self._cache: KVCache
 
     def attach(self, num_pages: int, target_kv: KVCache) -> None:
-        self._cache = KVCache(self._model.kv_spec, num_pages, self._model.dtype, self._model.device)
+        self._cache = self._model.new_cache(num_pages)
 
     def admit(self, sequence: Sequence, cached_tokens: int) -> None:
         self._drafted[sequence.id] = cached_tokens

@@ -22,7 +22,6 @@ from decoding.cache import pages_for
 from decoding.errors import ConfigError
 from models.batch import RaggedBatch
 from models.early_exit import ExitModel
-from models.kv_cache import KVCache
 from models.target import CausalModel, ExitingModel
 from models.transfer import upload
 from models.tree import root_masks, roots_only
@@ -125,7 +124,7 @@ class _Texts:
         length = min(LENGTH, target.max_model_len)
         pages = pages_for(length)
         self._device, self._vocab_size = target.device, vocab_size
-        self._cache = KVCache(target.kv_spec, ROWS * pages, target.dtype, target.device)
+        self._cache = target.new_cache(ROWS * pages)
         self._pages = [list(range(row * pages, (row + 1) * pages)) for row in range(ROWS)]
         generator = torch.Generator().manual_seed(0)
         self._tokens = np.zeros((ROWS, length), dtype=np.int64)

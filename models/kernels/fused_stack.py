@@ -15,7 +15,7 @@ from models.batch import RaggedBatch
 from models.kernels.cpu_ops import ACTIVATIONS, CpuOps
 from models.kv_cache import KVCache
 from models.layers.int8 import Int8Product
-from models.layers.linear import PackedProduct
+from models.layers.linear import Linear, PackedProduct
 from models.layers.ops import LayerOps
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ def fuses(layers: Sequence[DecoderLayer], ops: LayerOps, attention: AttentionBac
     """Whether these layers, packed, can be a ``FusedStack``."""
     if not isinstance(ops, CpuOps) or not isinstance(attention, CpuAttention):
         return False
-    packed = all(isinstance(linear.product, PRODUCTS) for layer in layers for linear in layer.linears().values())
+    linears = [linear for layer in layers for linear in layer.linears().values()]
+    # a sum over ranks cannot happen within the call
+    packed = all(type(linear) is Linear and isinstance(linear.product, PRODUCTS) for linear in linears)
     return packed and len({_shape(layer) for layer in layers}) == 1
 
 

@@ -98,13 +98,14 @@ class ChatRenderer:
 
     def _whole_choice(self, delta: Delta) -> dict[str, Any]:
         told: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
+        output = self._generation.returned[delta.index]
         if self._reading is not None:
-            told = message(read(self._reading.new_parser(), self._generation.returned[delta.index], delta))
+            told = message(read(self._reading.new_parser(), output, delta))
         return {
             "index": delta.index,
             "message": told,
             "logprobs": self._logprobs(delta.scored),
-            "finish_reason": finish_reason(delta, called="tool_calls" in told),
+            "finish_reason": finish_reason(output, delta, called="tool_calls" in told),
             **token_ids(delta),
         }
 

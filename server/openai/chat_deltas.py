@@ -64,7 +64,7 @@ class ParsedDeltas:
         self._called = self._called or any(isinstance(piece, CallStart) for piece in pieces)
         deltas = [_delta(piece) for piece in pieces if not isinstance(piece, CallFailed)]
         if delta.finish_reason is not None:
-            deltas.append(ChatDelta(finish_reason=finish_reason(delta, called=self._called)))
+            deltas.append(ChatDelta(finish_reason=finish_reason(self._output, delta, called=self._called)))
         self._scored += delta.scored or ()
         if deltas and self._scored:
             deltas[0] = replace(deltas[0], scored=tuple(self._scored))
@@ -76,15 +76,18 @@ def read(parser: OutputParser, output: ChoiceOutput, delta: Delta) -> list[Piece
     """What a parser makes of what the choice gained; it counts the reasoning's tokens."""
     pieces = parser.push(delta.text)
     if delta.finish_reason is not None:
-        pieces += parser.finish()
+        pieces += parser.finish(cut=delta.finish_reason == "length")
     if parser.reasons:
         output.reasoning_tokens = output.tokens_before(parser.reasoning_end)
     return pieces
 
 
-def finish_reason(delta: Delta, *, called: bool) -> str | None:
-    """A choice that ends by itself after calls ends for them."""
-    return "tool_calls" if called and delta.finish_reason == "stop" else delta.finish_reason
+def finish_reason(output: ChoiceOutput, delta: Delta, *, called: bool) -> str | None:
+    """A choice that ends by itself after calls ends for them; the choice keeps it, for those who count."""
+    if called and delta.finish_reason == "stop":
+        output.finish_reason = "tool_calls"
+        return "tool_calls"
+    return delta.finish_reason
 
 
 def message(pieces: Sequence[Piece]) -> dict[str, Any]:

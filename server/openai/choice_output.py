@@ -82,7 +82,8 @@ class ChoiceOutput:
         returned: tokens returned so far, as ``usage.completion_tokens`` counts them.
         generated: tokens that the engine made, those after a stop string included.
         finished: the last delta was returned.
-        finish_reason: why it ended, as answers tell it; None: it did not, or was given up.
+        finish_reason: why it ended, as answers tell it (whoever reads calls in it says so); None: it did not, or was
+            given up.
         speculation: the engine's account; with its terminal event.
         cached_tokens: prompt tokens that came from the prefix cache; with its first event.
         reasoning_tokens: returned tokens before the answer, closing tag included; None: nobody tells the two apart.
@@ -109,7 +110,7 @@ class ChoiceOutput:
         self.returned = 0
         self.generated = 0
         self.finished = False
-        self.finish_reason: Literal["stop", "length"] | None = None
+        self.finish_reason: Literal["stop", "length", "tool_calls"] | None = None
         self.speculation: SpeculationStats | None = None
         self.cached_tokens = 0
         self.reasoning_tokens: int | None = None

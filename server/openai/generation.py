@@ -28,7 +28,7 @@ class Generation:
     """Runs all prompts of one HTTP request. Choice ``j`` of prompt ``i`` has the index ``i * n + j``.
 
     Args:
-        on_tokens: called with a choice's index whenever tokens of it have come.
+        on_tokens: called with a choice's index and the event whenever tokens of it have come.
 
     Attributes:
         failure: the error that ended it.
@@ -40,7 +40,7 @@ class Generation:
         tokenizer: Tokenizer,
         prompts: Sequence[PromptRequest],
         options: OutputOptions,
-        on_tokens: Callable[[int], None],
+        on_tokens: Callable[[int, TokenEvent], None],
     ) -> None:
         self.options = options
         self.failure: SaccadeError | None = None
@@ -136,7 +136,7 @@ class PromptRun:
         prompt: PromptRequest,
         options: OutputOptions,
         first: int,
-        on_tokens: Callable[[int], None],
+        on_tokens: Callable[[int, TokenEvent], None],
     ) -> None:
         self._client = client
         self._tokenizer = tokenizer
@@ -184,7 +184,7 @@ class PromptRun:
     def _take(self, event: TokenEvent, scores: tuple[ScoredToken, ...] | None) -> Delta:
         choice = self.choices[event.choice]
         if event.token_ids:
-            self._on_tokens(choice.index)
+            self._on_tokens(choice.index, event)
         echo = None
         if self._options.echo and event.choice not in self._echoed and event.finish_reason != "error":
             self._echoed.add(event.choice)

@@ -1,7 +1,8 @@
-"""From the bytes of a request to a JSON object, with a limit on the bytes and an OpenAI error for whatever is wrong."""
+"""From the bytes of a request to a JSON object, with limits on what they take, and errors that name what is wrong."""
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import Any
 
 import pydantic_core
@@ -9,13 +10,14 @@ from starlette.requests import Request
 
 from decoding.errors import RequestError
 from server.body_memory import HeldBody
+from server.limits import Limits
 
 # A body of unknown length over the limit is still read, up to this many times the limit, and thrown away: a client that
 # is answered while it sends would see a broken connection in place of the error.
 _DISCARD_FACTOR = 4
 
 
-async def read_json(request: Request, max_bytes: int, held: HeldBody) -> dict[str, Any]:
+async def read_json(request: Request, limits: Limits, held: HeldBody) -> dict[str, Any]:
     """The request's JSON object; its bytes stay counted in ``held``.
 
     Lone surrogates, invalid UTF-8 and nesting deeper than 200 are errors. NaN and Infinity pass, as in Python: the
@@ -27,12 +29,15 @@ async def read_json(request: Request, max_bytes: int, held: HeldBody) -> dict[st
         LateError: it did not arrive in time.
         ClientDisconnect: the client left while sending.
     """
-    _check_headers(request, max_bytes)
-    body = _Body(max_bytes, held)
-    async for chunk in request.stream():
-        if not body.add(chunk):
-            break
-    return _parse(body.content())
+    _check_headers(request, limits.max_body_size)
+    body = _Body(limits.max_body_size, held)
+    async with aclosing(request.stream()) as chunks:
+        async for chunk in chunks:
+            if not body.add(chunk):
+                break
+    content = body.content()
+    _check_values(content, limits.max_body_values)
+    return _parse(content)
 
 
 def _check_headers(request: Request, max_bytes: int) -> None:
@@ -81,6 +86,29 @@ class _Body:
 def _too_large(max_bytes: int) -> RequestError:
     message = f"The request body is too large; this server takes {max_bytes} bytes."
     return RequestError(message, code="content_too_large")
+
+
+def _check_values(body: bytearray, most: int) -> None:
+    """Refuse a body of very many small values before it is parsed: nothing else runs meanwhile.
+
+    A name costs a hundred times what its bytes cost as text. So names, strings, arrays and objects are counted, and
+    numbers, of which long prompts are made, by the dozen; all by calls that take some milliseconds a megabyte.
+    """
+    if body.count(b'"') // 2 + _weight(body) <= most:
+        return
+    # some of these may stand within strings: without what is escaped, every second piece between quotes is a string
+    unescaped = bytes(body).replace(b"\\\\", b"").replace(b'\\"', b"")
+    strings = unescaped.count(b'"') // 2
+    if strings > most or strings + _weight(b"".join(unescaped.split(b'"')[::2])) > most:
+        raise RequestError(
+            f"The request body has too many values; this server takes {most} strings, arrays and objects.",
+            code="invalid_json",
+        )
+
+
+def _weight(outside: bytes | bytearray) -> int:
+    """Arrays and objects, and numbers by the dozen, in JSON without strings."""
+    return outside.count(b"[") + outside.count(b"{") + outside.count(b",") // 12
 
 
 def _parse(body: bytearray) -> dict[str, Any]:

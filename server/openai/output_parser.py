@@ -26,10 +26,10 @@ class OutputParser:
         pieces: list[Piece] = [Text(text)] if text else []
         return self._read(pieces if self._splitter is None else self._splitter.push(text))
 
-    def finish(self) -> list[Piece]:
-        """The output ends here: what was held back."""
+    def finish(self, *, cut: bool = False) -> list[Piece]:
+        """The output ends here, perhaps cut by the limit of tokens: what was held back."""
         pieces = [] if self._splitter is None else self._read(self._splitter.finish())
-        return pieces if self._calls is None else pieces + self._told(self._calls.finish())
+        return pieces if self._calls is None else pieces + self._told(self._calls.finish(cut=cut))
 
     @property
     def reasons(self) -> bool:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from decoding.errors import SaccadeError
-from server.errors import deadline_exceeded, reply_to
+from server.errors import deadline_exceeded, keep_error, reply_to
 
 PING_SECONDS = 10.0  # proxies close connections that are silent for 60 s
 DONE = b"data: [DONE]\n\n"
@@ -99,6 +99,7 @@ class EventStreamResponse(Response):
                 raise  # to the log, and to a response if there was none
 
     async def _fail(self, sender: _Sender, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+        keep_error(scope, reply_to(error))
         if sender.started:
             await sender.send(self._failed(error))
             await sender.send(self._last, more=False)

@@ -326,6 +326,8 @@ def test_origins_that_are_allowed(allowed: tuple[str, ...], origin: str, answer:
         )
         sent = client.post(COMPLETIONS, json={"prompt": "x"}, headers={"Origin": origin, **KEY})
     assert (asked.status_code == 200) == (answer is not None)
+    if answer is None:
+        assert "CORS origin" in check_error(asked, 400, "cors_not_allowed", None)
     for response in (asked, sent):
         assert response.headers.get("access-control-allow-origin") == answer
         assert "access-control-allow-credentials" not in response.headers

@@ -28,9 +28,10 @@ FROM_PROMETHEUS = {"job", "instance", "le"}  # labels that it adds, and that of 
 
 @functools.cache
 def families() -> dict[str, Metric]:
-    """What a server tells that has done something, by the name in the page."""
+    """What a server tells that has done something, and refused something, by the name in the page."""
     with api(Reporting(STATS), VLLM) as client:  # type: ignore[arg-type]
         client.post("/v1/completions", json={"prompt": "x"})
+        client.post("/v1/completions", json={"prompt": 7})
         found = list(text_string_to_metric_families(client.get("/metrics").text))
     kept = [each for each in found if not each.name.endswith("_created")]
     return {each.name + ("_total" if each.type == "counter" else ""): each for each in kept}
@@ -130,7 +131,7 @@ def test_panels_do_not_lie_on_each_other() -> None:
 
 
 def test_the_page_has_every_metric() -> None:
-    rows = re.findall(r"^\| `((?:saccade_|vllm:)\w+)` \| (.*) \|$", PAGE, re.MULTILINE)
+    rows = re.findall(r"^\| `((?:saccade_|vllm:|http_)\w+)` \| (.*) \|$", PAGE, re.MULTILINE)
     told = {name: [part.strip() for part in rest.split("|")] for name, rest in rows}
     there = {name: family for name, family in families().items() if not name.startswith("process_")}
     assert set(told) == set(there)
@@ -147,11 +148,11 @@ def test_the_page_names_attributes_that_spans_have() -> None:
 
     class Keeping:
         def trace(self, account: Any, scope: Any) -> None:
-            found.update(attributes(account))
+            found.update(attributes(account, scope))
 
-    app = build_app(fake(saying("a", reason="error")), tokenizer(), SETTINGS, tracer=Keeping())  # type: ignore[arg-type]
-    TestClient(app).post("/v1/completions", json={"prompt": "x", "temperature": 0.5, "top_p": 0.5})
-    named = set(re.findall(r"`((?:http|gen_ai|saccade|error)\.[a-z_.]+)`", PAGE))
-    assert set(found) <= named
-    # a choice that failed tells nothing of speculation, unless it says so
-    assert named - set(found) <= {"saccade.steps", "saccade.drafted", "saccade.accepted"}
+    asked = {"prompt": "x", "temperature": 0.5, "top_p": 0.5, "top_k": 3, "presence_penalty": 1, "frequency_penalty": 1}
+    for reason in ("length", "error"):  # only what fails has the one's error, only what ends well the other's account
+        app = build_app(fake(saying("a", "b", reason=reason)), tokenizer(), SETTINGS, tracer=Keeping())  # type: ignore[arg-type]
+        TestClient(app).post("/v1/completions", json=asked)
+    named = set(re.findall(r"`((?:http|gen_ai|saccade|error|server)\.[a-z0-9_.]+)`", PAGE))
+    assert set(found) == named

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from typing import Any
 
+import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -17,12 +19,14 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from starlette.testclient import TestClient
 
 from decoding.errors import ConfigError
+from decoding.messages import TokenEvent
+from decoding.request import GenerateRequest
 from server.app import build_app
-from server.fake_client import Script
-from server.log import JsonFormatter, set_up_log
-from server.request_log import REQUESTS
+from server.fake_client import Line, Pause, Script
+from server.limits import Limits
+from server.log import REQUESTS, JsonFormatter, TextFormatter, answering, set_up_log
 from server.tracing import RequestTracer, open_tracer
-from tests.api.harness import SETTINGS, api, fake, saying, tokenizer
+from tests.api.harness import SETTINGS, api, fake, live, saying, tokenizer
 
 SECRET = "the quick brown fox"
 
@@ -59,6 +63,8 @@ def test_a_request_has_a_line_when_it_ends(lines: list[dict[str, Any]]) -> None:
     assert (line["cached_tokens"], line["finish_reasons"]) == (2, ["length"])
     assert (line["steps"], line["drafted"], line["accepted"]) == (2, 5, 3)
     assert 0 < line["time_to_first_token"] <= line["duration"]
+    assert 0 <= line["queued"] <= line["time_to_first_token"]
+    assert line.keys().isdisjoint({"error", "limit", "trace_id"})
     assert "quick" not in json.dumps(line)
 
 
@@ -69,7 +75,50 @@ def test_a_refusal_has_a_short_line_and_a_failure_its_code(lines: list[dict[str,
     refused, failed = lines
     assert refused["status"] == 400
     assert "prompt_tokens" not in refused
+    assert refused["error"] == "invalid_value"
     assert (failed["status"], failed["error"], failed["finish_reasons"]) == (200, "internal_error", ["error"])
+
+
+def test_a_line_names_the_clients_trace(lines: list[dict[str, Any]]) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    with api(saying("a")) as client:
+        for parent in (f"00-{trace}-b7ad6b7169203331-01", f"00-{'0' * 32}-b7ad6b7169203331-01", "x" * 5000):
+            client.post("/v1/completions", json={"prompt": "x"}, headers={"traceparent": parent})
+    assert [line.get("trace_id") for line in lines] == [trace, None, None]
+
+
+def test_a_request_without_room_names_the_limit(lines: list[dict[str, Any]]) -> None:
+    with api(saying("a"), replace(SETTINGS, limits=Limits(max_body_memory=100))) as client:
+        client.post("/v1/completions", json={"prompt": "x" * 200})
+    (line,) = lines
+    assert (line["status"], line["error"], line["limit"]) == (429, "server_overloaded", "max_body_memory")
+
+
+def test_lines_that_are_written_while_a_request_is_answered_name_it() -> None:
+    """A mistake's traceback is logged by the HTTP server, which knows of no request."""
+
+    def broken(request: GenerateRequest) -> Iterable[Line]:
+        raise ValueError("nobody foresaw this")
+
+    texts: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.extend(form().format(record) for form in (JsonFormatter, TextFormatter))
+
+    logger, keeper = logging.getLogger("uvicorn.error"), Keeper()
+    logger.addHandler(keeper)
+    try:
+        with live(broken) as url:
+            answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, headers={"x-request-id": "mine-2"})
+    finally:
+        logger.removeHandler(keeper)
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine-2")
+    as_json, as_text = texts[:2]
+    assert json.loads(as_json)["request_id"] == "mine-2"
+    assert "nobody foresaw this" in json.loads(as_json)["exception"]
+    assert as_text.startswith("ERROR: [mine-2] ")
+    assert answering.get() is None, "no other task is told of it"
 
 
 def test_probes_have_no_lines_unless_they_fail(lines: list[dict[str, Any]]) -> None:
@@ -121,7 +170,7 @@ def test_levels(form: Any, level: Any, ours: int, requests: int) -> None:
 
 
 def traced(script: Script, *bodies: dict[str, Any], **headers: str) -> list[ReadableSpan]:
-    """The spans of requests."""
+    """The spans of requests, each one's own after those of its parts."""
     exporter = InMemorySpanExporter()
     tracer = RequestTracer(SimpleSpanProcessor(exporter))
     app = build_app(fake(script), tokenizer(), SETTINGS, tracer=tracer)
@@ -136,8 +185,8 @@ def traced(script: Script, *bodies: dict[str, Any], **headers: str) -> list[Read
 
 def test_a_request_is_a_span_under_its_clients() -> None:
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-    body = {"prompt": SECRET, "max_tokens": 7, "temperature": 0.5}
-    (span,) = traced(saying(SECRET, "b"), body, traceparent=f"00-{trace}-{parent}-01")
+    body = {"prompt": SECRET, "max_tokens": 7, "temperature": 0.5, "top_k": 9, "seed": 2**64 - 1}
+    *_, span = traced(saying(SECRET, "b"), body, traceparent=f"00-{trace}-{parent}-01")
     assert span.context is not None
     assert span.parent is not None
     assert (f"{span.context.trace_id:032x}", f"{span.parent.span_id:016x}") == (trace, parent)
@@ -145,18 +194,47 @@ def test_a_request_is_a_span_under_its_clients() -> None:
     found = dict(span.attributes or {})
     assert found["gen_ai.operation.name"] == "text_completion"
     assert (found["gen_ai.request.model"], found["gen_ai.request.max_tokens"]) == ("demo", 7)
-    assert found["gen_ai.request.temperature"] == 0.5
+    assert (found["gen_ai.request.temperature"], found["gen_ai.request.top_k"]) == (0.5, 9)
+    assert "gen_ai.request.seed" not in found, "OTLP has no integers of that size"
     assert found["gen_ai.response.finish_reasons"] == ("length",)
     assert (found["http.route"], found["http.response.status_code"]) == ("/v1/completions", 200)
     assert (found["saccade.drafted"], found["saccade.accepted"]) == (5, 3)
+    assert (found["server.address"], found["server.port"]) == ("testserver", 80)
     assert "quick" not in str(found)
-    assert span.start_time is not None
-    assert span.end_time is not None
-    assert span.start_time < span.end_time
+
+
+def test_the_parts_of_a_request_are_spans_of_its_own() -> None:
+    def script(request: GenerateRequest) -> Iterable[Line]:
+        for number, line in enumerate(saying("a", "b c", "d")(request)):
+            assert isinstance(line, TokenEvent)
+            yield Pause(0.02)
+            yield replace(line, queued_seconds=0.0 if number else 0.005)
+
+    *parts, whole = traced(script, {"prompt": SECRET, "stream": True, "seed": 7})
+    assert [each.name for each in parts] == ["queue", "prefill", "decode"]
+    assert whole.context is not None
+    assert {each.parent.span_id for each in parts if each.parent} == {whole.context.span_id}
+    assert {each.context.trace_id for each in parts if each.context} == {whole.context.trace_id}
+    edges = [(each.start_time or 0, each.end_time or 0) for each in parts]
+    assert edges[0][1] == pytest.approx(edges[1][0], abs=2)
+    assert edges[1][1] == pytest.approx(edges[2][0], abs=2)
+    assert (whole.start_time or 0) <= edges[0][0] < edges[0][1] < edges[1][1] < edges[2][1] <= (whole.end_time or 0)
+    assert edges[0][1] - edges[0][0] == pytest.approx(5e6, abs=2)
+    found, decode = dict(whole.attributes or {}), dict(parts[2].attributes or {})
+    assert found["gen_ai.request.seed"] == 7
+    assert found["gen_ai.latency.time_in_queue"] == pytest.approx(0.005)
+    assert found["gen_ai.latency.time_in_model_decode"] == pytest.approx((edges[2][1] - edges[2][0]) / 1e9, abs=1e-6)
+    assert decode["gen_ai.usage.output_tokens"] == found["gen_ai.usage.output_tokens"]
+    assert decode["saccade.steps"] == 2
+
+
+def test_a_trace_that_its_client_does_not_record_is_not_recorded_here() -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
+    assert traced(saying("a"), {"prompt": "x"}, traceparent=parent) == []
 
 
 def test_spans_of_requests_that_fail() -> None:
-    refused, failed = traced(
+    refused, *_, failed = traced(
         saying("a", "b", reason="error"), {"prompt": "x", "n": 0}, {"prompt": "x", "stream": True}, traceparent="no"
     )
     assert (refused.name, refused.status.status_code.name, refused.parent) == ("POST /v1/completions", "UNSET", None)
@@ -189,7 +267,8 @@ def test_spans_reach_a_collector() -> None:
     ((path, request),) = received
     (resource,) = request.resource_spans
     assert path == "/v1/traces"
-    assert resource.scope_spans[0].spans[0].name == "text_completion demo"
+    names = [span.name for span in resource.scope_spans[0].spans]
+    assert names == ["queue", "prefill", "decode", "text_completion demo"]
     assert "saccade" in [each.value.string_value for each in resource.resource.attributes if each.key == "service.name"]
 
 

@@ -28,6 +28,7 @@ from server.engine_client import EngineClient
 from server.socket_client import SocketEngineClient
 from server.supervisor import RestartPolicy, Supervisor
 from tests.api.harness import eventually
+from tests.process.counting_engine import SLOW
 from tests.process.faults import Resources, come_and_go, ends_of, open_to, request_bytes, settled
 from tests.process.serving import COMMAND, COUNTING, DEMO, Served, serving
 
@@ -152,7 +153,8 @@ def test_more_than_there_is_room_for() -> None:
 
 def test_an_engine_killed_under_32_streams(server: Served, before: Resources) -> None:
     with ThreadPoolExecutor(1) as pool:
-        ending = pool.submit(ends_of, server, [LONG] * 32)
+        # one of them takes its time at every step, so that none has ended before all have begun
+        ending = pool.submit(ends_of, server, [LONG] * 31 + [{**LONG, "prompt": [SLOW]}])
         assert eventually(lambda: server.metrics()["saccade_running"] >= 32, 30)
         os.kill(server.engine_pid(), signal.SIGKILL)
         ends = ending.result()
@@ -163,7 +165,7 @@ def test_an_engine_killed_under_32_streams(server: Served, before: Resources) ->
 
 def test_an_engine_killed_again_and_again_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    policy = RestartPolicy(first_delay=0.01, longest_delay=0.01, max_short_lives=100)
+    policy = RestartPolicy(first_delay=0.01, longest_delay=0.01, max_useless_lives=100)
     made: list[SocketEngineClient] = []
 
     def make() -> EngineClient:

@@ -18,20 +18,26 @@ from decoding.request import GenerateRequest, SamplingParams
 from server.engine_client import EngineClient
 from server.engine_launch import GOMP_SPINCOUNT, engine_environment
 from server.errors import UnavailableError
-from server.fake_client import FakeEngineClient, Pause
+from server.fake_client import Death, FakeEngineClient, Pause
 from server.socket_client import SocketEngineClient
 from server.supervisor import RestartPolicy, Supervisor
 
 INFO = EngineInfo("fake", 1000, 100, (0,), (), "float32", "cpu")
-QUICK = RestartPolicy(first_delay=0.01, longest_delay=0.05, max_short_lives=3)
+QUICK = RestartPolicy(first_delay=0.01, longest_delay=0.05, max_useless_lives=3)
 COUNTING = "tests.process.counting_engine:CountingEngine"
 ASK = GenerateRequest("r", (1, 2), SamplingParams(max_tokens=3))
 
 
 class BrokenClient(FakeEngineClient):
+    closed = False
+
     async def start(self) -> None:
         self.die()
         raise ConfigError("the disk is gone")
+
+    async def close(self) -> None:
+        self.closed = True
+        await super().close()
 
 
 async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -104,7 +110,7 @@ def test_an_engine_that_cannot_live_is_given_up() -> None:
         made[0].die()
         await asyncio.wait_for(supervisor.wait_dead(), 5)
         assert supervisor.state == "dead"
-        assert len(made) == 1 + QUICK.max_short_lives
+        assert len(made) == 1 + 1 + QUICK.max_useless_lives  # the sound one comes first
         with pytest.raises(EngineDeadError):
             await generated(supervisor)
         await supervisor.close()
@@ -112,18 +118,52 @@ def test_an_engine_that_cannot_live_is_given_up() -> None:
     asyncio.run(main())
 
 
-def test_engines_that_die_young_are_given_up_too() -> None:
+def test_engines_that_die_of_their_first_requests_are_given_up_too() -> None:
+    async def main() -> None:
+        made, make = fakes(lambda: FakeEngineClient(INFO, lambda request: [Death()], state="loading"))
+        supervisor = Supervisor(make, QUICK)
+        await supervisor.start()
+        for life in range(1 + QUICK.max_useless_lives):
+            await until(lambda life=life: len(made) == life + 1 and supervisor.state == "ready")  # type: ignore[misc]
+            with pytest.raises(EngineDeadError):
+                await generated(supervisor)
+        await asyncio.wait_for(supervisor.wait_dead(), 5)
+        assert supervisor.state == "dead"
+        assert len(made) == 1 + QUICK.max_useless_lives
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["idle", "asked"])
+def test_engines_that_are_of_use_are_started_again_and_again(asked: bool) -> None:
+    """Each lives for a moment only, as where somebody kills them."""
+
     async def main() -> None:
         made, make = fakes(healthy)
         supervisor = Supervisor(make, QUICK)
         await supervisor.start()
-        for _ in range(QUICK.max_short_lives):
+        for life in range(20):
+            await until(lambda life=life: len(made) == life + 1 and supervisor.state == "ready")  # type: ignore[misc]
+            if asked:
+                assert await generated(supervisor) == [1, 2, 1]
             made[-1].die()
-            count = len(made)
-            await until(lambda count=count: len(made) > count and supervisor.state == "ready")  # type: ignore[misc]
-        made[-1].die()
-        await asyncio.wait_for(supervisor.wait_dead(), 5)
-        assert supervisor.state == "dead"
+        await until(lambda: supervisor.state == "ready")
+        assert supervisor.restarts == 20
+        await supervisor.close()
+
+    asyncio.run(main())
+
+
+def test_a_client_that_could_not_be_started_is_closed() -> None:
+    async def main() -> None:
+        made, make = fakes(healthy, broken, healthy)
+        supervisor = Supervisor(make, QUICK)
+        await supervisor.start()
+        made[0].die()
+        await until(lambda: len(made) == 3 and supervisor.state == "ready")
+        assert isinstance(made[1], BrokenClient)
+        assert made[1].closed
+        await supervisor.close()
 
     asyncio.run(main())
 

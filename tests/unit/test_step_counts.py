@@ -22,12 +22,16 @@ def test_counts_of_an_engine_add_up() -> None:
 
     assert stats.accepted > 0
     assert sum(stats.accepted_at) == stats.accepted
+    assert stats.accepted_by == {"ngram": stats.accepted_at}, "nobody else drafts"
     assert list(stats.accepted_at) == sorted(stats.accepted_at, reverse=True)
     assert stats.accepted_at[0] <= stats.drafts <= first.steps
     assert stats.drafts == first.drafts, "plain rows have no drafts"
     assert sum(tokens * rows for tokens, rows in enumerate(stats.row_tokens)) == stats.generated_tokens == 2 * made
     assert sum(stats.step_sizes) == stats.steps
     assert stats.step_nodes == stats.drafted, "fixed plans verify no padding on a CPU"
+    assert sum(stats.step_work) == stats.steps
+    prompts = stats.prompt_tokens - stats.cached_prompt_tokens
+    assert stats.step_tokens == prompts + (stats.generated_tokens - stats.accepted - 2) + stats.drafted, "a root a row"
     assert stats.steps_by_gear == {"fixed": stats.steps}
     assert sum(stats.queued) == 2
     assert tuple(stats.part_seconds) == PARTS
@@ -48,7 +52,9 @@ def test_steps_fall_into_the_classes_of_their_bounds() -> None:
     bounds = size_bounds()
     for nodes in (0, 1, 2, 3, 4, 63, 64, 2**14 - 1, 2**14, 10**6):
         counts = StepCounts()
-        counts.step(nodes, "full")
+        counts.step(1, nodes, "full")
+        assert sum(counts.work) == 1
+        assert counts.tokens == nodes + 1
         (place,) = (place for place, count in enumerate(counts.sizes) if count)
         assert place == len(bounds) or nodes <= bounds[place]
         assert place == 0 or nodes > bounds[place - 1]
@@ -62,3 +68,13 @@ def test_the_longest_path_and_the_longest_wait_are_counted() -> None:
     counts.left_queue(QUEUE_SECONDS[0])
     assert counts.accepted_at == [1] * (MOST_TOKENS - 1)
     assert (counts.queued[0], counts.queued[-1]) == (1, 1)
+
+
+def test_an_accepted_node_counts_for_each_that_had_proposed_it() -> None:
+    counts = StepCounts()
+    for depth, drafters in ((0, 0b01), (1, 0b11), (1, 0b10), (MOST_TOKENS - 1, 0b10)):
+        counts.accept(depth, drafters)
+    found = counts.accepted_by(("one", "two", "three"))
+    assert found["one"] == (1, 1)
+    assert found["two"] == (0, 2, *[0] * (MOST_TOKENS - 3), 1)
+    assert "three" not in found

@@ -92,6 +92,8 @@ class ResponseRenderer:
         response["usage"] = _usage(self._generation)
         if complete:
             response["completed_at"] = int(time.time())
+            if any(item["type"] == "function_call" for item in output.items):  # metrics tell it, this endpoint does not
+                self._generation.choices[0].finish_reason = "tool_calls"
         else:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         return response
