@@ -80,6 +80,9 @@ class PacedEngine:
     def stats(self) -> EngineStats:
         return EngineStats(running=len(self._left), steps=len(self._times), pages_total=1, pages_free=1)
 
+    def check_health(self) -> None:
+        """It needs nobody else."""
+
     def close(self) -> None:
         self._left.clear()
 

@@ -26,6 +26,7 @@ from decoding.plan_choice import FixedPlan, parse_plan
 from decoding.planner import Planner, StaticPlanner
 from decoding.prefix_cache import PrefixCache
 from decoding.proposal_ops import load_proposal_ops
+from decoding.ranks import OtherRanks, start_ranks
 from decoding.sampler import Sampler
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
@@ -34,11 +35,11 @@ from decoding.step_ops import StepOps, load_step_ops
 from decoding.text import Tokenizer
 from decoding.verify import Rule, rule_by_request
 from models.attention import BACKENDS
-from models.batch import PAGE_SIZE
+from models.batch import MAX_TREE, PAGE_SIZE
 from models.graphed_model import GraphedModel
 from models.graphs import Capture, CudaCapture
 from models.layers.quantization import FORMATS
-from models.loader import CheckpointError, generation_config, load_model, read_config, resolve
+from models.loader import CheckpointError, check_ranks, generation_config, load_model, read_config, resolve
 from models.target import CausalModel
 from models.tree_ops import TreeOps
 
@@ -58,15 +59,24 @@ class LoadedModel:
     default_sampling: dict[str, float]
     folder: Path | None = None  # None: not loaded but made
     capture: Capture | None = None  # records the passes of target and drafters; None: they run as they are
+    ranks: OtherRanks | None = None  # that share the target with this process
+
+    def close(self) -> None:
+        """End the other ranks; the target cannot be used any more, where there are any."""
+        if self.ranks is not None:
+            self.ranks.close()
 
 
-def load_target(config: EngineConfig) -> LoadedModel:
+def load_target(config: EngineConfig, ranks: OtherRanks | None = None) -> LoadedModel:
     """Load the target and its tokenizer.
+
+    Args:
+        ranks: the other ranks; default: they are started where the configuration asks for them.
 
     Raises:
         ModelError: a checkpoint that cannot be loaded; the message names cause and fix.
         ConfigError: an unknown device, attention backend or quantization, or one that does not work here; too little
-            memory.
+            memory; more ranks than there are devices.
     """
     if config.attention not in (*BACKENDS, "auto"):
         raise ConfigError(f"unknown --attention {config.attention!r}: {nearest(config.attention, (*BACKENDS, 'auto'))}")
@@ -74,30 +84,43 @@ def load_target(config: EngineConfig) -> LoadedModel:
         raise ConfigError(f"unknown --quantization {config.quantization!r}: {nearest(config.quantization, FORMATS)}")
     try:
         folder, device = resolve(config.model), resolve_device(config.device)
-        target = load_model(
-            folder,
-            dtype=config.dtype,
-            device=device,
-            attention=config.attention,
-            max_model_len=config.max_model_len,
-            quantization=config.quantization,
-            room=room_for_weights(config, device),
-        )
-        generation = generation_config(folder)
-        defaults = _sampling_defaults(config.generation_config, generation)
-        tokenizer = Tokenizer.load(resolve(config.tokenizer) if config.tokenizer else folder)
-    except CheckpointError as error:
-        raise ModelError(str(error)) from error
-    except RuntimeError as error:  # a named backend without its kernels, a device out of memory
-        raise ConfigError(f"{config.model} cannot be loaded on {config.device}: {error}") from error
+        check_ranks(folder, config.tensor_parallel_size)
+        ranks = ranks or start_ranks(config, device)
+        return _load(config, folder, device, ranks)
+    except BaseException as error:
+        if ranks is not None:
+            ranks.close()
+        if isinstance(error, CheckpointError):
+            raise ModelError(str(error)) from error
+        if isinstance(error, RuntimeError):  # a named backend without its kernels, a device out of memory
+            raise ConfigError(f"{config.model} cannot be loaded on {config.device}: {error}") from error
+        raise
+
+
+def _load(config: EngineConfig, folder: Path, device: torch.device, ranks: OtherRanks | None) -> LoadedModel:
+    load = load_model if ranks is None else ranks.driver.load
+    target = load(
+        folder,
+        dtype=config.dtype,
+        device=device if ranks is None else ranks.driver.device,
+        attention=config.attention,
+        max_model_len=config.max_model_len,
+        quantization=config.quantization,
+        room=room_for_weights(config, device),
+    )
+    generation = generation_config(folder)
+    defaults = _sampling_defaults(config.generation_config, generation)
+    tokenizer = Tokenizer.load(resolve(config.tokenizer) if config.tokenizer else folder)
     eos = generation.get("eos_token_id", read_config(folder).get("eos_token_id"))
     if eos is None:
         eos = tokenizer.eos_token_id
     listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
     vocab_size = min(tokenizer.vocab_size, target.vocab_size)
     eos_ids = tuple(int(token) for token in listed if 0 <= token < vocab_size)  # others cannot be drawn
-    capture = CudaCapture(target.device) if target.device.type == "cuda" and not config.enforce_eager else None
-    return LoadedModel(target, tokenizer, vocab_size, eos_ids, defaults, folder, capture)
+    # not under tensor parallelism: no pass with sums over ranks was ever recorded
+    records = target.device.type == "cuda" and not config.enforce_eager and ranks is None
+    capture = CudaCapture(target.device) if records else None
+    return LoadedModel(target, tokenizer, vocab_size, eos_ids, defaults, folder, capture, ranks)
 
 
 def _sampling_defaults(chosen: str, models_own: dict[str, Any]) -> dict[str, float]:
@@ -157,6 +180,7 @@ def build_drafters(config: EngineConfig, loaded: LoadedModel) -> list[Drafter]:
                 target_folder=loaded.folder,
                 quantization=config.quantization,
                 capture=loaded.capture,
+                driver=loaded.ranks.driver if loaded.ranks and config.draft_tensor_parallel_size > 1 else None,
             )
         )
         for bit, choice in enumerate(choices)
@@ -185,7 +209,7 @@ def build_stepper(
     drafters = [*drafters, ForcedDrafter(len(drafters))]
     team = DrafterTeam(drafters)
     specs = [target.kv_spec, *(d.needs.kv for d in drafters if d.needs.kv is not None)]
-    num_pages = pool_size(config, target, specs, sum(d.needs.page_bytes for d in drafters))
+    num_pages = pool_size(config, target, specs, sum(d.needs.page_bytes for d in drafters), loaded.ranks)
     kv = target.new_cache(num_pages)
     for drafter in drafters:
         drafter.attach(num_pages, kv)
@@ -253,7 +277,7 @@ def build_planner(
             drafters,
             tree_ops,
             load_proposal_ops(device),
-            CostModel(guessed_table(chosen)),
+            CostModel(guessed_table(chosen), config.max_num_batched_tokens + MAX_TREE),
             max_nodes=config.max_nodes,
             max_depth=config.max_depth,
             max_step_tokens=config.max_num_batched_tokens,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from decoding.cache import SequenceCache
 from decoding.calibration import Calibration, mode_of
-from decoding.costs import LARGEST, CostModel
+from decoding.costs import CostModel
 from decoding.drafters.base import Drafter
 from decoding.drafters.team import Proposal
 from decoding.followers import Followers
@@ -386,8 +386,8 @@ class AutoPlanner:
         """[nodes + 1] float64, seconds of the whole step with k nodes in all."""
         roots, steps = step.plan.chain_tokens, self.costs.steps()
         sunk = step.seconds + step.extra
-        if roots + nodes > LARGEST:
-            index = torch.arange(roots, roots + nodes + 1).clamp_(max=LARGEST)
+        if roots + nodes >= len(steps):
+            index = torch.arange(roots, roots + nodes + 1).clamp_(max=len(steps) - 1)
             price = steps[index] + sunk
         else:
             price = steps[roots : roots + nodes + 1] + sunk

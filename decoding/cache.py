@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from decoding.batcher import Nodes
-from decoding.prefix_cache import PrefixCache
+from decoding.prefix_cache import Key, PrefixCache, shareable_tokens
 from decoding.sequence import Sequence
 from decoding.verify import Verdict
 from models import kernels
@@ -84,6 +84,13 @@ class SequenceCache:
         sequence.cached = len(hit.pages) * PAGE_SIZE
         return hit.valid
 
+    def next_key(self, sequence: Sequence) -> Key | None:
+        """The key of the first full page that an admitted sequence did not find; None if there is none such."""
+        start = sequence.cached
+        if start >= shareable_tokens(sequence.length) or sequence.wants_prompt_logprobs():
+            return None
+        return self.prefixes.child_key(self._parent_key(sequence), sequence.tokens[start : start + PAGE_SIZE])
+
     def reserve(self, sequence: Sequence, slots: int) -> bool:
         """Make the sequence's pages reach ``slots`` logical slots; False (nothing changed) if the pool cannot."""
         missing = pages_for(slots) - len(sequence.pages)
@@ -113,9 +120,8 @@ class SequenceCache:
         if not self.prefixes.enabled:
             return
         for page in range(len(sequence.page_keys), sequence.cached // PAGE_SIZE):
-            parent = sequence.page_keys[-1] if page else self.prefixes.root_key(sequence.request.cache_salt)
             tokens = sequence.tokens[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
-            key = self.prefixes.child_key(parent, tokens)
+            key = self.prefixes.child_key(self._parent_key(sequence), tokens)
             sequence.page_keys.append(key)
             self.prefixes.register(sequence.pages[page], key, 0)
         for bit in self._drafter_bits:
@@ -135,6 +141,16 @@ class SequenceCache:
         """Give up all pages; K/V of the sequence starts from nothing."""
         self.prefixes.release(sequence.pages)
         sequence.pages, sequence.page_keys, sequence.cached = [], [], 0
+        sequence.marked_pages.clear()
+
+    def _parent_key(self, sequence: Sequence) -> Key:
+        """The key that the next page of a sequence hangs on."""
+        return sequence.page_keys[-1] if sequence.page_keys else self.prefixes.root_key(sequence.request.cache_salt)
+
+    def disown(self, sequence: Sequence) -> None:
+        """What its pages hold is wrong: nobody is to find them."""
+        self.prefixes.forget(sequence.pages)
+        sequence.page_keys, sequence.cached = [], 0
         sequence.marked_pages.clear()
 
     def check(self, sequences: Iterable[Sequence]) -> None:

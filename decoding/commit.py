@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from decoding.messages import FinishReason, StepTrace, TokenEvent, TokenLogprobs
 from decoding.plan import Plan, PlannedRow
 from decoding.planner import Planner
 from decoding.sampler import Sampler
+from decoding.sampling_ops import NOT_A_TOKEN
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence, SpeculationCounter
 from decoding.step_counts import StepCounts
@@ -28,7 +30,10 @@ from models.transfer import fetch, upload
 from models.tree import GUESSED, PINS
 from models.tree_ops import ChosenTrees
 
+logger = logging.getLogger("saccade.engine")
+
 TOO_COMPLEX = "At this point of the text its grammar became too complex to follow; simplify the grammar."
+BROKEN = "The model broke down on this text: its logits are no numbers. The log of the server says more."
 WORTH_IT = 64  # tokens that a new matcher must have brought a sequence further before it gets another one
 
 
@@ -123,27 +128,36 @@ class Committer:
         found = results.read()
         events = []
         for index, row in enumerate(plan.deciding):
-            sequence, drawn = row.sequence, found.tokens[index]
-            while drawn[-1] < 0:  # padding
+            drawn = found.tokens[index]
+            while drawn[-1] == -1:  # padding
                 drawn.pop()
-            count = len(drawn) - 1
-            kept, reason = self._append(sequence, drawn)
-            sequence.cached = min(row.end + count, sequence.length)  # the text may end within the accepted path
-            taken = found.path[index][: min(count, kept)]
-            self._account(sequence, found.source[index], taken, kept)
-            trace: tuple[StepTrace, ...] = ()
-            if is_traced(sequence):
-                trace = (self._trace(row, index, found, taken, drawn[count] if kept > count else None),)
-            failed = (TOO_COMPLEX, "grammar_too_complex") if reason == "error" else (None, None)
-            if kept or reason is not None:
-                events.append(self._event(sequence, drawn[:kept], reason, found.logprobs.get(index), trace, *failed))
-            self._settle(sequence, reason)
-            if reason is None and not sequence.is_ready:
-                self._set_back(sequence)
+            if drawn[-1] == NOT_A_TOKEN and chosen.counts[index] > 1:
+                self._run_plainly(row.sequence)
+            elif (event := self._take(row, index, drawn, found)) is not None:
+                events.append(event)
         for row in plan.rows[len(plan.deciding) :]:
             row.sequence.cached = row.end
             self._cache.register(row.sequence)
         return events
+
+    def _take(self, row: PlannedRow, index: int, drawn: list[int], found: HostResults) -> TokenEvent | None:
+        """Give a row its tokens; None: there are none, and it goes on."""
+        sequence, count = row.sequence, len(drawn) - 1
+        kept, reason = self._append(sequence, drawn)
+        sequence.cached = min(row.end + count, sequence.length)  # the text may end within the accepted path
+        taken = found.path[index][: min(count, kept)]
+        self._account(sequence, found.source[index], taken, kept)
+        trace: tuple[StepTrace, ...] = ()
+        if is_traced(sequence):
+            trace = (self._trace(row, index, found, taken, drawn[count] if kept > count else None),)
+        failed = self._failure(sequence, drawn[kept:]) if reason == "error" else (None, None)
+        event = None
+        if kept or reason is not None:
+            event = self._event(sequence, drawn[:kept], reason, found.logprobs.get(index), trace, *failed)
+        self._settle(sequence, reason)
+        if reason is None and not sequence.is_ready:
+            self._set_back(sequence)
+        return event
 
     def end(
         self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: str | None = None
@@ -157,8 +171,12 @@ class Committer:
         """Append until the sequence ends; (tokens appended, why it ended)."""
         params, ending = sequence.params, None
         ignored = params.ignore_eos
+        broken = tokens[-1] == NOT_A_TOKEN
+        if broken:
+            tokens = tokens[:-1]
         if sequence.matcher is not None:  # the grammar knows where the text ends, and where it cannot go on
             own, ending = sequence.matcher.commit(tokens)
+            broken = broken and own == len(tokens)
             tokens, ignored = tokens[:own], True
             if ending == "error" and sequence.length + own >= sequence.set_back_at + WORTH_IT:
                 self.set_back.append((sequence, sequence.matcher.compiled))
@@ -169,12 +187,39 @@ class Committer:
                 return kept, "stop"
             if sequence.length == sequence.limit and (kept < len(tokens) or ending != "stop"):
                 return kept, "length"
-        return len(tokens), ending
+        return len(tokens), ending or ("error" if broken else None)
+
+    def _failure(self, sequence: Sequence, left: list[int]) -> tuple[str | None, str | None]:
+        """Why a text cannot go on with what is left of the drawn tokens: a message, and a code if its client can help.
+
+        What the pages of a broken text hold is found by nobody.
+        """
+        if left != [NOT_A_TOKEN]:
+            return TOO_COMPLEX, "grammar_too_complex"
+        logger.error(
+            "request %s: the logits of the model are no numbers after a text of %d tokens; its weights are broken, or "
+            "it computes values that %s cannot hold (--dtype names another)",
+            *(sequence.id[0], sequence.length, str(self._target.dtype).removeprefix("torch.")),
+        )
+        self._cache.disown(sequence)
+        return BROKEN, None
 
     def _set_back(self, sequence: Sequence) -> None:
         """The sequence waits for a new matcher and goes on from where it is; it cannot help what others used up."""
         sequence.set_back_at = sequence.length
         self._sampler.forget(sequence.id)  # which knows the old one
+        self._scheduler.set_back(sequence)
+
+    def _run_plainly(self, sequence: Sequence) -> None:
+        """Forget a step in which the model broke down, and go on without drafts: the text itself may be sound.
+
+        A drafted node that is no number can spoil its row's other nodes: sums over keys have it, times 0.
+        """
+        sequence.speculation = replace(sequence.speculation, enabled=False)
+        if not sequence.started:
+            sequence.prompt_logprobs = None
+        self._cache.disown(sequence)
+        self._sampler.forget(sequence.id)  # which knows how it was judged
         self._scheduler.set_back(sequence)
 
     def _is_end(self, sequence: Sequence, token: int) -> bool:

@@ -32,5 +32,7 @@ class EngineConfig:
     seed: int | None = None  # seed of requests that bring none (default: a random one each)
     generation_config: str = "auto"  # "auto": the model's generation_config.json; "vllm": neutral defaults
     attention: str = "auto"  # a backend of models/attention
+    tensor_parallel_size: int = 1  # processes that share the target's layers, a GPU each
+    draft_tensor_parallel_size: int = 1  # and a draft model's: 1, or as many
     enforce_eager: bool = False  # no CUDA graphs: every kernel of a pass is launched by itself
     threads: int | None = None  # CPU threads of the engine process; default: decoding.machine.Cores

@@ -27,6 +27,7 @@ def cost_path(config: EngineConfig, folder: Path, device: torch.device, num_page
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else speed_key()
     facts = [FORMAT, where, torch.__version__, torch.get_num_threads(), config.dtype, config.quantization]
     facts += [config.attention, config.max_depth, config.max_num_seqs, min(num_pages, ENOUGH_PAGES)]
+    facts += [config.tensor_parallel_size, config.draft_tensor_parallel_size]
     facts += [*config.speculate, *_files(folder)]
     for text in config.speculate:
         path = Path(text.partition("=")[2].partition(":")[0])

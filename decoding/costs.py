@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 EDGES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
-LARGEST = 2048  # query tokens whose price is kept; larger steps are taken to cost the same
+LARGEST = 2048  # query tokens whose price is kept, unless steps may have more; larger ones are taken to cost the same
 SURPRISE = 0.7  # log ratio beyond which a measurement is taken for a hiccup, and counts no more
 FORMAT = 2
 REFRESH = 16  # steps between two looks at the prices, which take as long as fifty products
@@ -100,10 +100,15 @@ def guessed_table(drafters: tuple[str, ...]) -> CostTable:
 
 
 class CostModel:
-    """Prices of now: the table, corrected by what steps take. In plain numbers: it is asked several times a step."""
+    """Prices of now: the table, corrected by what steps take. In plain numbers: it is asked several times a step.
 
-    def __init__(self, table: CostTable) -> None:
+    Args:
+        largest: the most query tokens of a step.
+    """
+
+    def __init__(self, table: CostTable, largest: int = LARGEST) -> None:
         self._steps_seen = 0
+        self._largest = largest
         self.replace(table)
 
     def replace(self, table: CostTable) -> None:
@@ -122,12 +127,12 @@ class CostModel:
         return self._all
 
     def steps(self) -> Tensor:
-        """[LARGEST + 1] float64 seconds of a step of one row without context, by query tokens; entry 0 repeats 1."""
+        """[largest + 1] float64 seconds of a step of one row without context, by query tokens; entry 0 repeats 1."""
         return self._dense
 
     def at(self, tokens: float) -> float:
         """Seconds of a step of one row without context."""
-        return self._list[min(int(tokens + 0.5), LARGEST)]
+        return self._list[min(int(tokens + 0.5), self._largest)]
 
     def step(self, tokens: int, rows: int, context: int) -> float:
         """Seconds of a step without drafting."""
@@ -173,7 +178,7 @@ class CostModel:
         self._sizes = [size * FORGETTING for size in self._sizes]  # what was not seen for long is believed less
         edges = np.array(self.table.tokens, dtype=float)
         seconds = np.array(self.table.seconds) * np.exp(self._all + np.array(self._sizes))
-        sizes = np.arange(LARGEST + 1, dtype=float)
+        sizes = np.arange(self._largest + 1, dtype=float)
         dense = np.interp(sizes, edges, seconds)
         if len(seconds) > 1:
             slope = max(0.0, (seconds[-1] - seconds[-2]) / (edges[-1] - edges[-2]))

@@ -20,7 +20,7 @@ from decoding.assemble import LoadedModel, build_drafters, build_stepper, load_t
 from decoding.cache import pages_for
 from decoding.config import EngineConfig
 from decoding.cost_file import learn_costs
-from decoding.errors import RequestError
+from decoding.errors import EngineDeadError, RequestError
 from decoding.generation import Generation, GenerationBuilder
 from decoding.grammar.compiler import BackgroundCompiler, GrammarCompiler
 from decoding.grammar.queue import GrammarQueue
@@ -30,6 +30,7 @@ from decoding.sequence import Sequence, SequenceId
 from decoding.step import Stepper
 from decoding.text import TextDelta
 from models.batch import PAGE_SIZE
+from models.parallel.ranks import RankError
 
 SEED_BITS = 53  # of a seed that the engine draws: JSON readers keep integers of that size exactly
 
@@ -53,7 +54,9 @@ class Engine:
             quantization=config.quantization,
             acceptance=config.acceptance,
             recalling=tuple(drafter.name for drafter in stepper.drafters.members if drafter.needs.recalls),
+            tensor_parallel_size=1 if loaded.ranks is None else loaded.ranks.driver.size,
         )
+        self._loaded = loaded
         self._stepper = stepper
         compiler = GrammarCompiler(loaded.tokenizer, loaded.vocab_size, loaded.eos_ids)
         self._grammars = GrammarQueue(BackgroundCompiler(compiler), loaded.eos_ids)
@@ -76,9 +79,13 @@ class Engine:
             else EngineConfig(model, **settings)
         )
         loaded = load_target(config)
-        stepper = build_stepper(config, loaded, build_drafters(config, loaded))
-        learn_costs(stepper, config, loaded.vocab_size, loaded.folder)
-        engine = cls(config, loaded, stepper)
+        try:
+            stepper = build_stepper(config, loaded, build_drafters(config, loaded))
+            learn_costs(stepper, config, loaded.vocab_size, loaded.folder)
+            engine = cls(config, loaded, stepper)
+        except BaseException:
+            loaded.close()
+            raise
         engine._grammars.warm()
         return engine
 
@@ -149,7 +156,10 @@ class Engine:
         idle = not scheduler.running and not any(sequence.is_ready for sequence in scheduler.waiting)
         failed = self._grammars.settle(idle=idle)
         events = [committer.end(sequence, "error", error.message, error.code) for sequence, error in failed]
-        events += self._stepper.step()
+        try:
+            events += self._stepper.step()
+        except RankError as error:
+            raise EngineDeadError(str(error)) from error
         while committer.set_back:
             sequence, spent = committer.set_back.pop()
             if sequence.id in self._sequences and not sequence.is_ready:
@@ -304,13 +314,26 @@ class Engine:
             queued_seconds=counts.queued_seconds,
         )
 
+    def check_health(self) -> None:
+        """Look whether the other ranks live, if there are any.
+
+        Raises:
+            EngineDeadError: one has ended: there is no engine any more.
+        """
+        if self._loaded.ranks is not None:
+            self._loaded.ranks.check()
+
     def check(self) -> None:
         """Raise PoolError unless every page is accounted for."""
         self._stepper.cache.check(self._sequences.values())
 
     def close(self) -> None:
-        """End every request; the engine can go on being used. Drafters write what is to outlive it."""
+        """End every request. Drafters write what is to outlive the engine.
+
+        It can go on being used, unless it had several ranks: the others end here.
+        """
         for request_id in list(self._open):
             self.cancel(request_id)
         self._stepper.drafters.close()
         self._grammars.close()
+        self._loaded.close()

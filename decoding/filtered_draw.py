@@ -42,7 +42,7 @@ def by_candidates(
         keep = kept_everywhere(scaled[failed], filters.at(failed))
         z = scaled[failed] + noise[noise_row[failed]]  # filtered sequences are never greedy
         chosen[failed] = z.masked_fill(~keep, -torch.inf).argmax(dim=1)
-    drawn[at] = chosen
+    drawn[at] = torch.where(drawn[at] < 0, drawn[at], chosen)  # what is no token stays none
     return drawn
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from decoding.costs import LARGEST, CostModel
+from decoding.costs import CostModel
 from decoding.drafters.base import Drafter
 from decoding.proposal_ops import CoverageTable, TorchProposalOps
 from decoding.sequence import Sequence, SequenceId
@@ -86,7 +86,7 @@ class Scene:
     floor: float  # nodes whose path is less probable are not counted
     slots: Tensor  # [R] where the rows' chances are
     table: CoverageTable
-    steps: Tensor  # [LARGEST + 1] float64 seconds of a step by query tokens
+    steps: Tensor  # [largest + 1] float64 seconds of a step by query tokens; more cost the same
     tokens: int  # query tokens without drafts
     extra: float  # seconds of the step beside its query tokens: rows, context
 
@@ -133,7 +133,7 @@ def weigh_anywhere(scene: Scene, terms: list[Terms]) -> Deal:
         own = term.row + passes * term.further_row + node * nodes_by_depth  # [D] seconds of a row
         pays = (late[:, None] >= 0) & (gain * pace > own + late[:, None])  # [R, D]
         count, promised = pays.sum(axis=0), (gain * pays).sum(axis=0)
-        size = np.minimum(base + count * nodes_by_depth + 0.5, LARGEST).astype(np.int64)
+        size = np.minimum(base + count * nodes_by_depth + 0.5, len(steps) - 1).astype(np.int64)
         drafting = term.first + term.row * count + passes * (term.further + term.further_row * count)
         seconds = steps[size] + scene.extra + drafting + np.maximum(late, 0.0) @ pays
         rates = np.where(count > 0, (sure + promised) / seconds, 0.0)
@@ -192,4 +192,4 @@ def slope_of(tokens: float, costs: CostModel) -> float:
 
 
 def _at(steps: Floats, tokens: float) -> float:
-    return float(steps[min(int(tokens + 0.5), LARGEST)])
+    return float(steps[min(int(tokens + 0.5), len(steps) - 1)])

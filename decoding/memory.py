@@ -14,6 +14,7 @@ from decoding.config import EngineConfig
 from decoding.errors import ConfigError
 from decoding.filtered_draw import SORTED
 from decoding.machine import available_memory
+from decoding.ranks import OtherRanks
 from models.batch import PAGE_SIZE
 from models.kv_cache import KVSpec
 from models.target import CausalModel
@@ -27,18 +28,26 @@ SORT_BYTES = 40  # of each id of a vocabulary that is sorted for top-k or top-p 
 GRAPHS = 2**30  # bytes that recorded passes are given on CUDA: an allowance, not a measurement
 
 
-def pool_size(config: EngineConfig, target: CausalModel, specs: list[KVSpec], page_bytes: int) -> int:
+def pool_size(
+    config: EngineConfig, target: CausalModel, specs: list[KVSpec], page_bytes: int, ranks: OtherRanks | None = None
+) -> int:
     """Pages for the K/V of the target and the drafters together.
+
+    On a CPU the budget is that of all ranks together, on CUDA that of each rank's device. There rank 0, which has the
+    drafters, too, has most to hold.
 
     Args:
         specs: of the target and of the drafters that have K/V.
         page_bytes: what else is kept with a page.
+        ranks: the other ranks, if there are any.
 
     Raises:
         ConfigError: too little memory for one request of the model's full length; the message names the flags.
     """
-    available = available_memory() if target.device.type == "cpu" else None
-    scratch = sum(spec.bytes_per_page(target.dtype) for spec in specs)  # a page of each beside the pool's
+    on_cpu = target.device.type == "cpu"
+    available = available_memory() if on_cpu else None
+    # a page of each beside the pool's
+    scratch = sum(spec.bytes_per_page(target.dtype) * (spec.ranks if on_cpu else 1) for spec in specs)
     page = scratch + page_bytes
     longest = pages_for(target.max_model_len)
     if config.num_pages is not None:
@@ -50,7 +59,7 @@ def pool_size(config: EngineConfig, target: CausalModel, specs: list[KVSpec], pa
         budget = config.kv_cache_memory
         _check_pool(budget, available, "--kv-cache-memory")
     elif target.device.type == "cuda":
-        budget = _device_budget(config, target)
+        budget = _device_budget(config, target, ranks)
     else:
         budget = _cpu_budget(available)
     pages = max(0, budget - scratch) // page
@@ -102,9 +111,11 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.3g} GiB" if size >= 2**29 else f"{size / 2**20:.3g} MiB"
 
 
-def _device_budget(config: EngineConfig, target: CausalModel) -> int:
-    """The share of the device's memory that is left beside weights, activations and logits."""
+def _device_budget(config: EngineConfig, target: CausalModel, ranks: OtherRanks | None) -> int:
+    """The share of the device's memory that is left beside weights, activations and logits; of the fullest device."""
     free, total = torch.cuda.mem_get_info(target.device)
+    if ranks is not None:
+        free = min(free, *ranks.driver.free_memory())
     # not profiled: an estimate of a step's activations (hidden states, MLP, fused QKV: about 16 H a token) and logits
     activations = config.max_num_batched_tokens * 16 * target.hidden_size * target.dtype.itemsize
     nodes = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + config.max_nodes))

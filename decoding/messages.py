@@ -100,6 +100,7 @@ class EngineInfo:
     quantization: str = "none"  # of the weights of linear layers
     acceptance: str = "exact"  # the rule of requests that name none, as --acceptance takes it
     recalling: tuple[str, ...] = ()  # drafters whose drafts can come from other requests' texts, see Needs.recalls
+    tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,10 @@ class PrefixCache:
             hit.valid.append(self._valid[page])
         return hit
 
+    def has(self, key: Key | None) -> bool:
+        """Whether a page of this key is there."""
+        return key in self._page_of
+
     def register(self, page: int, key: Key, valid: int) -> None:
         """A held page is full and has this key. If another page has the key already, this one stays private."""
         if self.enabled and key not in self._page_of and page not in self._key_of:
@@ -84,11 +89,16 @@ class PrefixCache:
         """Give up one reference to each page, last page first so that prefixes outlive what follows them."""
         self.pool.release(reversed(pages), lambda page: page in self._key_of)
 
+    def forget(self, pages: Iterable[int]) -> None:
+        """Let nobody find these pages any more; who holds them goes on holding them."""
+        for page in pages:
+            if page in self._key_of:
+                self._forget(page)
+                self.pool.uncache(page)
+
     def clear(self) -> None:
         """Forget every page."""
-        for page in list(self._key_of):
-            self._forget(page)
-            self.pool.uncache(page)
+        self.forget(list(self._key_of))
 
     def _forget(self, page: int) -> None:
         key = self._key_of.pop(page)

@@ -17,6 +17,8 @@ from decoding.noise import fill_rows
 from models import kernels
 from models.kernels import triton as triton_kernels
 
+NOT_A_TOKEN = -2  # drawn where the logits are no numbers: no id, and not the padding of lists of tokens
+
 
 class SamplingOps(Protocol):
     """Logits x are [W, V] float32 or float64; temperature T is [W] float32."""
@@ -38,7 +40,10 @@ class SamplingOps(Protocol):
         ...
 
     def best(self, x: Tensor) -> Tensor:
-        """argmax(x) [W] int64; the lowest id wins a tie."""
+        """argmax(x) [W] int64; the lowest id wins a tie. NOT_A_TOKEN where the largest is no finite number.
+
+        Where only some of a row are NaN, these may count as the largest or as the smallest.
+        """
         ...
 
     def top(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -46,13 +51,13 @@ class SamplingOps(Protocol):
         ...
 
     def draw(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor) -> Tensor:
-        """argmax(x / T + g) [W] int64, of x alone without noise; the lowest id wins a tie."""
+        """argmax(x / T + g) [W] int64, of x alone without noise; ties and what is no number as in ``best``."""
         ...
 
     def draw_filtered(
         self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, filters: Filters
     ) -> Tensor:
-        """argmax(F(x / T) + g) [W] int64; nodes without noise have no filters."""
+        """argmax(F(x / T) + g) [W] int64; nodes without noise have no filters. What is no number as in ``best``."""
         ...
 
     def keeps(self, scaled: Tensor, filters: Filters, at: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
@@ -85,14 +90,14 @@ class TorchSamplingOps:
         return temperature[row], torch.where(first < 0, -1, first + (position[row] + depth) % ring)
 
     def best(self, x: Tensor) -> Tensor:
-        return x.argmax(dim=1)
+        return _largest(x)
 
     def top(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         best = x.topk(k, dim=1)
         return best.values, best.indices
 
     def draw(self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor) -> Tensor:
-        return self._noisy(x / temperature[:, None], x, noise, noise_row).argmax(dim=1)
+        return _largest(self._noisy(x / temperature[:, None], x, noise, noise_row))
 
     def draw_filtered(
         self, x: Tensor, temperature: Tensor, noise: Tensor, noise_row: Tensor, filters: Filters
@@ -120,6 +125,11 @@ class TorchSamplingOps:
         if not len(noise):
             return x
         return torch.where(noise_row[:, None] < 0, x, scaled + noise[noise_row.clamp(min=0)])
+
+
+def _largest(x: Tensor) -> Tensor:
+    values, ids = x.max(dim=1)
+    return torch.where(values.isfinite(), ids, NOT_A_TOKEN)
 
 
 class DeviceSamplingOps(TorchSamplingOps):

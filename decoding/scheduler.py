@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from decoding.cache import SequenceCache, pages_for
 from decoding.plan import Plan, PlannedRow
-from decoding.prefix_cache import shareable_tokens
-from decoding.sequence import Sequence
+from decoding.prefix_cache import Key, shareable_tokens
+from decoding.sequence import Sequence, SequenceId
 
 WATERMARK = 0.01  # share of the pool kept free at admission, so that the newcomer is not preempted at once
+
+
+@dataclass
+class _Blocked:
+    """The first of the queue, for which there was no room."""
+
+    sequence: SequenceId
+    lacking: Key | None  # of the first full page of its text that was not found; None: it has no more
+    available: int  # pages: the fewest that there have been since
 
 
 class Scheduler:
@@ -41,6 +51,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
+        self._blocked: _Blocked | None = None
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -103,17 +114,34 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_num_seqs:
             sequence = self._next_waiting()
-            if sequence is None:
+            if sequence is None or self._is_still_blocked(sequence):
                 return
             flags = self._cache.admit(sequence)
             need = pages_for(sequence.length) - len(sequence.pages)
             kept = self._watermark if self.running else 0
             if need + kept > self._cache.num_available or not self._cache.reserve(sequence, sequence.length):
+                lacking = self._cache.next_key(sequence)
                 self._cache.release(sequence)
+                self._blocked = _Blocked(sequence.id, lacking, self._cache.num_available)
                 return
             self.waiting.remove(sequence)
             self.running.append(sequence)
             self._on_admit(sequence, flags)
+
+    def _is_still_blocked(self, sequence: Sequence) -> bool:
+        """Whether it found no room, and nothing has happened since that could help.
+
+        That is: no page came free, none was added to what is cached of its text, and others run. To look its text up in
+        every step would cost a hash a page.
+        """
+        blocked = self._blocked
+        if blocked is None or blocked.sequence != sequence.id or not self.running:
+            return False
+        available = self._cache.num_available
+        if available > blocked.available or self._cache.prefixes.has(blocked.lacking):
+            return False
+        blocked.available = available
+        return True
 
     def _next_waiting(self) -> Sequence | None:
         """The first in the queue that need not wait for its grammar, nor for a sibling.

@@ -107,23 +107,19 @@ def load_model(
         RuntimeError: the backend or the quantization does not work here; the message names the fix.
     """
     hf, place = read_config(path), torch.device(device)
-    check_model(hf, path)
-    try:
-        native = supports_natively(hf)
-        config = NATIVE_FAMILIES[str(hf["model_type"])].configure(hf) if native else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / 'config.json'} cannot be used: {_reason(error)}") from error
+    config = _native_config(hf, path)
+    _check_ranks(config, path, ranks.size)
     if config is None:
         from models.transformers_model import load_transformers_model
 
-        _check_foreign(path, quantization, ranks)
+        if quantization != "none":
+            raise _only_native(f"--quantization {quantization}", path)
         return load_transformers_model(
             path, dtype=dtype, device=place, attention=attention, max_model_len=max_model_len
         )
     checkpoint = open_meta(path) if is_meta(path) else Checkpoint.open(path)
     family = NATIVE_FAMILIES[str(hf["model_type"])].trunk_of(hf)
     config = _limited(config, max_model_len)
-    check_fits(config, ranks.size)
     if config.tied and _stores_own_head(checkpoint, family):
         config = replace(config, tied=False)
     chosen = resolve_dtype(dtype, hf)
@@ -223,14 +219,36 @@ def fill(
         filled(ours[name])
 
 
-def _check_foreign(path: Path, quantization: str, ranks: Ranks) -> None:
-    """Raise CheckpointError for what only the native decoder can do."""
-    flag = "--tensor-parallel-size" if ranks.size > 1 else f"--quantization {quantization}"
-    if ranks.size > 1 or quantization != "none":
-        raise CheckpointError(
-            f"{path}: {flag} is for models that the native decoder runs ({', '.join(NATIVE_FAMILIES)}), and this one "
-            "runs through transformers; leave the flag out"
-        )
+def check_ranks(path: Path, size: int) -> None:
+    """Check that the model in a folder can be spread over ``size`` ranks, before anything of it is loaded.
+
+    Raises:
+        CheckpointError: it cannot; the message names the sizes that can be, or the models that can.
+    """
+    _check_ranks(_native_config(read_config(path), path), path, size)
+
+
+def _check_ranks(config: ModelConfig | None, path: Path, size: int) -> None:
+    if config is not None:
+        check_fits(config, size)
+    elif size > 1:
+        raise _only_native("--tensor-parallel-size", path)
+
+
+def _native_config(hf: Mapping[str, Any], path: Path) -> ModelConfig | None:
+    """The config of the native decoder; None for a model that runs through transformers."""
+    check_model(hf, path)
+    try:
+        return NATIVE_FAMILIES[str(hf["model_type"])].configure(hf) if supports_natively(hf) else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / 'config.json'} cannot be used: {_reason(error)}") from error
+
+
+def _only_native(flag: str, path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {flag} is for models that the native decoder runs ({', '.join(NATIVE_FAMILIES)}), and this one runs "
+        "through transformers; leave the flag out"
+    )
 
 
 def _limited(config: ModelConfig, max_model_len: int | None) -> ModelConfig:

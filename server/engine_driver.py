@@ -44,6 +44,10 @@ class SteppedEngine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def check_health(self) -> None:
+        """Look whether it could step, now and then while it has no work; raises EngineDeadError if not."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -27,16 +27,17 @@ EXIT_SECONDS = 2.0  # how long an engine may take to end by itself: drafters wri
 def engine_environment(config: EngineConfig, environment: Mapping[str, str]) -> dict[str, str]:
     """The engine process's environment: it must be there before torch is imported.
 
+    The threads are those of all its ranks together, which come from it: each rank has its share.
+
     Threads are not pinned: two engines on a machine would be pinned to the same cores. Whoever gives an engine cores of
     its own can say so (``OMP_PROC_BIND=close OMP_PLACES=cores``), and is obeyed, as with every variable set already.
     """
     env = dict(environment)
     if "OMP_WAIT_POLICY" not in env and "GOMP_SPINCOUNT" not in env:
         env["GOMP_SPINCOUNT"] = str(GOMP_SPINCOUNT)
-    if config.threads is not None:
-        env["OMP_NUM_THREADS"] = str(config.threads)
-    elif "OMP_NUM_THREADS" not in env:
-        env["OMP_NUM_THREADS"] = str(cores().engine_threads())
+    if config.threads is not None or "OMP_NUM_THREADS" not in env:
+        threads = config.threads or cores().engine_threads()
+        env["OMP_NUM_THREADS"] = str(max(1, threads // config.tensor_parallel_size))
     return env
 
 
@@ -44,7 +45,7 @@ class EngineProcess:
     """A running engine process."""
 
     def __init__(self, config: EngineConfig, address: str, engine: str, observation: Observation) -> None:
-        """Start it. Must run on the main thread, since it dies with the thread that started it (see prctl(2))."""
+        """Start it, on a thread that lives as long as the process: it dies with its starter (see prctl(2))."""
         command = [sys.executable, "-m", "server.engine_process"]
         command += ["--address", address, "--parent", str(os.getpid()), "--engine", engine]
         command += ["--log-format", observation.log_format, "--log-level", observation.log_level]

@@ -2,17 +2,15 @@
 
 It reads its EngineConfig as msgpack from standard input, connects to the given Unix socket, answers Ready or
 LoadFailed, and then loops: messages in, one step, one message out. Its exit status is 0 after a Shutdown and after
-LoadFailed.
+LoadFailed, 1 when the engine cannot go on.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import logging
 import os
-import signal
 import sys
 from typing import get_args
 
@@ -20,14 +18,16 @@ import msgspec
 import zmq
 
 from decoding.config import EngineConfig
-from decoding.errors import ConfigError
+from decoding.errors import ConfigError, EngineDeadError
 from decoding.messages import FromEngine, LoadFailed, Ready, ToEngine
+from decoding.parent import end_with_parent
 from server.engine_driver import ENGINE, EngineDriver, SteppedEngine, load_engine
 from server.log import own_process_log
 from server.observation import LogFormat, LogLevel
 
-PARENT_CHECK_MS = 500  # how long an idle engine waits for messages before it looks whether its parent lives
-_PR_SET_PDEATHSIG = 1
+PARENT_CHECK_MS = 500  # how long an idle engine waits for messages before it looks who is alive
+
+log = logging.getLogger("saccade")
 
 log = logging.getLogger("saccade.engine")
 
@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         gc.freeze()  # what is loaded stays: looking through it again would stall a step by a millisecond
         try:
             connection.serve(engine)
+        except EngineDeadError as error:
+            log.error("the engine ends: %s", error)
+            return 1
         finally:
             engine.close()
     return 0
@@ -75,32 +78,27 @@ class EngineConnection:
         self._socket.send(self._encoder.encode(message))
 
     def serve(self, engine: SteppedEngine) -> None:
-        """Step while there is work, else wait for messages; returns at a Shutdown or when the parent has gone."""
+        """Step while there is work, else wait for messages; returns at a Shutdown or when the parent has gone.
+
+        Raises:
+            EngineDeadError: the engine cannot go on.
+        """
         driver = EngineDriver(engine, self.send)
         driver.report()  # before Ready, so that the counters are there when the server is
         self.send(Ready(engine.info))
         while self._drain(driver):
             if driver.has_work:
                 driver.step()
-            elif not self._socket.poll(PARENT_CHECK_MS) and os.getppid() != self._parent:
-                return
+            elif not self._socket.poll(PARENT_CHECK_MS):
+                if os.getppid() != self._parent:
+                    return
+                engine.check_health()
 
     def _drain(self, driver: EngineDriver) -> bool:
         while self._socket.poll(0):
             if not driver.apply(self._decoder.decode(self._socket.recv())):
                 return False
         return True
-
-
-def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies (Linux; elsewhere the idle loop notices), and leave
-    ctrl-C to the parent.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
 
 
 def _load(target: str, config: EngineConfig, connection: EngineConnection) -> SteppedEngine | None:

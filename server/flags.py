@@ -121,6 +121,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--attention", metavar="BACKEND", help="attention backend (default: auto)")
     eager = "no CUDA graphs: slower in small batches, but less memory and a quicker start"
     add("--enforce-eager", action="store_true", help=eager)
+    ranks = f"processes that share the model's layers, each with a GPU of its own {_default('tensor_parallel_size')}"
+    add("--tensor-parallel-size", "-tp", type=positive, metavar="N", help=ranks)
+    ranks = f"processes that share the layers of a draft model: 1, or as many {_default('draft_tensor_parallel_size')}"
+    add("--draft-tensor-parallel-size", type=positive, metavar="N", help=ranks)
     threads = "CPU threads of the engine (default: one for each core, less one for the HTTP process; within a quota)"
     add("--threads", type=positive, metavar="N", help=threads)
 

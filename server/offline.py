@@ -46,7 +46,7 @@ def generate(config: EngineConfig, prompt: str, sampling: Sampling) -> str:
         RequestError: the prompt or the sampling parameters cannot be served.
     """
     if config.threads is not None or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(config.threads or cores().lone_threads())
+        torch.set_num_threads(max(1, (config.threads or cores().lone_threads()) // config.tensor_parallel_size))
     with memory_named():
         engine = Engine.load(config)
     try:

@@ -34,7 +34,9 @@ EOS = 5
 BuildDrafter = Callable[[DrafterContext], Drafter]
 
 
-def tiny_decoder(dtype: torch.dtype, *, layers: int = 2, seed: int = 0, blur: float = 0.0) -> Decoder:
+def tiny_decoder(
+    dtype: torch.dtype, *, layers: int = 2, seed: int = 0, blur: float = 0.0, attention: str = "auto"
+) -> Decoder:
     """A random decoder whose text is lively: peaked enough to be drafted, not so much that it loops.
 
     Args:
@@ -52,7 +54,7 @@ def tiny_decoder(dtype: torch.dtype, *, layers: int = 2, seed: int = 0, blur: fl
         max_len=512,
     )
     cpu = torch.device("cpu")
-    model = Decoder(config, load_ops(cpu, dtype), load_backend("auto", cpu, dtype), cpu, dtype)
+    model = Decoder(config, load_ops(cpu, dtype), load_backend(attention, cpu, dtype), cpu, dtype)
     generator, noise = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     for weight in model.weights().values():
         drawn = torch.randn(weight.shape, generator=generator)

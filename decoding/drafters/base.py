@@ -19,6 +19,7 @@ from models.graphs import Capture
 from models.kv_cache import KVCache, KVSpec
 from models.layers.linear import Packing
 from models.layers.quantization import packing_of
+from models.parallel.driver import Driver
 from models.target import CausalModel, ForwardOutput
 from models.tree import Trees
 
@@ -64,6 +65,7 @@ class DrafterContext:
     target_folder: Path | None = None  # where the target was loaded from, for drafters that lie beside it
     capture: Capture | None = None  # records the passes of the drafter's own model; None: they run as they are
     quantization: str = "none"  # of the drafter's own weights, a key of models.layers.quantization.FORMATS
+    driver: Driver | None = None  # of the ranks that share the drafter's own model; None: it is this process's alone
 
     @property
     def packing(self) -> Packing | None:
@@ -106,7 +108,8 @@ class Drafter(Protocol):
         """Trees of the plan's deciding rows, in their order (a bare root where there is nothing to propose).
 
         May be more than the quota; the planner cuts. Nothing is drafted where the quota's row does not name the
-        drafter. None: nothing for any row.
+        drafter. A confidence of NaN says that the model behind it is broken, and counts for nothing. None: nothing for
+        any row.
         """
         ...
 

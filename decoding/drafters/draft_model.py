@@ -48,7 +48,8 @@ def load_draft_model(options: DraftModelOptions, context: DrafterContext) -> Dra
     options.check("draft")
     try:
         folder = resolve(options.path)
-        model = load_model(
+        load = load_model if context.driver is None else context.driver.load
+        model = load(
             folder,
             dtype=str(context.dtype).removeprefix("torch."),
             device=context.device,

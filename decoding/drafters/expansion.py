@@ -222,7 +222,7 @@ class Expansion:
             tokens, confidence = self._guess_beam(hidden, row, level, beam, sampling, guide.tau(level))  # [S, B, K]
             parents = beam.columns[:, :, None].expand_as(tokens)
             columns.append((tokens.flatten(1), parents.flatten(1), confidence.flatten(1)))
-            chance = (beam.chance[:, :, None] * confidence).flatten(1)
+            chance = (beam.chance[:, :, None] * confidence).flatten(1).nan_to_num(0.0)  # NaN: a broken model's
             if level + 1 == depth or (device.type == "cpu" and self._ends(_promise(chance), guide)):
                 break
             beam = self._choose(beam, tokens.flatten(1), chance, carry, width, scratch)

@@ -17,7 +17,7 @@ import torch
 
 from decoding.batcher import Nodes
 from decoding.drafters.base import DrafterContext, Needs, TokenDrafter
-from decoding.drafters.lookahead_states import Draws, WindowRules, load_states
+from decoding.drafters.lookahead_states import Draws, WindowRules, Wish, load_states
 from decoding.errors import ConfigError
 from decoding.plan import Plan, Quota, RowQuota
 from decoding.sampling import Sampling
@@ -72,8 +72,8 @@ class LookaheadDrafter(TokenDrafter):
         sequences = [row.sequence for row in plan.deciding]
         numbers = [self._number(each) if asked else NOBODY for each, asked in zip(sequences, nodes, strict=True)]
         texts = [torch.from_numpy(sequence.tokens) for sequence in sequences]
-        depths = [limit.depth for limit in quota.rows]
-        arrays, windows = self._states.trees(numbers, texts, nodes, depths, self._bit, self._read_draws())
+        wish = Wish(numbers, texts, nodes, [limit.depth for limit in quota.rows], self._bit)
+        arrays, windows = self._states.trees(wish, self._read_draws())
         self._proposed = [number if width else NOBODY for number, width in zip(numbers, windows, strict=True)]
         if not self._is_narrow and min(windows) < self._rules.window_size:
             self._say_if_narrow(zip(windows, sequences, quota.rows, strict=True))
@@ -84,7 +84,8 @@ class LookaheadDrafter(TokenDrafter):
         proposed, self._proposed = self._proposed, []
         if verdict.drawn is not None and any(number != NOBODY for number in proposed):
             tokens, masks = batch.at_wanted(batch.token_ids), batch.at_wanted(batch.tree_mask)
-            self._draws, self._waiting = fetch(tokens, masks, verdict.drawn, nodes.first), proposed
+            drawn = verdict.drawn.clamp(min=0)  # what is no token may stand in no window
+            self._draws, self._waiting = fetch(tokens, masks, drawn, nodes.first), proposed
 
     def forget(self, sequence: SequenceId) -> None:
         number = self._numbers.pop(sequence, None)

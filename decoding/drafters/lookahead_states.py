@@ -6,9 +6,8 @@ Each text has a pool of n-grams (ngram_pool.py) and a window (lookahead_window.p
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -53,6 +52,16 @@ class WindowRules:
         return (*sizes, FIRST, FURTHER, RIVAL, AHEAD)
 
 
+class Wish(NamedTuple):
+    """The trees that the rows of a step would have, one row for each text."""
+
+    numbers: list[int]  # of the texts; any number for a row without nodes, which gets a bare root
+    texts: list[Tensor]  # [n] int64 each
+    max_nodes: list[int]
+    max_depth: list[int]
+    bit: int  # the drafter's
+
+
 class LookaheadStates(Protocol):
     """What ``PlainStates`` and the kernel have in common."""
 
@@ -64,18 +73,8 @@ class LookaheadStates(Protocol):
         """It ended."""
         ...
 
-    def trees(
-        self,
-        numbers: list[int],
-        texts: list[Tensor],
-        max_nodes: list[int],
-        max_depth: list[int],
-        bit: int,
-        draws: Draws | None = None,
-    ) -> tuple[TreeArrays, list[int]]:
-        """The fields of Trees [R, N], one row for each text [n] int64, and the width of the window in each of them.
-
-        A row without nodes gets a bare root, and its number may be any.
+    def trees(self, wish: Wish, draws: Draws | None = None) -> tuple[TreeArrays, list[int]]:
+        """The fields of Trees [R, N], and the width of the window in each row.
 
         Args:
             draws: what is to be learned before.
@@ -151,28 +150,21 @@ class PlainStates:
         del self._seeds[number]
         self._states.pop(number, None)
 
-    def trees(
-        self,
-        numbers: Many[int],
-        texts: Many[Tensor],
-        max_nodes: Many[int],
-        max_depth: Many[int],
-        bit: int,
-        draws: Draws | None = None,
-    ) -> tuple[TreeArrays, list[int]]:
+    def trees(self, wish: Wish, draws: Draws | None = None) -> tuple[TreeArrays, list[int]]:
         if draws is not None:
             self.learn(*draws)
         trees, windows = [], []
-        for number, text, nodes, depth in zip(numbers, texts, max_nodes, max_depth, strict=True):
-            tree, width = self._tree(number, text.numpy(), min(nodes, MAX_TREE - 1), depth, bit)
+        limits = zip(wish.max_nodes, wish.max_depth, strict=True)
+        for number, text, (nodes, depth) in zip(wish.numbers, wish.texts, limits, strict=True):
+            tree, width = self._tree(number, text.numpy(), min(nodes, MAX_TREE - 1), depth, wish.bit)
             trees.append(tree)
             windows.append(width)
-        made = trees_of([tree.nodes for tree in trees], [int(text[-1]) for text in texts], bit)
+        made = trees_of([tree.nodes for tree in trees], [int(text[-1]) for text in wish.texts], wish.bit)
         for row, tree in enumerate(trees):
             made.source[row, 1 : 1 + len(tree.source)] = torch.tensor(tree.source, dtype=torch.int64)
         return (made.tokens, made.parents, made.confidence, made.source), windows
 
-    def learn(self, numbers: Many[int], tokens: Tensor, masks: Tensor, drawn: Tensor, first: Tensor) -> None:
+    def learn(self, numbers: list[int], tokens: Tensor, masks: Tensor, drawn: Tensor, first: Tensor) -> None:
         starts, after = first.tolist(), drawn.tolist()
         for number, start, end in zip(numbers, starts, [*starts[1:], len(after)], strict=True):
             state = self._states.get(number)
@@ -277,16 +269,7 @@ class FusedStates:
         number: int = self._states.begin(as_int64(seed))
         return number
 
-    def trees(
-        self,
-        numbers: list[int],
-        texts: list[Tensor],
-        max_nodes: list[int],
-        max_depth: list[int],
-        bit: int,
-        draws: Draws | None = None,
-    ) -> tuple[TreeArrays, list[int]]:
-        wish = (numbers, texts, max_nodes, max_depth, bit)
+    def trees(self, wish: Wish, draws: Draws | None = None) -> tuple[TreeArrays, list[int]]:
         made = self._trees(*wish) if draws is None else self._learn_and_draft(*draws, *wish)
         tokens, parents, confidence, source, windows = made
         return (tokens, parents, confidence, source), windows

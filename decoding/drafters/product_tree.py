@@ -60,7 +60,7 @@ class RankPaths:
         tokens, confidence = _flat(candidates)
         bounded = confidence.clamp(max=CERTAIN)
         bounded[:, 0] = 1.0
-        probability = bounded[:, self.trail].prod(dim=2)  # [S, P]
+        probability = bounded[:, self.trail].prod(dim=2).nan_to_num(0.0)  # [S, P]; NaN: a broken model's
         probability[:, 0] = 2.0  # the root is always there
         # a parent is more probable than its child and stands before it: what is kept is a tree, in tree order
         chosen = probability.topk(min(1 + nodes, len(self.last)), dim=1).indices.sort(dim=1).values
@@ -68,10 +68,11 @@ class RankPaths:
         parents[:, 0] = NO_PARENT
         possible = probability.gather(1, chosen) >= IMPOSSIBLE
         at = self.last[chosen]
+        likely = confidence.gather(1, at)
         return _trees(
             torch.where(possible, tokens.gather(1, at), -1),
             torch.where(possible, parents, NO_PARENT),
-            torch.where(possible, confidence.gather(1, at), 0.0),
+            torch.where(possible | likely.isnan(), likely, 0.0),
             source,
         )
 

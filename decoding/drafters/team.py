@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor
 
 from decoding.batcher import Nodes
@@ -15,7 +18,10 @@ from decoding.sequence import Sequence, SequenceId
 from decoding.verify import Verdict
 from models.batch import PAGE_SIZE, RaggedBatch
 from models.target import ForwardOutput
+from models.transfer import fetch
 from models.tree import Trees
+
+logger = logging.getLogger("saccade.engine")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class DrafterTeam:
         self._ranking = [d for d in drafters if d.needs.top]
         self._guessing = [(bit, d) for bit, d in enumerate(drafters) if d.needs.host]
         self._drafting = [(bit, d) for bit, d in enumerate(drafters) if not d.needs.host]
+        self._doubts: dict[str, Callable[[], list[np.ndarray]]] = {}  # on a device: whether the last trees were broken
+        self._broken: set[str] = set()  # drafters of which the log says so
 
     @property
     def seconds(self) -> float:
@@ -89,10 +97,37 @@ class DrafterTeam:
                 continue
             started = time.perf_counter()
             trees = drafter.propose(plan, quota, sampling)
+            if trees is not None and not drafter.needs.host:
+                trees = self._sound(drafter.name, trees)
             if trees is not None:
                 proposals.append(Proposal(bit, sampling.permitted(trees)))
             self.taken[drafter.name] += time.perf_counter() - started
         return proposals
+
+    def _sound(self, name: str, trees: Trees) -> Trees:
+        """A model's trees, in which guesses by logits that are no numbers (a confidence of NaN) are worth nothing.
+
+        On a device the log says so when the drafter is asked again: the host does not wait to know.
+        """
+        broken = trees.confidence.isnan().any()
+        if trees.tokens.device.type == "cpu":
+            if not broken:
+                return trees
+            self._complain(name)
+        else:
+            before, self._doubts[name] = self._doubts.get(name), fetch(broken)
+            if before is not None and before()[0]:
+                self._complain(name)
+        return replace(trees, confidence=trees.confidence.nan_to_num(0.0))
+
+    def _complain(self, name: str) -> None:
+        if name not in self._broken:
+            self._broken.add(name)
+            logger.warning(
+                "%s: the logits of this drafter are no numbers, so what it drafts counts as nothing: texts stay right, "
+                "but it only costs time. Its checkpoint is broken, or computes values that its dtype cannot hold",
+                name,
+            )
 
     def with_top(self, out: ForwardOutput, logits: Tensor, limits: Quota, sampling: Sampling) -> ForwardOutput:
         """The output with the likeliest tokens of each node, if a drafter wants them that was asked in this step.

@@ -22,7 +22,7 @@ class Verdict:
 
     accepted: Tensor  # [S] int64, number m of drafted nodes on the accepted path
     path: Tensor  # [S, D] int64, columns of those nodes in the tree, top down, padded with -1
-    bonus: Tensor  # [S] int64, token drawn at the last accepted node
+    bonus: Tensor  # [S] int64, token drawn at the last accepted node; NOT_A_TOKEN where its logits are no numbers
     tokens: Tensor  # [S, D + 1] int64, the accepted tokens and the bonus, padded with -1
     drawn: Tensor | None = None  # [W] int64, token drawn at each node, at least where ``verify`` is asked for it
 

@@ -69,4 +69,4 @@ def _best_end(accepted: Tensor, logprobs: Tensor, masks: Tensor) -> Tensor:
 def _bonus(x: Tensor, row: Tensor, depth: Tensor, sampling: Sampling) -> Tensor:
     drawn = sampling.draw(x, row, depth)
     likeliest = sampling.table.rules.likeliest
-    return drawn if likeliest is None else torch.where(likeliest[row], x.argmax(dim=1), drawn)
+    return drawn if likeliest is None else torch.where(likeliest[row] & (drawn >= 0), x.argmax(dim=1), drawn)

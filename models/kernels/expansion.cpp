@@ -62,7 +62,10 @@ Level next_beam(const Tensor& guesses, const Tensor& confidence, const Tensor& c
   for (int64_t row = 0; row < rows; ++row) {
     TORCH_CHECK((base[row] + scratch + size) / kPage < pages, "next_beam: row ", row, " has no room");
     starts[row] = static_cast<int32_t>(row * size);
-    for (int64_t i = 0; i < candidates; ++i) probability[i] = reached[row * wide + i / k] * likely[row * candidates + i];
+    for (int64_t i = 0; i < candidates; ++i) {
+      const float chance = reached[row * wide + i / k] * likely[row * candidates + i];
+      probability[i] = chance == chance ? chance : 0;  // NaN, of a broken model, has no place in an order
+    }
     std::iota(order.begin(), order.end(), 0);
     std::partial_sort(order.begin(), order.begin() + size, order.end(), [&](int64_t a, int64_t b) {
       return probability[a] != probability[b] ? probability[a] > probability[b] : a < b;

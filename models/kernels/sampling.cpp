@@ -2,6 +2,7 @@
 //
 // Compiled with -ffp-contract=off: scores must have the bits that PyTorch's separate operations give, or the sampler's
 // paths would disagree on near ties.
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -143,6 +144,14 @@ struct Best {
   T value;
   int64_t id;
 };
+
+constexpr int64_t kNotAToken = -2;  // NOT_A_TOKEN of decoding/sampling_ops.py
+
+// The token of a draw: none where the best of the logits is no finite number.
+template <typename T>
+int64_t drawn(const Best<T>& best) {
+  return std::isfinite(best.value) ? best.id : kNotAToken;
+}
 
 template <typename T>
 inline T score(T x, T temperature, T noise, Formula formula) {
@@ -303,7 +312,7 @@ at::Tensor best_ids(const at::Tensor& logits) {
     parallel_tasks(rows, rows * ids / 8, [&](int64_t row) {
       Best<T> best = {0, 0};
       scan<T, kPlain>(from + row * logits.stride(0), nullptr, 0, 0, ids, 1, &best);
-      to[row] = best.id;
+      to[row] = drawn(best);
     });
   });
   return out;
@@ -316,7 +325,7 @@ at::Tensor sample_rows(const at::Tensor& logits, const at::Tensor& temperature, 
   for_logits(logits, "sample_rows", [&](auto type) {
     using T = decltype(type);
     best_of_rows<T>(logits, temperature, noise, noise_row, 1, kDivide,
-                    [&](int64_t row, const Best<T>* best) { to[row] = best[0].id; });
+                    [&](int64_t row, const Best<T>* best) { to[row] = drawn(best[0]); });
   });
   return out;
 }

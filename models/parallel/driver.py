@@ -100,9 +100,9 @@ class Driver:
         self.line.send(Call.FORWARD, (model, cache.number, layers, *BatchSizes.of(batch)), batch_tensors(batch))
 
     def free_memory(self) -> list[int]:
-        """Bytes of the device that are free, by rank, without this one's: it has 0."""
+        """Bytes that are free on the CUDA devices of the other ranks."""
         self.line.send(Call.FREE)
-        return [int(said or 0) for said in self._ranks.tell("")]
+        return [int(said) for said in self._ranks.tell("")[1:]]
 
     def stop(self) -> None:
         """Have the other ranks end.

@@ -16,8 +16,9 @@ from models.parallel.ranks import Ranks
 
 def fits(config: ModelConfig, size: int) -> bool:
     """Whether a model can be spread over so many ranks."""
-    shared = config.num_kv_heads % size == 0 or size % config.num_kv_heads == 0
-    return shared and config.num_heads % size == 0 and config.mlp_size % size == 0 and config.vocab_size >= size
+    if size < 1 or config.num_heads % size or config.mlp_size % size or config.vocab_size < size:
+        return False
+    return config.num_kv_heads % size == 0 or size % config.num_kv_heads == 0
 
 
 def check_fits(config: ModelConfig, size: int) -> None:

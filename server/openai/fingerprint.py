@@ -31,6 +31,6 @@ def fingerprint(info: EngineInfo, tokenizer: Tokenizer, seed: int | None) -> str
     facts = [
         *(server_version(), info.model, info.max_model_len, info.vocab_size, info.eos_token_ids),
         *(info.dtype, info.device, info.quantization, info.acceptance, info.default_sampling),
-        *(tokenizer.chat_source, seed),
+        *(info.tensor_parallel_size, tokenizer.chat_source, seed),  # sums over ranks round otherwise
     ]
     return "fp_" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:DIGITS]

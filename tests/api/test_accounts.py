@@ -44,6 +44,7 @@ def test_one_server_has_one_fingerprint() -> None:
         {"dtype": "bfloat16"},
         {"quantization": "int8"},
         {"acceptance": "typical"},
+        {"tensor_parallel_size": 2},
         {"default_sampling": {"temperature": 0.5}},
         {"settings": ServerSettings(("demo",), seed=4)},
         {"template": "{{ messages[0].content }}"},

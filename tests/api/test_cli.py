@@ -34,7 +34,8 @@ def test_every_flag_arrives() -> None:
         "--max-model-len 100 --max-num-seqs 4 --max-num-batched-tokens 64 --max-nodes 5 --max-depth 0 "
         "--plan fixed:nodes=5 --acceptance typical:epsilon=0.2 "
         "--kv-cache-memory 512M --gpu-memory-utilization 0.5 --num-pages 9 --no-prefix-caching --attention reference "
-        "--enforce-eager --threads 2 --generation-config vllm --served-model-name a b --host 0.0.0.0 --port 0"
+        "--enforce-eager --threads 2 -tp 2 --draft-tensor-parallel-size 2 "
+        "--generation-config vllm --served-model-name a b --host 0.0.0.0 --port 0"
     )
     args = parse(flags.split())
     assert engine_config(args) == EngineConfig(
@@ -59,6 +60,8 @@ def test_every_flag_arrives() -> None:
         attention="reference",
         enforce_eager=True,
         threads=2,
+        tensor_parallel_size=2,
+        draft_tensor_parallel_size=2,
     )
     assert args.served_model_name == ["a", "b"]
 

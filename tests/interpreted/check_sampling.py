@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from decoding.noise import as_int64, gumbel
-from decoding.sampling_ops import DeviceSamplingOps
+from decoding.sampling_ops import NOT_A_TOKEN, DeviceSamplingOps
 from decoding.triton_sampling import PART, TritonSamplingOps
 
 PLAIN, FUSED = DeviceSamplingOps(), TritonSamplingOps()
@@ -56,6 +56,15 @@ def test_the_lowest_id_wins_a_tie_across_parts() -> None:
     x[0, [PART + 3, 2 * PART]] = 1.0
     x[1, [5, PART]] = 1.0
     assert FUSED.best(x).tolist() == [PART + 3, 5, 0]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_rows_without_a_number_have_no_token(number: float) -> None:
+    x = torch.zeros(2, PART + 5)
+    x[1] = number
+    assert FUSED.best(x).tolist() == [0, NOT_A_TOKEN]
+    noise, warmth = torch.zeros(1, PART + 5), torch.ones(2)
+    assert FUSED.draw(x, warmth, noise, torch.tensor([0, 0])).tolist() == [0, NOT_A_TOKEN]
 
 
 def test_a_draw_does_not_depend_on_the_other_rows() -> None:

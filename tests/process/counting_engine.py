@@ -81,6 +81,9 @@ class CountingEngine:
             requests_finished=self._finished,
         )
 
+    def check_health(self) -> None:
+        """It needs nobody else."""
+
     def close(self) -> None:
         self._open.clear()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from decoding.drafters.lookahead_states import Draws, FusedStates, PlainStates, WindowRules
+from decoding.drafters.lookahead_states import Draws, FusedStates, PlainStates, WindowRules, Wish
 from decoding.drafters.ngram_pool import MAX_KEYS
 from models import kernels
 from models.tree import GUESSED, NO_PARENT, PINS, Trees, ancestor_masks
@@ -58,7 +58,8 @@ class Twins:
         nodes = [self.luck.choice([0, 3, 12, 30, 63]) for _ in numbers]
         depths = [self.luck.choice([1, 4, 8, 12]) for _ in numbers]
         draws, self.draws = self.draws, None
-        found, expected = [states.trees(numbers, texts, nodes, depths, BIT, draws) for states in reversed(self.both)]
+        wish = Wish(numbers, texts, nodes, depths, BIT)
+        found, expected = [states.trees(wish, draws) for states in reversed(self.both)]
         assert found[1] == expected[1]
         for ours, theirs in zip(found[0], expected[0], strict=True):
             assert ours.dtype == theirs.dtype
@@ -124,7 +125,7 @@ def test_the_pool_is_bounded_and_forgets_what_was_used_longest_ago() -> None:
     numbers = [states.begin(0) for states in both]
     for length in range(4, len(text), 300):
         given = [text[:length]], [30], [8], BIT
-        ours, theirs = (states.trees([number], *given)[0] for states, number in zip(both, numbers, strict=True))
+        ours, theirs = (states.trees(Wish([number], *given))[0] for states, number in zip(both, numbers, strict=True))
         assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
         assert both[0].usage() == both[1].usage()
     texts, grams = both[1].usage()
@@ -136,7 +137,7 @@ def test_pins_and_guesses_are_told_apart() -> None:
     states = FusedStates(WindowRules(3, 2, 7))
     number = states.begin(1)
     text = torch.tensor([5, 6, 7, 8, 9, 5])
-    arrays, [width] = states.trees([number], [text], [63], [8], BIT)
+    arrays, [width] = states.trees(Wish([number], [text], [63], [8], BIT))
     trees = Trees(*arrays)
     assert width == 2
     guessed = trees.source[0] == 1 << BIT
@@ -151,10 +152,10 @@ def test_what_does_not_fit_is_refused() -> None:
     number = states.begin(0)
     text, one = torch.tensor([1, 2, 3]), torch.tensor([0])
     with pytest.raises(IndexError, match="text 9 is not under way"):
-        states.trees([9], [text], [8], [8], BIT)
+        states.trees(Wish([9], [text], [8], [8], BIT))
     with pytest.raises(ValueError, match="a number and limits for each row"):
-        states.trees([number], [text], [8, 8], [8], BIT)
-    states.trees([number], [text], [30], [8], BIT)
+        states.trees(Wish([number], [text], [8, 8], [8], BIT))
+    states.trees(Wish([number], [text], [30], [8], BIT))
     with pytest.raises(ValueError, match="a first node for each row"):
         states.learn([number], one, one, one, torch.tensor([0, 1]))
     with pytest.raises(IndexError, match="row 0 has no such nodes"):

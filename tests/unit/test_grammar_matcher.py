@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import string
+from concurrent.futures import wait
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding.errors import RequestError
-from decoding.grammar.compiler import LIMITS, BackgroundCompiler, GrammarCompiler, outcome
+from decoding.grammar.compiler import KEPT, LIMITS, BackgroundCompiler, GrammarCompiler, outcome
 from decoding.grammar.masks import GrammarMasks, unpacked_anywhere, unpacked_by_host
 from decoding.grammar.matcher import Matcher, words_of
 from decoding.request import MAX_GRAMMAR_BYTES, Grammar
@@ -22,6 +26,7 @@ from tests.grammars import CHOICES, GRAMMARS, SCHEMA, choice, compiled, compiler
 WHOLE = 8192  # the demo tokenizer's vocabulary
 END = 0  # its end of text
 CPU = torch.device("cpu")
+STATUS = Path("/proc/self/status")
 
 
 def allowed(state: Matcher, path: tuple[int, ...] = ()) -> set[int] | None:
@@ -366,6 +371,42 @@ def test_compiled_grammars_are_kept_and_failures_are_not() -> None:
                 outcome(background.start(regex("(")))
     finally:
         background.close()
+
+
+def test_what_is_kept_is_bounded_by_number_and_by_size() -> None:
+    background = BackgroundCompiler(compiler())
+    try:
+        first = background.start(regex("A+"))
+        for number in range(KEPT - 1):
+            background.start(regex(f"A{{{number + 1}}}"))
+        assert background.start(regex("A+")) is first
+        large = [choice(*(f"{place} {'x' * 190} {number}" for number in range(300))) for place in range(10)]
+        futures = [background.start(grammar) for grammar in large]
+        wait(futures)
+        assert background.start(large[-1]) is futures[-1]
+        assert background.start(large[0]) is not futures[0]  # 600 KB in all
+        assert background.start(regex("A+")) is not first
+    finally:
+        background.close()
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="resident memory is read from Linux's /proc")
+def test_a_hostile_grammar_has_a_small_memory() -> None:
+    """It asks which of the last forty characters were an A: another state of the lexer for each text, without end."""
+    hostile = compiler(WHOLE).compile(regex("([a-z ]*a[a-z ]{40}b|[a-z ]*c[a-z ]{37}d)[^~]*"))
+    letters = [token for byte, token in by_byte().items() if chr(byte) in string.ascii_lowercase]
+    dice, before = random.Random(1), resident()
+    for _ in range(20):
+        text = hostile.start.deep_copy()
+        while not text.is_error():
+            text.compute_bitmask()
+            text.consume_token(dice.choice(letters))
+        assert "too many states" in text.get_error()
+    assert resident() - before < 30 * 2**20
+
+
+def resident() -> int:
+    return int(STATUS.read_text().split("VmRSS:")[1].split()[0]) * 1024
 
 
 def test_the_judge_of_these_tests_knows_wrong_from_right() -> None:

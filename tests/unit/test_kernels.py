@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoding.sampling_ops import CpuSamplingOps, TorchSamplingOps
+from decoding.sampling_ops import NOT_A_TOKEN, CpuSamplingOps, TorchSamplingOps
 from models import kernels
 from models.kernels import build
 
@@ -105,7 +105,7 @@ def test_topk_rows(k: int, divide: bool) -> None:
     assert torch.equal(ids, order[:, :k])
 
 
-def test_lowest_id_wins_and_banned_rows_still_answer() -> None:
+def test_the_lowest_id_wins_and_rows_without_a_number_have_no_token() -> None:
     logits = torch.zeros(3, 1000)
     logits[0, [700, 300]] = 1.0
     logits[1] = -torch.inf
@@ -113,7 +113,7 @@ def test_lowest_id_wins_and_banned_rows_still_answer() -> None:
     logits[2, 5] = 0.0
     none = torch.tensor([-1, -1, -1])
     drawn = torch.ops.saccade.sample_rows(logits, torch.ones(3), torch.empty(0, 1000), none)
-    assert drawn.tolist() == [300, 0, 5]
+    assert drawn.tolist() == [300, NOT_A_TOKEN, 5]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -123,7 +123,8 @@ def test_best_ids(dtype: torch.dtype) -> None:
     logits[4, 1:] = torch.nan
     best = torch.ops.saccade.best_ids(logits[:, :999])
     expected = logits[:, :999].nan_to_num(-torch.inf, neginf=-torch.inf)
-    assert best.tolist() == [int((row == row.max()).nonzero()[0]) for row in expected]
+    first = [int((row == row.max()).nonzero()[0]) for row in expected]
+    assert best.tolist() == [*first[:3], NOT_A_TOKEN, *first[4:]]
 
 
 def test_parameters_of_nodes_are_those_of_their_rows() -> None:

@@ -64,6 +64,19 @@ def test_prices_reach_as_far_as_any_step() -> None:
     assert costs.at(3) == pytest.approx(2.0)
     assert costs.at(104) == pytest.approx(52.5)  # along the last slope
     assert costs.at(10 * LARGEST) == costs.at(LARGEST)
+    larger = CostModel(CostTable((1, 4), (1.0, 2.5)), 10 * LARGEST)
+    assert larger.at(10 * LARGEST) == pytest.approx(0.5 + 5 * LARGEST)
+    assert larger.steps()[: LARGEST + 1].tolist() == costs.steps().tolist()
+
+
+def test_long_chunks_of_prompts_do_not_make_short_steps_dear() -> None:
+    """A step of four times the tokens that takes four times as long is no news."""
+    table = CostTable((1, 4), (1.0, 2.5))
+    costs = CostModel(table, 4 * LARGEST)
+    for _ in range(200):
+        costs.learn_step(4 * LARGEST, 1, 0, 0.5 + 2 * LARGEST)
+    assert costs.moved == pytest.approx(0.0, abs=1e-6)
+    assert costs.at(4) == pytest.approx(2.5, rel=1e-3)
 
 
 def sequence(number: int, text: list[int], given: int) -> Sequence:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding.cache import SequenceCache, pages_for
 from decoding.plan import Plan
-from decoding.prefix_cache import PrefixCache
+from decoding.prefix_cache import PrefixCache, PrefixHit
 from decoding.request import GenerateRequest, SamplingParams
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
@@ -19,6 +20,16 @@ from tests.engines import VOCAB, make_engine, run, tiny_decoder
 CPU = torch.device("cpu")
 
 
+class CountedPrefixes(PrefixCache):
+    """Counts how often a text is looked up."""
+
+    looked_up = 0
+
+    def match(self, token_ids: np.ndarray, salt: str) -> PrefixHit:
+        self.looked_up += 1
+        return super().match(token_ids, salt)
+
+
 class Bench:
     """A scheduler over real pages; ``step`` does what a forward pass and a commit of one token per row would."""
 
@@ -26,7 +37,8 @@ class Bench:
         self, *, pages: int = 100, budget: int = 1000, max_num_seqs: int = 8, prefix_caching: bool = True
     ) -> None:
         kv = KVCache(KVSpec(1, 1, 1, 1), pages, torch.float32, CPU)
-        self.cache = SequenceCache(kv, PrefixCache(pages, enabled=prefix_caching), lambda bit, sequence: 0, ())
+        self.prefixes = CountedPrefixes(pages, enabled=prefix_caching)
+        self.cache = SequenceCache(kv, self.prefixes, lambda bit, sequence: 0, ())
         self.admitted: list[str] = []
         self.preempted: list[str] = []
         self.scheduler = Scheduler(
@@ -119,6 +131,50 @@ def test_a_large_request_is_not_overtaken_by_small_ones() -> None:
     while bench.sequences:
         bench.step()
     assert bench.admitted == ["a", "large", "small"]
+
+
+def test_who_waits_for_room_is_not_looked_up_in_every_step() -> None:
+    bench = Bench(pages=12)
+    bench.add("a", 2 * PAGE_SIZE, max_tokens=40)
+    bench.add("b", 2 * PAGE_SIZE, max_tokens=20)
+    bench.step()
+    bench.add("large", 9 * PAGE_SIZE, max_tokens=5)
+    looked_up = []
+    while bench.sequences:
+        before = bench.prefixes.looked_up
+        bench.step()
+        looked_up.append(bench.prefixes.looked_up - before)
+    assert bench.admitted == ["a", "b", "large"]
+    assert looked_up[0] == 1, "there is no room"
+    assert sum(looked_up) == 3, "again when b has left, and when a has"
+    assert looked_up.index(1, 1) == 19, "at once: b wrote its first token before"
+
+
+def test_who_waits_for_room_is_let_in_when_others_have_computed_its_prompt() -> None:
+    """Nothing comes free, but less is needed."""
+    shared = tuple(number % VOCAB for number in range(6 * PAGE_SIZE))
+    bench = Bench(pages=11, budget=PAGE_SIZE)
+    bench.add("first", (*shared, 1), max_tokens=40)
+    bench.step()
+    bench.add("second", (*shared, 2), max_tokens=3)
+    admitted_at = None
+    for step in range(20):
+        bench.step()
+        if admitted_at is None and "second" in bench.admitted:
+            admitted_at = step
+    assert admitted_at is not None
+    assert admitted_at <= 6, "as soon as the pages are there"
+    assert "first" not in bench.finished
+
+
+def test_a_waiting_request_gets_in_when_nobody_runs_any_more() -> None:
+    """The watermark is kept for others only: there need be no page more than when it was turned away."""
+    bench = Bench(pages=5)
+    bench.add("a", PAGE_SIZE - 2, max_tokens=40)
+    bench.add("b", 4 * PAGE_SIZE, max_tokens=PAGE_SIZE)
+    while bench.sequences:
+        bench.step()
+    assert bench.finished == ["a", "b"]
 
 
 def test_admission_leaves_room_to_grow() -> None:

@@ -13,6 +13,7 @@ import triton.language as tl
 
 TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 NOWHERE = tl.constexpr(2**31 - 1)  # an id that no token has
+NOT_A_TOKEN = tl.constexpr(-2)  # that of decoding/sampling_ops.py
 
 
 @triton.jit
@@ -69,10 +70,13 @@ def best_of_parts(
     values, ids, out, parts,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows. The best of a row's parts."""
+    """Grid: rows. The best of a row's parts; NOT_A_TOKEN where it is no finite number."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     within = part < parts
     value = tl.load(values + row * parts + part, mask=within, other=-float("inf"))
     place = tl.load(ids + row * parts + part, mask=within, other=NOWHERE)
-    tl.store(out + row, tl.min(tl.where(value == tl.max(value, 0), place, NOWHERE), 0).to(tl.int64))
+    best = tl.max(value, 0)
+    drawn = tl.min(tl.where(value == best, place, NOWHERE), 0)
+    finite = (best > -float("inf")) & (best < float("inf"))  # false for NaN
+    tl.store(out + row, tl.where(finite & (drawn < NOWHERE), drawn, NOT_A_TOKEN).to(tl.int64))
