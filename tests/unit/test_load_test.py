@@ -31,7 +31,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def test_a_planted_slowdown_is_found(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with fake_server(Script(gap=0.02)) as fast, fake_server(Script(gap=0.08)) as slow:
+    with fake_server(Script(gap=0.05)) as fast, fake_server(Script(gap=0.2)) as slow:
         load = ["--concurrency", "4", "--num-prompts", "24"]
         found = bench(out, "--base-url", fast.url, "--vs", slow.url, *load, "--html", str(out.with_suffix(".html")))
     ratios = {ratio["metric"]: ratio for ratio in found["ratios"]}
