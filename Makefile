@@ -23,7 +23,7 @@ KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kern
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-schemas rehearse-image lint faults soak overload bench-quick bench-matrix bench-offline bench-compare \
-    bench-drafters bench-structured bench-gpu bench-first-token bench-http bench-http-cost bench-report clients llama-cpp clean
+    bench-drafters bench-structured bench-gpu bench-first-token bench-http bench-http-cost bench-report clients check-dashboard llama-cpp clean
 
 help:
 	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
@@ -33,6 +33,7 @@ help:
 	@echo "make test-schemas  set up, then hold the demo model to 300 JSON schemas, 20 texts each (CI: 2)"
 	@echo "make lint          set up, then lint and types only"
 	@echo "make clients       set up, then run real clients of OpenAI's API, each in an environment of its own (CLIENTS=\"NAME ...\")"
+	@echo "make check-dashboard  set up, then ask a Prometheus all that the dashboard asks, of the demo model under load (ARGS=\"--prometheus PROGRAM\")"
 	@echo "make rehearse-image  set up, then go through docker/Dockerfile without Docker, in a folder (ARGS=\"--build-arg NAME=VALUE\")"
 	@echo "make faults        set up, then the fault tests at full size, on the demo model as well"
 	@echo "make soak          set up, then half an hour of mixed load; memory and descriptors must stay flat (ARGS=--minutes 2)"
@@ -91,6 +92,9 @@ clients: setup
 
 rehearse-image: setup
 	$(BIN)/python -m tests.image.rehearse $(ARGS)
+
+check-dashboard: setup
+	$(BIN)/python -m tests.dashboard.ask_prometheus $(ARGS)
 
 faults: setup
 	FAULTS=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/process/test_faults.py $(ARGS)
