@@ -24,7 +24,7 @@ KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kern
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-schemas rehearse-image lint faults soak overload bench-quick bench-matrix bench-offline bench-compare \
-    bench-drafters bench-structured bench-gpu bench-http bench-report clients serve-ray test-ray llama-cpp clean
+    bench-drafters bench-structured bench-gpu bench-http bench-report clients check-dashboard serve-ray test-ray llama-cpp clean
 
 help:
 	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
@@ -36,6 +36,7 @@ help:
 	@echo "make clients       set up, then run real clients of OpenAI's API, each in an environment of its own (CLIENTS=\"NAME ...\")"
 	@echo "make serve-ray     serve two replicas of the demo model with Ray Serve, in an environment of its own (ARGS)"
 	@echo "make test-ray      the same environment, then start replicas and kill them: minutes"
+	@echo "make check-dashboard  set up, then ask a Prometheus all that the dashboard asks, of the demo model under load (ARGS=\"--prometheus PROGRAM\")"
 	@echo "make rehearse-image  set up, then go through docker/Dockerfile without Docker, in a folder (ARGS=\"--build-arg NAME=VALUE\")"
 	@echo "make faults        set up, then the fault tests at full size, on the demo model as well"
 	@echo "make soak          set up, then half an hour of mixed load; memory and descriptors must stay flat (ARGS=--minutes 2)"
@@ -105,6 +106,9 @@ test-ray: $(RAY)/.kernels
 
 rehearse-image: setup
 	$(BIN)/python -m tests.image.rehearse $(ARGS)
+
+check-dashboard: setup
+	$(BIN)/python -m tests.dashboard.ask_prometheus $(ARGS)
 
 faults: setup
 	FAULTS=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/process/test_faults.py $(ARGS)
