@@ -16,6 +16,7 @@ GUESSERS := ngram suffix:max_cache_mb=16 retrieval=build/stdlib.store recycling 
 
 VENV := .venv
 BIN := $(VENV)/bin
+RAY := build/ray
 LLAMA := build/llama.cpp
 LLAMA_VERSION := 0.3.36
 LLAMA_SOURCES := build/llama-source
@@ -23,7 +24,7 @@ KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kern
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-schemas rehearse-image lint faults soak overload bench-quick bench-matrix bench-offline bench-compare \
-    bench-drafters bench-structured bench-gpu bench-http bench-report clients check-dashboard llama-cpp clean
+    bench-drafters bench-structured bench-gpu bench-http bench-report clients check-dashboard serve-ray test-ray llama-cpp clean
 
 help:
 	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
@@ -33,6 +34,8 @@ help:
 	@echo "make test-schemas  set up, then hold the demo model to 300 JSON schemas, 20 texts each (CI: 2)"
 	@echo "make lint          set up, then lint and types only"
 	@echo "make clients       set up, then run real clients of OpenAI's API, each in an environment of its own (CLIENTS=\"NAME ...\")"
+	@echo "make serve-ray     serve two replicas of the demo model with Ray Serve, in an environment of its own (ARGS)"
+	@echo "make test-ray      the same environment, then start replicas and kill them: minutes"
 	@echo "make check-dashboard  set up, then ask a Prometheus all that the dashboard asks, of the demo model under load (ARGS=\"--prometheus PROGRAM\")"
 	@echo "make rehearse-image  set up, then go through docker/Dockerfile without Docker, in a folder (ARGS=\"--build-arg NAME=VALUE\")"
 	@echo "make faults        set up, then the fault tests at full size, on the demo model as well"
@@ -87,6 +90,19 @@ test-schemas: setup
 
 clients: setup
 	$(BIN)/python -m tests.clients.run $(CLIENTS)
+
+# Ray brings some thirty packages, so it has an environment of its own.
+$(RAY)/.kernels: $(VENV)/.venv pyproject.toml constraints.txt $(KERNEL_SOURCES)
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]' pytest openai
+	$(RAY)/bin/python -m models.kernels.build
+	@touch $@
+
+serve-ray: $(RAY)/.kernels
+	exec $(RAY)/bin/saccade ray docker/ray/serve.yaml $(ARGS)
+
+test-ray: $(RAY)/.kernels
+	$(RAY)/bin/python -m pytest $(wildcard tests/ray/check_*.py) $(ARGS)
 
 rehearse-image: setup
 	$(BIN)/python -m tests.image.rehearse $(ARGS)
