@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import logging
 import os
 import secrets
 import signal
 import sys
+import time
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from decoding.command_line import StrictParser
 from decoding.errors import ConfigError
+from server.log import own_process_log
 from server.ray.proxy_middleware import FLAGS, HOOK, HOOK_VALUE
 from server.ray.replica_settings import ReplicaSettings
 
 APPLICATION = "server.ray.deployment:build"
+HOST, PORT = "127.0.0.1", 8000  # Ray's defaults
+WATCH_SECONDS = 1.0
+MESSAGE_CHARS = 2000  # of why a replica could not be started
+
+log = logging.getLogger("saccade")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,8 +39,13 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("Ray is not installed; run: pip install 'saccade[ray]'")
-    set_environment(os.environ, replicas_of(args.config), own=args.address is None)
-    _run(args)
+    content = read_config(args.config)
+    application = application_of(content)
+    settings = ReplicaSettings.of(application.get("args") or {})
+    set_environment(os.environ, settings, own=args.address is None)
+    own_process_log("text", "info")
+    http = content.get("http_options") or {}
+    _run(args, str(application.get("name", "default")), f"http://{http.get('host', HOST)}:{http.get('port', PORT)}")
     return 0
 
 
@@ -47,11 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def replicas_of(config: str) -> ReplicaSettings:
-    """What a config file's application serves.
+def read_config(config: str) -> dict[str, Any]:
+    """A config file of Ray Serve.
 
     Raises:
-        ConfigError: there is no such file, or it has no application of ours.
+        ConfigError: there is no such file, or it is none.
     """
     import yaml
 
@@ -60,12 +74,25 @@ def replicas_of(config: str) -> ReplicaSettings:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no YAML"
         raise ConfigError(f"{config} cannot be read: {reason}; give a config file of Ray Serve") from error
-    applications = content.get("applications") if isinstance(content, dict) else None
-    ours = [each for each in applications or () if isinstance(each, dict) and each.get("import_path") == APPLICATION]
+    if not isinstance(content, dict):
+        raise ConfigError(f"{config} is no config file of Ray Serve; docker/ray/serve.yaml is an example")
+    return content
+
+
+def application_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The application of ours in a config file.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    ours: list[dict[str, Any]] = [
+        each
+        for each in content.get("applications") or ()
+        if isinstance(each, dict) and each.get("import_path") == APPLICATION
+    ]
     if len(ours) != 1:
-        raise ConfigError(f"{config} must have one application with import_path: {APPLICATION}; it has {len(ours)}")
-    arguments: dict[str, Any] = ours[0].get("args") or {}
-    return ReplicaSettings.of(arguments)
+        raise ConfigError(f"the config file must have one application with import_path: {APPLICATION}, not {len(ours)}")
+    return ours[0]
 
 
 def set_environment(environment: MutableMapping[str, str], settings: ReplicaSettings, *, own: bool) -> None:
@@ -84,17 +111,45 @@ def set_environment(environment: MutableMapping[str, str], settings: ReplicaSett
         environment.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, name: str, address: str) -> None:
     import ray
+    from ray import serve
     from ray.serve.scripts import run
 
-    own = {} if args.address is not None else {"include_dashboard": False, "_temp_dir": args.temp_dir}
-    ray.init(address=args.address or "local", namespace="serve", **own)
+    own = args.address is None
+    local = {"include_dashboard": False, "_temp_dir": args.temp_dir} if own else {}
+    ray.init(address=args.address or "local", namespace="serve", **local)
     signal.signal(signal.SIGTERM, _interrupt)  # not before: Ray sets a handler of its own
     try:
-        run.main([args.config], standalone_mode=False)  # until ctrl-C: it drains the replicas then
+        with contextlib.suppress(KeyboardInterrupt):
+            run.main([args.config, "--non-blocking"], standalone_mode=False)
+            _watch(name, address)
+        # the replicas first: with all of Serve the proxies would go at once, and streams with them
+        serve.delete(name)
+        if own:
+            serve.shutdown()
     finally:
         ray.shutdown()
+
+
+def _watch(name: str, address: str) -> NoReturn:
+    """Say when requests can come; returns by KeyboardInterrupt only.
+
+    Raises:
+        ConfigError: no replica can be started.
+    """
+    from ray import serve
+
+    ready = False
+    while True:
+        application = serve.status().applications.get(name)
+        state = None if application is None else str(application.status.value)
+        if application is not None and state == "DEPLOY_FAILED":
+            raise ConfigError(f"the replicas cannot be started: {application.message.strip()[-MESSAGE_CHARS:]}")
+        if state == "RUNNING" and not ready:
+            ready = True
+            log.info("ready     %s/v1", address)
+        time.sleep(WATCH_SECONDS)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

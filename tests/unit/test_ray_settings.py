@@ -9,12 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 from starlette.types import Receive, Scope, Send
 
 from decoding.errors import ConfigError
 from server.limits import Limits
-from server.ray.launch import APPLICATION, replicas_of, set_environment
+from server.ray.launch import APPLICATION, application_of, read_config, set_environment
 from server.ray.operations import OperationsServer
 from server.ray.proxy_middleware import FLAGS, HOOK, HOOK_VALUE
 from server.ray.replica_settings import ReplicaSettings
@@ -24,20 +23,18 @@ CONFIG = ROOT / "docker" / "ray" / "serve.yaml"
 
 
 def content() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
-    return found
+    return read_config(str(CONFIG))
 
 
 def test_the_example_serves_the_demo_on_the_loopback_interface() -> None:
-    settings = replicas_of(str(CONFIG))
+    application = application_of(content())
+    settings = ReplicaSettings.of(application["args"])
     config, served, _ = settings.parsed()
     assert (ROOT / config.model / "config.json").is_file()
     assert content()["http_options"]["host"] == "127.0.0.1"
     assert len(settings.ports()) >= 4
     assert settings.metrics_host == "127.0.0.1"
-    [application] = content()["applications"]
     [deployment] = application["deployments"]
-    assert application["import_path"] == APPLICATION
     assert deployment["graceful_shutdown_timeout_s"] > served.limits.shutdown_timeout
     assert deployment["autoscaling_config"]["target_ongoing_requests"] < config.max_num_seqs
     assert deployment["autoscaling_config"]["max_replicas"] <= len(settings.ports())
@@ -95,9 +92,9 @@ def test_the_environment_has_what_proxies_need_and_no_open_port() -> None:
     [
         (None, "cannot be read"),
         ("{", "no YAML"),
-        ("[]", "it has 0"),
-        ("applications: [{import_path: other:app}]", "it has 0"),
-        (f"applications: [{{import_path: '{APPLICATION}', args: {{serv: m}}}}]", "did you mean 'serve'"),
+        ("[]", "is no config file"),
+        ("applications: [{import_path: other:app}]", "not 0"),
+        (f"applications: [{{import_path: '{APPLICATION}'}}, {{import_path: '{APPLICATION}'}}]", "not 2"),
     ],
 )
 def test_a_wrong_config_file_says_what_is_missing(text: str | None, part: str, tmp_path: Path) -> None:
@@ -105,7 +102,7 @@ def test_a_wrong_config_file_says_what_is_missing(text: str | None, part: str, t
     if text is not None:
         file.write_text(text)
     with pytest.raises(ConfigError, match=part):
-        replicas_of(str(file))
+        application_of(read_config(str(file)))
 
 
 def test_each_replica_takes_a_port_and_shows_operations_only() -> None:
