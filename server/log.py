@@ -57,6 +57,7 @@ def set_up_log(form: LogFormat, level: LogLevel) -> None:
     root = logging.getLogger()
     root.setLevel(max(least, logging.WARNING))
     logging.getLogger("saccade").setLevel(least)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that have left, as often as they like
     shown = form == "json" or least <= logging.DEBUG
     logging.getLogger(REQUESTS).setLevel(least if shown else max(least, logging.WARNING))
     formatter = JsonFormatter() if form == "json" else TextFormatter()

@@ -21,6 +21,7 @@ from server.latencies import Latencies, RequestTimes
 from server.limits import Limits
 from server.observation import Observation
 from server.observation_flags import observation
+from server.security import Security
 from server.tallies import Tally, add_tally, histogram
 from tests.api.families import CALL, HERMES, TOOLS, WEATHER
 from tests.api.harness import SETTINGS, api, eventually, fake, ids, live, saying
@@ -227,6 +228,16 @@ def test_refusals_of_a_full_server_name_the_limit() -> None:
     assert found(errors, "/v1/completions", "deadline_exceeded", "") == 1
     assert found("saccade_choices_ended_total", "/v1/completions", "deadline") == 3
     assert found("saccade_http_requests_total", "/v1/completions", "POST", "429") == 3
+
+
+def test_what_is_turned_away_at_the_door_is_counted_by_its_route() -> None:
+    security = Security(api_keys=("sk-right",), metrics_public=True)
+    with api(saying("a"), replace(SETTINGS, security=security)) as client:
+        for path in ("/v1/completions", "/v1/completions", "/scan/me", "/metrics/x"):
+            assert client.post(path, json={"prompt": "x"}).status_code == 401
+        found = Scrape(client.get("/metrics").text)
+    assert found("saccade_http_errors_total", "/v1/completions", "invalid_api_key", "") == 2
+    assert found("saccade_http_errors_total", "unknown", "invalid_api_key", "") == 2
 
 
 def test_connections_that_are_refused_are_counted() -> None:
