@@ -24,7 +24,8 @@ KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kern
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-schemas rehearse-image lint faults soak overload bench-quick bench-matrix bench-offline bench-compare \
-    bench-drafters bench-structured bench-gpu bench-http bench-report clients check-dashboard serve-ray test-ray llama-cpp clean
+    bench-drafters bench-structured bench-gpu bench-first-token bench-http bench-http-cost bench-report clients check-dashboard \
+    serve-ray test-ray llama-cpp clean
 
 help:
 	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
@@ -48,7 +49,9 @@ help:
 	@echo "make bench-drafters set up, then measure drafters without training, and write their page (FAMILY=demo)"
 	@echo "make bench-structured set up, then measure tokens per step under JSON schemas, and write their page (FAMILY=demo)"
 	@echo "make bench-gpu     set up, then measure an 8B-shaped target on a CUDA device, in under 8 minutes"
+	@echo "make bench-first-token set up, then measure how long first tokens wait under drafting (FAMILY=demo)"
 	@echo "make bench-http    set up, then measure how many tokens a second the HTTP process streams on one core"
+	@echo "make bench-http-cost set up, then measure what serving over HTTP costs against in-process use (FAMILY=demo)"
 	@echo "make bench-report  set up, then write docs/benchmarks.md from benchmarks/results"
 	@echo "make llama-cpp     set up, then build llama.cpp's server, which benchmarks compare with"
 	@echo "make clean         remove $(VENV) and everything that was built"
@@ -125,6 +128,9 @@ bench-quick: setup
 bench-matrix bench-offline: bench-%: setup $(INFLATED)
 	$(BIN)/python -m benchmarks.$* --family $(FAMILY) $(ARGS)
 
+bench-first-token: setup $(INFLATED)
+	$(BIN)/python -m benchmarks.first_token --family $(FAMILY) $(ARGS)
+
 bench-compare: setup llama-cpp $(INFLATED)
 	$(BIN)/python -m benchmarks.compare --family $(FAMILY) --tune $(ARGS)
 
@@ -144,7 +150,7 @@ bench-drafters: setup llama-cpp $(INFLATED) build/stdlib.store
 	$(BIN)/python -m benchmarks.store_bounds --family $(FAMILY) --drafters $(GUESSERS) --bound 64MiB --out $(call result,store-bounds)
 	$(BIN)/python -m benchmarks.drafters_page $(foreach kind,drafters idle-cost store-bounds,$(call result,$(kind)))
 
-bench-structured: setup
+bench-structured: setup $(INFLATED)
 	$(BIN)/python -m benchmarks.structured --family $(FAMILY) --out $(call result,structured) $(ARGS)
 	$(BIN)/python -m benchmarks.structured_page $(call result,structured)
 
@@ -156,6 +162,9 @@ bench-gpu: setup
 
 bench-http: setup
 	$(BIN)/python -m benchmarks.http_stream --out benchmarks/results/http-stream.json $(ARGS)
+
+bench-http-cost: setup $(INFLATED)
+	$(BIN)/python -m benchmarks.http_cost --family $(FAMILY) $(ARGS)
 
 bench-report: setup
 	$(BIN)/python -m benchmarks.speed_report $(RESULTS) $(ARGS)

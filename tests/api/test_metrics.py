@@ -162,7 +162,7 @@ def test_times_of_a_request() -> None:
     times.submitted -= 1.0
     for choice, tokens in ((0, 3), (0, 1), (0, 1), (1, 1)):
         times.tokens_came(choice, event(choice, tokens, queued=0.25))
-    times.end(7, [5, 1], wanted=9)
+    times.end(7, 3, [5, 1], wanted=9)
     assert times.scheduled == times.submitted + 0.25
     assert times.first is not None
     assert times.last is not None
@@ -172,7 +172,7 @@ def test_times_of_a_request() -> None:
     assert latencies.per_token.total == pytest.approx(latencies.between_events.total / 2), (
         "two came after the first event"
     )
-    assert (latencies.prompt_tokens.total, latencies.output_tokens.total) == (7, 6)
+    assert (latencies.prompt_tokens.total, latencies.computed_tokens.total, latencies.output_tokens.total) == (7, 4, 6)
     assert (latencies.longest_output.total, latencies.wanted_tokens.total, latencies.choices.total) == (5, 9, 2)
     assert latencies.prefill.total == pytest.approx(times.first - times.scheduled)
     assert latencies.prefill.total >= 0.75
@@ -182,7 +182,7 @@ def test_times_of_a_request() -> None:
 
 def test_a_request_without_tokens_has_no_times() -> None:
     latencies = Latencies()
-    RequestTimes(latencies, time.monotonic(), 1).end(7, [0], wanted=9)
+    RequestTimes(latencies, time.monotonic(), 1).end(7, 0, [0], wanted=9)
     assert all(not sum(tally.counts) for tally in vars(latencies).values())
 
 

@@ -106,6 +106,17 @@ def test_a_sweep_has_a_summary_for_each_load(out: Path) -> None:
     assert not re.search(r'(?:src|href)="(?!#)', page.replace('xlink:href="#', ""))  # nothing is fetched from elsewhere
 
 
+def test_an_open_loop_does_not_wait_for_answers(out: Path) -> None:
+    """Ten requests in half a second, each of which takes more than that: all are under way together."""
+    with fake_server(Script(first=1.5, chunks=(1,))) as server:
+        words = ["--request-rate", "20", "--arrival", "constant", "--num-prompts", "10"]
+        found = bench(out, "--base-url", server.url, *words)
+    assert server.most == 10
+    times = [request["scheduled_ms"] for request in found["requests"]]
+    assert times == pytest.approx([50.0 * number for number in range(10)], abs=1e-3), "the schedule is the load's"
+    assert all(request["sent_ms"] < 1500 for request in found["requests"])
+
+
 def test_an_open_loop_counts_the_time_that_requests_wait(out: Path) -> None:
     with fake_server(Script(first=0.05, chunks=(1,))) as server:
         words = ["--request-rate", "inf", "--num-prompts", "4", "--max-concurrency", "1"]
