@@ -87,7 +87,7 @@ def build_app(
     if security.cors_origins:
         _allow_origins(app, security.cors_origins)
     watchers = [log_request] if tracer is None else [log_request, tracer.trace]
-    app.add_middleware(RequestMiddleware, metrics=metrics, watchers=watchers)
+    app.add_middleware(RequestMiddleware, metrics=metrics, watchers=watchers, routes=ROUTES)
     app.add_exception_handler(SaccadeError, _on_own_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
