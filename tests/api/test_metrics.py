@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterable
@@ -59,6 +60,7 @@ class Reporting:
     def __init__(self, stats: EngineStats) -> None:
         self._inner = fake(saying("a b", "c d e", "f"))
         self.stats = lambda: stats
+        self.pid = os.getpid()  # some process
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
@@ -80,6 +82,7 @@ def test_the_engines_report_is_told() -> None:
         found = Scrape(client.get("/metrics").text)
     assert found("saccade_kv_cache_usage_ratio") == pytest.approx(0.4)
     assert found("saccade_drafter_seconds_total", "ngram") == 0.5
+    assert found("saccade_engine_process_resident_memory_bytes") > 2**20
     assert [found("saccade_accepted_at_depth_total", depth) for depth in "123"] == [4, 3, 1]
     assert [found("saccade_drafter_accepted_at_depth_total", "draft", depth) for depth in "123"] == [1, 3, 1]
     assert found("saccade_planned_steps_total", "full") == 4

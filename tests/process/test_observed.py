@@ -89,6 +89,7 @@ def test_metrics_agree_with_what_clients_were_told() -> None:
         by_depth = found["saccade_drafter_accepted_at_depth_total"].items()
         assert sum(count for labels, count in by_depth if drafter in labels) == accepted
     assert 0 < told("saccade_queue_seconds_sum") < told("saccade_time_to_first_token_seconds_sum")
+    assert told("saccade_engine_process_resident_memory_bytes") > told("process_resident_memory_bytes"), "it has torch"
     parts = sum(told(f"saccade_request_{part}_seconds_sum") for part in ("prefill", "decode"))
     assert parts < told("saccade_e2e_request_latency_seconds_sum")
 
