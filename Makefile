@@ -16,6 +16,7 @@ GUESSERS := ngram suffix:max_cache_mb=16 retrieval=build/stdlib.store recycling 
 
 VENV := .venv
 BIN := $(VENV)/bin
+RAY := build/ray
 LLAMA := build/llama.cpp
 LLAMA_VERSION := 0.3.36
 LLAMA_SOURCES := build/llama-source
@@ -23,7 +24,8 @@ KERNEL_SOURCES := $(wildcard models/kernels/*.cpp models/kernels/*.h models/kern
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-schemas rehearse-image lint faults soak overload bench-quick bench-matrix bench-offline bench-compare \
-    bench-drafters bench-structured bench-gpu bench-http bench-report clients llama-cpp clean
+    bench-drafters bench-structured bench-gpu bench-first-token bench-http bench-http-cost bench-report clients check-dashboard \
+    serve-ray test-ray llama-cpp clean
 
 help:
 	@echo "make setup         create $(VENV), install everything, build the CPU kernels"
@@ -33,6 +35,9 @@ help:
 	@echo "make test-schemas  set up, then hold the demo model to 300 JSON schemas, 20 texts each (CI: 2)"
 	@echo "make lint          set up, then lint and types only"
 	@echo "make clients       set up, then run real clients of OpenAI's API, each in an environment of its own (CLIENTS=\"NAME ...\")"
+	@echo "make serve-ray     serve two replicas of the demo model with Ray Serve, in an environment of its own (ARGS)"
+	@echo "make test-ray      the same environment, then start replicas and kill them: minutes"
+	@echo "make check-dashboard  set up, then ask a Prometheus all that the dashboard asks, of the demo model under load (ARGS=\"--prometheus PROGRAM\")"
 	@echo "make rehearse-image  set up, then go through docker/Dockerfile without Docker, in a folder (ARGS=\"--build-arg NAME=VALUE\")"
 	@echo "make faults        set up, then the fault tests at full size, on the demo model as well"
 	@echo "make soak          set up, then half an hour of mixed load; memory and descriptors must stay flat (ARGS=--minutes 2)"
@@ -44,7 +49,9 @@ help:
 	@echo "make bench-drafters set up, then measure drafters without training, and write their page (FAMILY=demo)"
 	@echo "make bench-structured set up, then measure tokens per step under JSON schemas, and write their page (FAMILY=demo)"
 	@echo "make bench-gpu     set up, then measure an 8B-shaped target on a CUDA device, in under 8 minutes"
+	@echo "make bench-first-token set up, then measure how long first tokens wait under drafting (FAMILY=demo)"
 	@echo "make bench-http    set up, then measure how many tokens a second the HTTP process streams on one core"
+	@echo "make bench-http-cost set up, then measure what serving over HTTP costs against in-process use (FAMILY=demo)"
 	@echo "make bench-report  set up, then write docs/benchmarks.md from benchmarks/results"
 	@echo "make llama-cpp     set up, then build llama.cpp's server, which benchmarks compare with"
 	@echo "make clean         remove $(VENV) and everything that was built"
@@ -87,8 +94,24 @@ test-schemas: setup
 clients: setup
 	$(BIN)/python -m tests.clients.run $(CLIENTS)
 
+# Ray brings some thirty packages, so it has an environment of its own.
+$(RAY)/.kernels: $(VENV)/.venv pyproject.toml constraints.txt $(KERNEL_SOURCES)
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]' pytest openai
+	$(RAY)/bin/python -m models.kernels.build
+	@touch $@
+
+serve-ray: $(RAY)/.kernels
+	exec $(RAY)/bin/saccade ray docker/ray/serve.yaml $(ARGS)
+
+test-ray: $(RAY)/.kernels
+	$(RAY)/bin/python -m pytest $(wildcard tests/ray/check_*.py) $(ARGS)
+
 rehearse-image: setup
 	$(BIN)/python -m tests.image.rehearse $(ARGS)
+
+check-dashboard: setup
+	$(BIN)/python -m tests.dashboard.ask_prometheus $(ARGS)
 
 faults: setup
 	FAULTS=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/process/test_faults.py $(ARGS)
@@ -104,6 +127,9 @@ bench-quick: setup
 
 bench-matrix bench-offline: bench-%: setup $(INFLATED)
 	$(BIN)/python -m benchmarks.$* --family $(FAMILY) $(ARGS)
+
+bench-first-token: setup $(INFLATED)
+	$(BIN)/python -m benchmarks.first_token --family $(FAMILY) $(ARGS)
 
 bench-compare: setup llama-cpp $(INFLATED)
 	$(BIN)/python -m benchmarks.compare --family $(FAMILY) --tune $(ARGS)
@@ -124,7 +150,7 @@ bench-drafters: setup llama-cpp $(INFLATED) build/stdlib.store
 	$(BIN)/python -m benchmarks.store_bounds --family $(FAMILY) --drafters $(GUESSERS) --bound 64MiB --out $(call result,store-bounds)
 	$(BIN)/python -m benchmarks.drafters_page $(foreach kind,drafters idle-cost store-bounds,$(call result,$(kind)))
 
-bench-structured: setup
+bench-structured: setup $(INFLATED)
 	$(BIN)/python -m benchmarks.structured --family $(FAMILY) --out $(call result,structured) $(ARGS)
 	$(BIN)/python -m benchmarks.structured_page $(call result,structured)
 
@@ -136,6 +162,9 @@ bench-gpu: setup
 
 bench-http: setup
 	$(BIN)/python -m benchmarks.http_stream --out benchmarks/results/http-stream.json $(ARGS)
+
+bench-http-cost: setup $(INFLATED)
+	$(BIN)/python -m benchmarks.http_cost --family $(FAMILY) $(ARGS)
 
 bench-report: setup
 	$(BIN)/python -m benchmarks.speed_report $(RESULTS) $(ARGS)

@@ -136,7 +136,7 @@ def measure(rate: float, args: argparse.Namespace) -> Result:
         request = post(path, json.dumps(body).encode())
         with http_process(pace, args.tokenizer, http_core, args.profile) as (port, clock):
             before = clock.seconds()
-            streams = read_streams(port, request, args.streams)
+            streams = read_streams(port, [request] * args.streams)
             cpu_seconds = clock.seconds() - before
         sent: list[int] = msgspec.json.decode(log.read_bytes())
     return summary(rate, sent, streams, args.tokens, cpu_seconds)

@@ -150,7 +150,7 @@ def watched(engine: Engine, watch: Recorder | Clocks) -> Iterator[None]:
     target, drafters = stepper.target, stepper.drafters
     stepper.target = Part(target, watch, {"forward": TARGET, "logits": TARGET})  # type: ignore[assignment]
     guess = GUESSING if isinstance(watch, Recorder) else DRAFTING
-    parts = {"guess": guess, "propose": DRAFTING, "with_top": DRAFTING, "observe": DRAFTING}
+    parts = {"guess": guess, **dict.fromkeys(("propose", "with_top", "observe", "read_prompts"), DRAFTING)}
     stepper.drafters = Part(drafters, watch, parts)  # type: ignore[assignment]
     try:
         yield

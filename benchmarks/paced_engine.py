@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ class PacedEngine:
             return []
         return [TokenEvent(request_id, 0, finish_reason="cancelled")]
 
-    def step(self) -> list[TokenEvent]:
+    def step(self, arrivals: Callable[[], None] | None = None) -> list[TokenEvent]:
         if self._begun is None and len(self._left) < self._pace.rows:
             time.sleep(0.001)
             return []

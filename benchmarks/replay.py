@@ -63,8 +63,6 @@ class Dictation(DrafterTeam, ABC):
                 for row in plan.deciding
             ]
             self.listen(plan, quota, sampling, future, scored)
-        else:
-            super().propose(plan, quota, sampling)
         return []
 
     @abstractmethod

@@ -10,6 +10,7 @@ import selectors
 import socket
 import time
 from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import accumulate
 
 _PIECE_BYTES = 1 << 16
@@ -37,15 +38,15 @@ class Stream:
         return [(self.times[bisect_left(ends, found.end())], len(found[1])) for found in _TEXT.finditer(whole)]
 
 
-def read_streams(port: int, request: bytes, count: int) -> list[Stream]:
-    """Send ``request`` over ``count`` connections of 127.0.0.1 at once, and read them all to their ends.
+def read_streams(port: int, requests: Sequence[bytes]) -> list[Stream]:
+    """Send each request over a connection of its own to 127.0.0.1, all at once, and read them all to their ends.
 
     Raises:
         RuntimeError: nothing came for a long time.
     """
     with selectors.DefaultSelector() as selector:
-        streams = [Stream() for _ in range(count)]
-        for stream in streams:
+        streams = [Stream() for _ in requests]
+        for stream, request in zip(streams, requests, strict=True):
             connection = socket.create_connection(("127.0.0.1", port))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.sendall(request)

@@ -12,8 +12,6 @@ does not pay. What is not used is tried now and then, for a share of the time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
@@ -22,18 +20,19 @@ from decoding.calibration import Calibration, mode_of
 from decoding.costs import CostModel
 from decoding.drafters.base import Drafter
 from decoding.drafters.team import Proposal
+from decoding.first_tokens import FirstTokens, beside_tokens, is_left_alone
 from decoding.followers import Followers
 from decoding.forecast import Forecast
 from decoding.guessers import TRY, Guessers
 from decoding.history import History
-from decoding.market import UNABLE, Deal, Member, Scene, Terms, lateness, load_market, slope_of
+from decoding.market import UNABLE, Member, Scene, Terms, catching_up, lateness, load_market, slope_of
 from decoding.plan import NOTHING, Guide, Plan, Quota, RowQuota
+from decoding.planned_step import Crowd, PlannedStep
 from decoding.planner import Certain, Limits, StepTimes, roots_of, share_of
 from decoding.proposal_ops import ProposalOps
 from decoding.pulse import FULL, LIGHT, NAMES, PLAIN, Beat, Pulse
-from decoding.sequence import Sequence, SequenceId
+from decoding.sequence import Sequence
 from models.transfer import upload
-from models.tree import Trees
 from models.tree_ops import ChosenTrees, TreeOps
 
 EXPLORING = 0.005  # share of the time that goes into trying each drafter that is not used
@@ -46,30 +45,6 @@ LONG_LOOK = 8  # the same where steps are long
 CREDIT = 64  # steps whose time a drafter's credit is worth at most
 DRIFT_STEP = 16  # steps between two of Forecast.drift
 FLOOR = (0.01, 0.5)  # path probabilities below which a node is not forecast to be bought
-
-
-@dataclass
-class _Crowd:
-    """What is the same as long as the same rows decide."""
-
-    key: tuple[SequenceId, ...]
-    modes: Tensor  # [R]
-    slots: Tensor | None = None  # [R] of the forecast; None: nobody asked
-
-
-@dataclass
-class _Step:
-    """What is known and decided of the step that is under way."""
-
-    plan: Plan
-    crowd: _Crowd
-    extra: float  # seconds beside its query tokens
-    guesses: dict[int, Trees] = field(default_factory=dict)  # calibrated, by bit
-    drafting: dict[str, tuple[int, int]] = field(default_factory=dict)  # drafter -> (rows, depth)
-    seconds: float = 0.0  # of that drafting
-    pinned: list[int] = field(default_factory=list)  # [R] nodes that must be bought
-    deal: Deal | None = None
-    member: Member | None = None  # whom the deal is with
 
 
 class AutoPlanner:
@@ -103,6 +78,7 @@ class AutoPlanner:
         self._history = History(self.calibration, self.forecast)
         self._market = load_market()
         self._followers = Followers(self.members)
+        self._first_tokens = FirstTokens()
         gears = [PLAIN, *([LIGHT] if self.guessers.members else []), *([FULL] if self.members else [])]
         least = TRY if self.guessers.pinning else 0  # steps of a try
         self._pulse = Pulse(tuple(gears), least)
@@ -110,16 +86,16 @@ class AutoPlanner:
         self._long_pulse = Pulse((PLAIN, gears[-1]), least)
         self._no_quotas: dict[int, Quota] = {}  # by rows: most steps of a plain engine have one of a few
         self._beat: Beat | None = None
-        self._crowd = _Crowd((), torch.zeros(0, dtype=torch.int64))
+        self._crowd = Crowd((), torch.zeros(0, dtype=torch.int64))
         self._look = 1
         self._floor = 0.05
-        self._kept_prices: dict[int, Tensor] = {}  # of light steps, by query tokens without drafts
+        self._kept_prices: dict[tuple[int, int], Tensor] = {}  # of light steps, by query tokens and rows
         self._rate = 0.0  # tokens a second that this step promises
         self._number = 0
         self._last_plain = 0, 0.0  # step, logarithm of all prices
         self._doubts = 0  # plain steps that are still due soon
-        self._step: _Step | None = None
-        self._light_step = _Step(Plan((), ()), self._crowd, 0.0)  # always the same one
+        self._step: PlannedStep | None = None
+        self._light_step = PlannedStep(Plan((), ()), self._crowd, 0.0)  # always the same one
 
     # the step ---------------------------------------------------------------------------------------------------------
 
@@ -143,8 +119,7 @@ class AutoPlanner:
             return self.guessers.ask_lightly(self._light_limits.reserved(plan, share), plan.chain_tokens)
         if self._number % DRIFT_STEP == 0:
             self.forecast.drift(self._slots(crowd), crowd.modes)
-        extra = self.costs.extra(len(plan.rows), sum(row.end for row in plan.rows))
-        step = self._step = _Step(plan, crowd, extra)
+        step = self._step = PlannedStep(plan, crowd, beside_tokens(plan, self.costs))
         limits = self.guessers.ask(self._limits.of(plan, share), plan.chain_tokens)
         step.drafting.update({name: (asked, 1) for name, asked in self.guessers.asking.items()})  # to learn their price
         return limits
@@ -192,6 +167,7 @@ class AutoPlanner:
     def learn(self, plan: Plan, chosen: ChosenTrees, made: int, times: StepTimes) -> None:
         """See ``Planner``."""
         step = self._step
+        self._first_tokens.save(times.all)
         if self._beat is not None and plan.chain_tokens == len(plan.deciding):
             self._beat.saw(self._gear, made, times.all)
         # where a low gear is the rule, one step in so many teaches something
@@ -212,7 +188,8 @@ class AutoPlanner:
         self.guessers.save(saved)
         if step is None:
             return
-        for name, (rows, depth) in step.drafting.items() if waits else ():
+        for name in step.drafting.keys() - step.catching_up if waits else ():
+            rows, depth = step.drafting[name]
             self.costs.learn_draft(name, rows, depth, times.drafters[name])
         if step.member is not None and step.deal is not None:
             step.member.judge(step.deal.held + step.deal.gain, made - len(plan.deciding), self._number)
@@ -224,7 +201,7 @@ class AutoPlanner:
         self._limits.forget(sequence)
         self._light_limits.forget(sequence)
         self._certain.forget(sequence)
-        self._crowd = _Crowd((), self._crowd.modes)  # its slot may be another's next
+        self._crowd = Crowd((), self._crowd.modes)  # its slot may be another's next
         for member in self.members:
             if member.scout == sequence.id:
                 member.scout = None
@@ -235,13 +212,13 @@ class AutoPlanner:
             quota = self._no_quotas[rows] = Quota((NOTHING,) * rows)
         return quota
 
-    def _gather(self, plan: Plan) -> _Crowd:
+    def _gather(self, plan: Plan) -> Crowd:
         key = tuple([row.sequence.id for row in plan.deciding])
         if key != self._crowd.key:
-            self._crowd = _Crowd(key, torch.tensor([mode_of(row.sequence) for row in plan.deciding]))
+            self._crowd = Crowd(key, torch.tensor([mode_of(row.sequence) for row in plan.deciding]))
         return self._crowd
 
-    def _slots(self, crowd: _Crowd) -> Tensor:
+    def _slots(self, crowd: Crowd) -> Tensor:
         if crowd.slots is None:
             rows = zip(crowd.key, crowd.modes.tolist(), strict=True)
             crowd.slots = torch.tensor([self.forecast.join(sequence, mode) for sequence, mode in rows])
@@ -254,6 +231,8 @@ class AutoPlanner:
         else:
             pulse, self._look = self._pulse, LOOK
         self._beat = pulse.beat(len(plan.deciding), plan.deciding[0].sequence.kind)
+        if self._first_tokens.go_alone(plan, self._beat):
+            return PLAIN
         last, moved = self._last_plain
         if abs(self.costs.moved - moved) > MOVED:
             self._doubts = DOUBTS
@@ -266,13 +245,13 @@ class AutoPlanner:
 
     # before a model drafts --------------------------------------------------------------------------------------------
 
-    def _calibrate(self, step: _Step, proposal: Proposal, *, learn: bool) -> None:
+    def _calibrate(self, step: PlannedStep, proposal: Proposal, *, learn: bool) -> None:
         calibrated = self.calibration.apply(proposal.bit, proposal.trees, step.crowd.modes)
         if learn:
             self._history.add(step.plan, self._number, step.crowd.modes, proposal, calibrated)
         step.guesses[proposal.bit] = calibrated
 
-    def _scene(self, step: _Step) -> Scene:
+    def _scene(self, step: PlannedStep) -> Scene:
         return Scene(
             guesses=list(step.guesses.values()),
             floor=self._floor,
@@ -283,11 +262,11 @@ class AutoPlanner:
             extra=step.extra,
         )
 
-    def _terms(self, member: Member, step: _Step, limits: Quota) -> Terms:
+    def _terms(self, member: Member, step: PlannedStep, limits: Quota) -> Terms:
         """At what a drafter would draft, and for which rows it may and can."""
         drafter, late, deepest = member.drafter, [], 0
         for row, limit in zip(step.plan.deciding, limits.rows, strict=True):
-            if limit.nodes and member.name in limit.drafters and drafter.ready(row.sequence):
+            if member.name in limit.drafters and drafter.ready(row.sequence) and not is_left_alone(row):
                 late.append(lateness(member, row.sequence, self._max_depth, self.costs))
                 deepest = max(deepest, limit.depth)
             else:
@@ -304,7 +283,7 @@ class AutoPlanner:
             late=late,
         )
 
-    def _judge_guesses(self, step: _Step, limits: Quota) -> None:
+    def _judge_guesses(self, step: PlannedStep, limits: Quota) -> None:
         """Whether the guessers earn their time."""
         asked = self.guessers.asked(limits)
         if step.deal is not None:
@@ -314,7 +293,7 @@ class AutoPlanner:
 
     def _ask(
         self,
-        step: _Step,
+        step: PlannedStep,
         member: Member,
         depth: int,
         rows: list[int],
@@ -330,24 +309,31 @@ class AutoPlanner:
         guides[member.name] = Guide(depth, taus, None if exploring else further * self._rate)
         for row in rows:
             drafting[row].add(member.name)
-        seconds = factor * price.seconds(len(rows), depth)
+        sequences = [step.plan.deciding[row].sequence for row in rows]
+        late = sum([catching_up(member, sequence, self._max_depth, self.costs) for sequence in sequences])
+        seconds = factor * price.seconds(len(rows), depth) + late
         step.drafting[member.name] = (len(rows), depth)
+        if late:
+            step.catching_up.add(member.name)
         step.seconds += seconds
         if exploring:
             member.credit -= seconds
 
-    def _explore(self, step: _Step, terms: list[Terms], drafting: list[set[str]], guides: dict[str, Guide]) -> None:
-        """Try a drafter that is not used on one row, if enough time has been saved up for it."""
+    def _explore(
+        self, step: PlannedStep, terms: list[Terms], drafting: list[set[str]], guides: dict[str, Guide]
+    ) -> None:
+        """Try a drafter that is not used on one row, the one least behind, if enough time has been saved up for it."""
         for member, term in zip(self.members, terms, strict=True):
-            if member is step.member or member.credit < self.costs.draft(member.name, 1, max(1, term.deepest)):
+            able = [row for row, late in enumerate(term.late) if late >= 0.0]
+            if member is step.member or member.credit <= 0.0 or not able:
                 continue
-            near = [row for row, late in enumerate(term.late) if late == 0.0]
-            if near:
-                row = near[self._number % len(near)]
+            row = min(able, key=lambda row: (term.late[row], (row - self._number) % len(step.plan.deciding)))
+            late = catching_up(member, step.plan.deciding[row].sequence, self._max_depth, self.costs)
+            if member.credit >= self.costs.draft(member.name, 1, max(1, term.deepest)) + late:
                 self._ask(step, member, term.deepest, [row], drafting, guides, exploring=True)
                 return
 
-    def _bound(self, step: _Step, row: int) -> int:
+    def _bound(self, step: PlannedStep, row: int) -> int:
         """Nodes of a row where the host does not wait for their number: those that are foreseen, and room for more."""
         if step.deal is None:
             return 0
@@ -357,7 +343,7 @@ class AutoPlanner:
         return int(1.25 * foreseen + 1) + (step.pinned[row] if step.pinned else 0)
 
     def _granted(
-        self, step: _Step, limits: Quota, drafting: list[set[str]], guides: dict[str, Guide], guessed: bool
+        self, step: PlannedStep, limits: Quota, drafting: list[set[str]], guides: dict[str, Guide], guessed: bool
     ) -> Quota:
         """The limits with each row's drafters; slots are reserved for those that have any."""
         rows, unasked = [], self.guessers.names | self._certain.names
@@ -373,16 +359,16 @@ class AutoPlanner:
 
     # after drafting ---------------------------------------------------------------------------------------------------
 
-    def _light_prices(self, step: _Step, nodes: int) -> Tensor:
+    def _light_prices(self, step: PlannedStep, nodes: int) -> Tensor:
         """The prices of a light step, as they were when they were last looked at."""
-        prices = self._kept_prices.get(step.plan.chain_tokens)
+        key = step.plan.chain_tokens, len(step.plan.deciding)
+        prices = self._kept_prices.get(key)
         if prices is None or len(prices) <= nodes:
-            rows = step.plan.rows
-            step.extra = self.costs.extra(len(rows), sum(row.end for row in rows))
-            prices = self._kept_prices[step.plan.chain_tokens] = self._prices(step, nodes)
+            step.extra = beside_tokens(step.plan, self.costs)
+            prices = self._kept_prices[key] = self._prices(step, nodes)
         return prices if len(prices) == nodes + 1 else prices[: nodes + 1]
 
-    def _prices(self, step: _Step, nodes: int) -> Tensor:
+    def _prices(self, step: PlannedStep, nodes: int) -> Tensor:
         """[nodes + 1] float64, seconds of the whole step with k nodes in all."""
         roots, steps = step.plan.chain_tokens, self.costs.steps()
         sunk = step.seconds + step.extra

@@ -22,7 +22,7 @@ from torch import Tensor
 EDGES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 LARGEST = 2048  # query tokens whose price is kept, unless steps may have more; larger ones are taken to cost the same
 SURPRISE = 0.7  # log ratio beyond which a measurement is taken for a hiccup, and counts no more
-FORMAT = 2
+FORMAT = 3
 REFRESH = 16  # steps between two looks at the prices, which take as long as fifty products
 FORGETTING = 0.992  # of what a size of step was found to cost, each time
 

@@ -27,7 +27,7 @@ from decoding.grammar.queue import GrammarQueue
 from decoding.messages import EngineInfo, EngineStats, TokenEvent
 from decoding.request import GenerateRequest, Grammar, SamplingParams, SpeculationParams
 from decoding.sequence import Sequence, SequenceId
-from decoding.step import Stepper
+from decoding.step import Arrivals, Stepper
 from decoding.text import TextDelta
 from models.batch import PAGE_SIZE
 from models.parallel.ranks import RankError
@@ -145,19 +145,23 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._sequences or self._undelivered)
 
-    def step(self) -> list[TokenEvent]:
-        """One forward pass over whatever is to be done; the tokens that came out for submitted requests."""
-        waiting, self._undelivered = self._undelivered, []
-        return waiting + self._advance()
+    def step(self, arrivals: Arrivals | None = None) -> list[TokenEvent]:
+        """One forward pass over whatever is to be done; the tokens that came out for submitted requests.
 
-    def _advance(self) -> list[TokenEvent]:
+        Args:
+            arrivals: may be called in mid-step, to submit requests (and do nothing else) that can still be in the pass.
+        """
+        waiting, self._undelivered = self._undelivered, []
+        return waiting + self._advance(arrivals)
+
+    def _advance(self, arrivals: Arrivals | None = None) -> list[TokenEvent]:
         """A step, and the ends of those whose grammar cannot be compiled."""
         scheduler, committer = self._stepper.scheduler, self._stepper.committer
         idle = not scheduler.running and not any(sequence.is_ready for sequence in scheduler.waiting)
         failed = self._grammars.settle(idle=idle)
         events = [committer.end(sequence, "error", error.message, error.code) for sequence, error in failed]
         try:
-            events += self._stepper.step()
+            events += self._stepper.step(arrivals)
         except RankError as error:
             raise EngineDeadError(str(error)) from error
         while committer.set_back:

@@ -157,8 +157,9 @@ class Guessers:
         return others
 
     def _rates(self, plan: Plan) -> tuple[float, float]:
-        """Seconds of a token, and of one more node."""
-        return self._costs.at(plan.chain_tokens) / len(plan.deciding), slope_of(plan.chain_tokens, self._costs)
+        """Seconds of a token, what prompts take left out, and of one more node."""
+        rows = len(plan.deciding)
+        return self._costs.at(rows) / rows, slope_of(plan.chain_tokens, self._costs)
 
     def _price(self, member: Guesser, rows: int, tokens: int) -> float:
         """Seconds that a step takes longer with a drafter that guesses for so many rows."""

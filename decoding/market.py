@@ -178,12 +178,15 @@ def load_market() -> Market:
     return CpuMarket() if kernels.load() else weigh_anywhere
 
 
+def catching_up(member: Member, sequence: Sequence, depth: int, costs: CostModel) -> float:
+    """Seconds that a drafter must spend on a text that it has not followed before it can draft for it."""
+    backlog = member.drafter.backlog(sequence)
+    return 0.0 if backlog <= depth + 1 else costs.catch_up(member.name, backlog)
+
+
 def lateness(member: Member, sequence: Sequence, depth: int, costs: CostModel) -> float:
     """Seconds of catching up with a text, shared out over the steps that will profit."""
-    backlog = member.drafter.backlog(sequence)
-    if backlog <= depth + 1:
-        return 0.0
-    return costs.catch_up(member.name, backlog) / min(HORIZON, max(1, sequence.limit - sequence.length))
+    return catching_up(member, sequence, depth, costs) / min(HORIZON, max(1, sequence.limit - sequence.length))
 
 
 def slope_of(tokens: float, costs: CostModel) -> float:

@@ -193,6 +193,15 @@ class Grammar:
 
 
 @dataclass(frozen=True)
+class Reasoning:
+    """What a model may think before it says what a grammar asks for: text between two tokens, which the grammar leaves
+    free."""
+
+    close: int  # the token that ends it; the grammar begins behind it
+    open: int | None = None  # the token that begins it, if that is the text's first; None: the text begins inside
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """One prompt and what to do with it: ``params.n`` continuations (choices) of it."""
 
@@ -203,6 +212,7 @@ class GenerateRequest:
     cache_salt: str = ""  # prompts share cached pages only within one salt
     prediction_ids: tuple[int, ...] = ()  # what the client expects to come, for the drafter that follows it
     grammar: Grammar | None = None  # what the text must be; None: anything
+    reasoning: Reasoning | None = None  # what may come before the grammar's text; None: nothing
 
     def validate(self, vocab_size: int, max_model_len: int, drafters: tuple[str, ...]) -> None:
         """Check the whole request against the served model.
@@ -218,6 +228,9 @@ class GenerateRequest:
         self.speculation.validate(drafters)
         if self.grammar is not None:
             self.grammar.validate()
+        if self.reasoning is not None:
+            tags = self.reasoning.close, self.reasoning.open
+            check_token_ids("reasoning", [tag for tag in tags if tag is not None], vocab_size)
         asked = len(self.prompt_ids) + self.params.max_tokens
         if asked > max_model_len:
             # clients know the case by this text, LangChain by the code in it

@@ -84,6 +84,25 @@ class Scheduler:
             deciding, others = ([row for row in rows if row.sequence in self.running] for rows in (deciding, others))
         return Plan((*deciding, *others), tuple(deciding))
 
+    def join(self, plan: Plan, nodes: int) -> Plan:
+        """The plan with those who came since it was made, as far as they fit beside it and its drafted nodes.
+
+        Its rows stay as they are, in their order, and nobody is preempted.
+        """
+        budget, known = self._max_step_tokens - plan.chain_tokens - nodes, len(self.running)
+        if not self.waiting or budget <= 0:
+            return plan
+        self._admit()
+        deciding: list[PlannedRow] = []
+        others: list[PlannedRow] = []
+        for sequence in self.running[known:]:  # admission has reserved the slots of their prompts
+            row = PlannedRow(sequence, sequence.cached, min(sequence.length - sequence.cached, budget))
+            if row.length:
+                (deciding if row.decides else others).append(row)
+                budget -= row.length
+        first, rest = plan.deciding, plan.rows[len(plan.deciding) :]
+        return Plan((*first, *deciding, *rest, *others), (*first, *deciding)) if deciding or others else plan
+
     def _by_urgency(self) -> list[Sequence]:
         """Rows that draw tokens come before chunks of long prompts: a prompt must not stall the others' streams."""
         prompts = [s for s in self.running if s.length - s.cached > 1]

@@ -8,7 +8,9 @@ a tree. All mix in one ragged batch and one forward pass.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from decoding.batcher import Chain, build
@@ -16,12 +18,19 @@ from decoding.cache import SequenceCache
 from decoding.commit import Committer
 from decoding.drafters.team import DrafterTeam
 from decoding.messages import TokenEvent
+from decoding.plan import Plan, Quota
 from decoding.planner import Planner, StepTimes
 from decoding.sampler import Sampler
+from decoding.sampling import Sampling
 from decoding.scheduler import Scheduler
 from decoding.step_counts import Laps
 from decoding.verify import Rule, masks_ahead, verify
 from models.target import CausalModel
+from models.transfer import upload
+from models.tree_ops import ChosenTrees
+
+Arrivals = Callable[[], None]
+"""Submits the requests that have come by now."""
 
 
 class Stepper:
@@ -49,8 +58,13 @@ class Stepper:
         self.laps = Laps()
 
     @torch.inference_mode()
-    def step(self) -> list[TokenEvent]:
-        """Advance every planned row: at least one token for each row that decides, a chunk of prompt for the others."""
+    def step(self, arrivals: Arrivals | None = None) -> list[TokenEvent]:
+        """Advance every planned row: at least one token for each row that decides, a chunk of prompt for the others.
+
+        Args:
+            arrivals: called when models have drafted: who came meanwhile need not wait for the next step.
+        """
+        self._read_prompts()
         lap, started = self.laps.end, self.laps.start()
         plan = self.scheduler.plan()  # which rows, how many chain tokens
         if not plan.rows:
@@ -69,6 +83,9 @@ class Stepper:
         lap("drafters")
         chosen = self.planner.choose(plan, proposals, quota, self.target.device)  # merged, the best nodes
         lap("planner")
+        if arrivals is not None and len(proposals) > len(guesses):
+            plan, chosen, sampling = self._join(arrivals, plan, chosen, quota, sampling)
+            lap("schedule")
         chains = [Chain(r.sequence.tokens[r.start : r.end], r.start, r.sequence.pages) for r in plan.rows]
         batch, nodes = build(chains, chosen.trees, chosen.masks, chosen.counts)
         masks = masks_ahead(chosen.trees, nodes, sampling, chosen.deepest)  # what grammars allow, if there are any
@@ -95,6 +112,25 @@ class Stepper:
         lap("planner")
         self.committer.totals.counts.step(plan.chain_tokens, sum(chosen.counts) - len(chosen.counts), self.planner.gear)
         return events
+
+    def _read_prompts(self) -> None:
+        """Drafters read the prompts of the last step: whoever waited for its tokens has them by now."""
+        self.laps.start()
+        for sequence in self.drafters.read_prompts():
+            self.cache.register(sequence)
+        self.laps.end("drafters")
+
+    def _join(
+        self, arrivals: Arrivals, plan: Plan, chosen: ChosenTrees, quota: Quota, sampling: Sampling
+    ) -> tuple[Plan, ChosenTrees, Sampling]:
+        """The step with those who came while it was prepared: rows without drafts, behind the others."""
+        arrivals()
+        joined = self.scheduler.join(plan, sum(chosen.counts) - len(chosen.counts))
+        if joined is plan:
+            return plan, chosen, sampling
+        last = [int(row.sequence.tokens[-1]) for row in joined.deciding[len(plan.deciding) :]]
+        [roots] = upload(self.target.device, np.array(last, dtype=np.int64))
+        return joined, chosen.with_roots(roots), self.sampler.prepare(joined, quota)
 
     @property
     def seconds(self) -> float:

@@ -14,10 +14,22 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from models import kernels
 from models.transfer import upload
-from models.tree import Trees, ancestor_masks, best_nodes, is_node, mask_depths, merge, root_masks, roots_only, walk
+from models.tree import (
+    NO_PARENT,
+    Trees,
+    ancestor_masks,
+    best_nodes,
+    is_node,
+    mask_depths,
+    merge,
+    root_masks,
+    roots_only,
+    walk,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,19 @@ class ChosenTrees:
         """Nothing but the roots, from their tokens [R]."""
         trees, count = roots_only(tokens), tokens.shape[0]
         return ChosenTrees(trees, root_masks(count, tokens.device), [1] * count, 0)
+
+    def with_roots(self, tokens: Tensor) -> ChosenTrees:
+        """The same, and behind them rows with nothing but a root, from their tokens [M]."""
+        roots, masks = roots_only(tokens), root_masks(tokens.shape[0], tokens.device)
+        more = (0, self.trees.width - 1)
+        trees = Trees(
+            tokens=torch.cat([self.trees.tokens, pad(roots.tokens, more, value=-1)]),
+            parents=torch.cat([self.trees.parents, pad(roots.parents, more, value=NO_PARENT)]),
+            confidence=torch.cat([self.trees.confidence, pad(roots.confidence, more)]),
+            source=torch.cat([self.trees.source, pad(roots.source, more)]),
+        )
+        counts = [*self.counts, *[1] * tokens.shape[0]]
+        return ChosenTrees(trees, torch.cat([self.masks, pad(masks, more)]), counts, self.deepest)
 
 
 class TreeOps(Protocol):

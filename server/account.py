@@ -35,7 +35,8 @@ class Generated:
     def end(self) -> None:
         """The answer has been sent."""
         generated = [choice.generated for choice in self.generation.choices]
-        self.times.end(self.generation.prompt_tokens, generated, self.prompt.params.max_tokens)
+        prompt_tokens, cached = self.generation.prompt_tokens, self.generation.cached_tokens
+        self.times.end(prompt_tokens, cached, generated, self.prompt.params.max_tokens)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from decoding.errors import ConfigError, RequestError, nearest
 from decoding.request import SpeculationParams
@@ -26,6 +26,7 @@ from server.openai.fim import Infill
 from server.openai.fingerprint import fingerprint
 from server.openai.generation import Generation, PromptRequest
 from server.openai.json_body import read_json
+from server.openai.large import in_json
 from server.openai.output_parser import OutputFormats
 from server.openai.rendering import StreamUsage
 from server.openai.sse import DONE, EventStreamResponse, error_event, until_disconnect
@@ -222,7 +223,8 @@ class Api:
         choices = sum(prompt.request.params.n for prompt in prompts)
         ticket_of(request).queue(choices)
         times = self.metrics.times(arrived, choices)
-        generation = Generation(self.client, self.tokenizer, prompts, options, times.tokens_came)
+        most = self.settings.limits.max_answer_tokens
+        generation = Generation(self.client, self.tokenizer, prompts, options, times.tokens_came, most)
         keep_generated(request.scope, Generated(self.settings.model_names[0], generation, times))
         return generation
 
@@ -256,7 +258,7 @@ class Api:
             return EventStreamResponse(events, self.settings.ping_seconds, remaining, last, failed)
 
         async def made() -> Response:
-            return JSONResponse(await whole())
+            return Response(await in_json(await whole()), media_type="application/json")
 
         seconds = remaining()
         return await until_disconnect(request, made(), seconds)

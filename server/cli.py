@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
+from decoding.config import EngineConfig
 from decoding.errors import SaccadeError, nearest
 from server.engine_driver import ENGINE
 from server.flags import Parser, add_engine_flags, engine_config, nonempty, positive
@@ -17,6 +19,9 @@ from server.observation import Observation
 from server.observation_flags import add_observation_flags, observation
 from server.reading_flags import add_reading_flags, reading
 from server.serve_flags import KEY_VARIABLE, add_limit_flags, add_security_flags, limits, security, tls
+
+if TYPE_CHECKING:  # a wrong command line is answered before what is large is imported
+    from server.settings import ServerSettings
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -29,6 +34,7 @@ TOOLS = {
     "calibrate": ("benchmarks.calibrate_cli", "build a tree of fixed shape for Medusa heads"),
     "bench": ("benchmarks.load.cli", "measure any server of OpenAI's API under load, or two side by side"),
     "datastore": ("server.datastore", "build the corpus that the retrieval drafter copies from"),
+    "ray": ("server.ray.launch", "serve replicas of a model behind one address, with Ray Serve"),
 }
 
 _EXAMPLES = """\
@@ -140,20 +146,29 @@ def run_server(args: argparse.Namespace, engine: str = ENGINE) -> int:
 def _serve(args: argparse.Namespace, told: Observation, engine: str) -> None:
     from server.listening import Address
     from server.serve import serve
-    from server.settings import ServerSettings
 
     config = engine_config(args)
-    names = tuple(getattr(args, "served_model_name", [config.model]))
-    settings = ServerSettings(
-        model_names=names,
+    settings = server_settings(args, config)
+    serve(config, settings, getattr(args, "chat_template", None), Address(args.host, args.port), tls(args), engine)
+
+
+def server_settings(args: argparse.Namespace, config: EngineConfig) -> ServerSettings:
+    """The HTTP side's settings, out of the flags of ``saccade serve`` and the environment.
+
+    Raises:
+        ConfigError: keys or origins that cannot be.
+    """
+    from server.settings import ServerSettings
+
+    return ServerSettings(
+        model_names=tuple(getattr(args, "served_model_name", [config.model])),
         seed=config.seed,
         rows=config.max_num_seqs,
         **reading(args),
         limits=limits(args),
         security=security(args, os.environ.get(KEY_VARIABLE)),
-        observation=told,
+        observation=observation(args),
     )
-    serve(config, settings, getattr(args, "chat_template", None), Address(args.host, args.port), tls(args), engine)
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, cast
@@ -40,7 +41,13 @@ class SteppedEngine(Protocol):
 
     def cancel(self, request_id: str, choice: int | None = None) -> list[TokenEvent]: ...
 
-    def step(self) -> list[TokenEvent]: ...
+    def step(self, arrivals: Callable[[], None] | None = None) -> list[TokenEvent]:
+        """One step.
+
+        Args:
+            arrivals: may be called in the middle of it: submits what has come by then.
+        """
+        ...
 
     def stats(self) -> EngineStats: ...
 
@@ -77,16 +84,35 @@ def load_engine(target: str, config: EngineConfig) -> SteppedEngine:
 
 
 class EngineDriver:
-    """Applies messages to an engine and steps it; one thread calls it."""
+    """Applies messages to an engine and steps it; one thread calls it.
 
-    def __init__(self, engine: SteppedEngine, send: Callable[[FromEngine], None]) -> None:
+    Args:
+        receive: the next message that is there, None if there is none.
+    """
+
+    def __init__(
+        self, engine: SteppedEngine, send: Callable[[FromEngine], None], receive: Callable[[], ToEngine | None]
+    ) -> None:
         self._engine = engine
         self._send = send
+        self._receive = receive
+        self._held: deque[ToEngine] = deque()  # came in the middle of a step, and could not be acted on there
         self._last_stats = 0.0
 
     @property
     def has_work(self) -> bool:
         return self._engine.has_work
+
+    def drain(self) -> bool:
+        """Act on every message that is there.
+
+        Returns:
+            False after a Shutdown.
+        """
+        while (message := self._held.popleft() if self._held else self._receive()) is not None:
+            if not self.apply(message):
+                return False
+        return True
 
     def apply(self, message: ToEngine) -> bool:
         """Act on one message.
@@ -104,11 +130,19 @@ class EngineDriver:
 
     def step(self) -> None:
         """One step and its one message."""
-        self._emit(self._engine.step())
+        self._emit(self._engine.step(self._take_arrivals))
 
     def report(self) -> None:
         """Send the counters alone."""
         self._send(StepOutput((), self._engine.stats()))
+
+    def _take_arrivals(self) -> None:
+        """Submit the requests that have come during a step; what comes behind anything else keeps its place."""
+        while (message := self._receive()) is not None:
+            if isinstance(message, Submit) and not self._held:
+                self._submit(message.request)
+            else:
+                self._held.append(message)
 
     def _submit(self, request: GenerateRequest) -> None:
         try:

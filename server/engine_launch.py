@@ -45,7 +45,7 @@ class EngineProcess:
     """A running engine process."""
 
     def __init__(self, config: EngineConfig, address: str, engine: str, observation: Observation) -> None:
-        """Start it. Must run on the main thread, since it dies with the thread that started it (see prctl(2))."""
+        """Start it, on a thread that lives as long as the process: it dies with its starter (see prctl(2))."""
         command = [sys.executable, "-m", "server.engine_process"]
         command += ["--address", address, "--parent", str(os.getpid()), "--engine", engine]
         command += ["--log-format", observation.log_format, "--log-level", observation.log_level]

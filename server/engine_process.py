@@ -77,28 +77,26 @@ class EngineConnection:
     def send(self, message: FromEngine) -> None:
         self._socket.send(self._encoder.encode(message))
 
+    def receive(self) -> ToEngine | None:
+        """The next message that is there; None: there is none."""
+        return self._decoder.decode(self._socket.recv()) if self._socket.poll(0) else None
+
     def serve(self, engine: SteppedEngine) -> None:
         """Step while there is work, else wait for messages; returns at a Shutdown or when the parent has gone.
 
         Raises:
             EngineDeadError: the engine cannot go on.
         """
-        driver = EngineDriver(engine, self.send)
+        driver = EngineDriver(engine, self.send, self.receive)
         driver.report()  # before Ready, so that the counters are there when the server is
         self.send(Ready(engine.info))
-        while self._drain(driver):
+        while driver.drain():
             if driver.has_work:
                 driver.step()
             elif not self._socket.poll(PARENT_CHECK_MS):
                 if os.getppid() != self._parent:
                     return
                 engine.check_health()
-
-    def _drain(self, driver: EngineDriver) -> bool:
-        while self._socket.poll(0):
-            if not driver.apply(self._decoder.decode(self._socket.recv())):
-                return False
-        return True
 
 
 def _load(target: str, config: EngineConfig, connection: EngineConnection) -> SteppedEngine | None:

@@ -74,6 +74,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._await("nothing")
         self._stop_write_timer()
+        self._unset_keepalive_if_required()  # uvicorn forgets it where a client resets the connection: for 75 seconds
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

@@ -68,7 +68,7 @@ class InProcessEngineClient(RoutedEngineClient):
             self._post(LoadFailed(f"The engine ended: {type(error).__name__}: {error}"))
 
     def _serve(self, engine: SteppedEngine) -> None:
-        driver = EngineDriver(engine, self._post)
+        driver = EngineDriver(engine, self._post, self._next)
         driver.report()
         self._post(Ready(engine.info))
         try:
@@ -78,9 +78,17 @@ class InProcessEngineClient(RoutedEngineClient):
         finally:
             engine.close()
 
+    def _next(self) -> ToEngine | None:
+        try:
+            return self._inbox.get_nowait()
+        except queue.Empty:
+            return None
+
     def _drain(self, driver: EngineDriver) -> bool:
         """Act on what has come; an engine without work waits for the next message."""
-        while not driver.has_work or not self._inbox.empty():
+        while driver.drain():
+            if driver.has_work:
+                return True
             if not driver.apply(self._inbox.get()):
-                return False
-        return True
+                break
+        return False

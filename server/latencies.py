@@ -11,26 +11,13 @@ from decoding.messages import TokenEvent
 from server.tallies import Tally, add_tally, histogram
 
 # those of vLLM to which its dashboards look for targets are among them
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75),
+    *(1.0, 1.5, 2.5, 3.5, 5.0, 7.5, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0),
+)
 _TOKEN_SECONDS = (
-    0.0001,
-    0.00025,
-    0.0005,
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.5,
-    1.0,
-    5.0,
-    20.0,
+    *(0.0001, 0.00025, 0.0005, 0.00075, 0.001, 0.0015, 0.0025, 0.0035, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.035),
+    *(0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 5.0, 20.0),
 )
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _CHOICES = (1, 2, 5, 10, 20)
@@ -40,14 +27,15 @@ class Latencies:
     """Tallies of all requests that reached the engine."""
 
     def __init__(self) -> None:
-        self.first_token = Tally(_SECONDS)
+        self.first_token = Tally(SECONDS)
         self.between_events = Tally(_TOKEN_SECONDS)
         self.per_token = Tally(_TOKEN_SECONDS)
-        self.end_to_end = Tally(_SECONDS)
-        self.prefill = Tally(_SECONDS)
-        self.decode = Tally(_SECONDS)
-        self.inference = Tally(_SECONDS)  # both of them together: vLLM tells it
+        self.end_to_end = Tally(SECONDS)
+        self.prefill = Tally(SECONDS)
+        self.decode = Tally(SECONDS)
+        self.inference = Tally(SECONDS)  # both of them together: vLLM tells it
         self.prompt_tokens = Tally(_TOKENS)
+        self.computed_tokens = Tally(_TOKENS)  # of the prompt
         self.output_tokens = Tally(_TOKENS)
         self.longest_output = Tally(_TOKENS)
         self.wanted_tokens = Tally(_TOKENS)
@@ -111,10 +99,11 @@ class RequestTimes:
             self.first, self.scheduled = now, min(self.submitted + event.queued_seconds, now)
             self._latencies.first_token.observe(now - self.arrived)
 
-    def end(self, prompt_tokens: int, generated: list[int], wanted: int) -> None:
+    def end(self, prompt_tokens: int, cached: int, generated: list[int], wanted: int) -> None:
         """The request is over.
 
         Args:
+            cached: tokens of the prompt that came from the prefix cache.
             generated: tokens of each choice.
             wanted: of each choice at most.
         """
@@ -130,6 +119,7 @@ class RequestTimes:
         latencies.decode.observe(self.last - self.first)
         latencies.inference.observe(self.last - self.scheduled)
         latencies.prompt_tokens.observe(prompt_tokens)
+        latencies.computed_tokens.observe(prompt_tokens - cached)
         latencies.output_tokens.observe(sum(generated))
         latencies.longest_output.observe(max(generated))
         latencies.wanted_tokens.observe(wanted)

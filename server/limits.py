@@ -27,6 +27,7 @@ class Limits:
     max_concurrent_requests: int | None = None  # HTTP requests; None: a full batch and a full queue
     max_connections: int = 4096
     max_body_memory: int = 256 * MIB  # bodies that are being read, parsed or tokenized
+    max_answer_tokens: int = 2**21  # of an answer that is not streamed; each alternative with a logprob counts
     max_pending_tokens: int = 65536  # of one request, made and not read yet; each alternative with a logprob counts
 
     # seconds

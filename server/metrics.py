@@ -12,10 +12,8 @@ from prometheus_client.registry import Collector
 from server.account import Account
 from server.engine_client import EngineClient
 from server.engine_metrics import EngineCollector
-from server.latencies import Latencies, RequestTimes
+from server.latencies import SECONDS, Latencies, RequestTimes
 from server.vllm_metrics import Counted, VllmCollector
-
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Metrics:
@@ -33,11 +31,12 @@ class Metrics:
         registry.register(EngineCollector(client))
         registry.register(_HttpCollector(self._latencies, model))
         ProcessCollector(registry=registry)
+        ProcessCollector("saccade_engine", lambda: client.pid or "none", registry=registry)  # without one, nothing
         self._requests = Counter(
             "saccade_http_requests", "Requests answered", ["route", "method", "status"], registry=registry
         )
         self._seconds = Histogram(
-            "saccade_http_request_seconds", "Time to the end", ["route"], buckets=_SECONDS, registry=registry
+            "saccade_http_request_seconds", "Time to the end", ["route"], buckets=SECONDS, registry=registry
         )
         self._in_flight = Gauge("saccade_http_requests_in_flight", "Requests being answered", registry=registry)
         self._errors = Counter(

@@ -17,22 +17,18 @@ from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from decoding.acceptance import LOSSY, Acceptance
 from decoding.config import EngineConfig
-from decoding.text import Tokenizer
-from server.app import build_app
+from server.backend import Backend
 from server.engine_driver import ENGINE
-from server.grammar_worker import GrammarWorker
-from server.http_protocol import http_protocol
+from server.http_protocol import Refused, http_protocol
 from server.limits import Limits
 from server.listening import Address, allow_many_connections, is_loopback, listen
 from server.model_folder import tokenizer_folder
 from server.security import Tls
 from server.settings import ServerSettings
-from server.socket_client import SocketEngineClient
-from server.supervisor import Supervisor
-from server.tracing import open_tracer
 
 CLOSE_SECONDS = 1  # after the drain, for the last events to be sent
 
@@ -65,10 +61,15 @@ class _UvicornServer(uvicorn.Server):
 
 def http_server(app: FastAPI, limits: Limits, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
     """The HTTP server of an application of ``build_app``."""
+    return server_of(app, app.state.refused, limits, tls)
+
+
+def server_of(app: ASGIApp, refused: Refused, limits: Limits, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
+    """The HTTP server of any application."""
     config = uvicorn.Config(
         app,
         loop="asyncio",  # uvloop, measured with benchmarks/http_stream.py, brought nothing here
-        http=http_protocol(limits, app.state.refused),
+        http=http_protocol(limits, refused),
         ws="none",
         log_config=None,
         log_level="error",  # its warnings are of what clients send, who could fill the log with them
@@ -113,17 +114,11 @@ class Service:
     ) -> None:
         self._config = config
         self._settings = settings
-        self._chat_template = chat_template
         self._listener = listener
         self._tls = tls
-        told = settings.observation
-        self._engine = Supervisor(
-            lambda: SocketEngineClient(config, engine=engine, limits=settings.limits, observation=told)
-        )
+        self._backend = Backend(config, settings, chat_template, engine)
+        self._engine = self._backend.engine
         self._stop = asyncio.Event()
-        self._grammars: GrammarWorker | None = None
-        endpoint = told.otlp_traces_endpoint
-        self._tracer = None if endpoint is None else open_tracer(endpoint)
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM; a second one ends the process at once.
@@ -137,11 +132,7 @@ class Service:
         try:
             await self._serve()
         finally:
-            await self._engine.close()
-            if self._grammars is not None:
-                await self._grammars.close()
-            if self._tracer is not None:
-                await asyncio.to_thread(self._tracer.close)
+            await self._backend.close()
 
     async def _serve(self) -> None:
         folder = tokenizer_folder(self._config)
@@ -167,10 +158,7 @@ class Service:
 
     async def _start_http(self, folder: Path) -> tuple[asyncio.Task[None], uvicorn.Server]:
         """The HTTP server answers while the model loads, /health with 503."""
-        tokenizer = await asyncio.to_thread(Tokenizer.load, folder, chat_template=self._chat_template)
-        form = self._settings.observation.log_format
-        self._grammars = GrammarWorker(folder, lambda: self._engine.info.vocab_size, log_format=form)
-        app = build_app(self._engine, tokenizer, self._settings, grammars=self._grammars, tracer=self._tracer)
+        app = await self._backend.application(folder)
         server = http_server(app, self._settings.limits, self._tls)
         return asyncio.create_task(server.serve(sockets=[self._listener])), server
 

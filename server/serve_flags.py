@@ -62,6 +62,7 @@ _LIMITS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "max_n": (_up_to(Limits.max_n), "N", "choices of a prompt"),
     "max_stop": (_up_to(Limits.max_stop), "N", "stop strings of a request"),
     "max_logprobs": (_up_to(Limits.max_logprobs), "N", "alternatives with a logprob"),
+    "max_answer_tokens": (positive, "N", "of an answer that is not streamed, alternatives with a logprob included"),
     "max_pending_tokens": (positive, "N", "of one request that wait for a slow client before it is cut off"),
     "header_timeout": (some_seconds, "SECONDS", "in which a request's headers must arrive"),
     "body_timeout": (some_seconds, "SECONDS", "in which its body must arrive"),

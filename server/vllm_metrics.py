@@ -80,7 +80,7 @@ class VllmCollector(Collector):
             yield self._labelled_gauge("engine_sleep_state", "Whether it serves", "sleep_state", {"awake": 1.0})
         waiting = {"capacity": float(stats.waiting), "deferred": 0.0}
         yield self._labelled_gauge("num_requests_waiting_by_reason", "Choices that wait", "reason", waiting)
-        yield self._by_source(stats)
+        yield from self._by_source(stats)
         yield self._by_position(stats)
         yield self._by_reason()
         yield from self._histograms(stats)
@@ -98,12 +98,16 @@ class VllmCollector(Collector):
             family.add_metric([*self._values, value], number)
         return family
 
-    def _by_source(self, stats: EngineStats) -> Metric:
-        name, text = "vllm:prompt_tokens_by_source", "Prompt tokens, by where their K/V came from"
-        family = CounterMetricFamily(name, text, labels=[*_LABELS, "source"])
-        family.add_metric([*self._values, "local_compute"], float(stats.prompt_tokens - stats.cached_prompt_tokens))
-        family.add_metric([*self._values, "local_cache_hit"], float(stats.cached_prompt_tokens))
-        return family
+    def _by_source(self, stats: EngineStats) -> Iterator[Metric]:
+        name, text, labels = "vllm:prompt_tokens", "Prompt tokens, by where their K/V came from", [*_LABELS, "source"]
+        cached = float(stats.cached_prompt_tokens)
+        family = CounterMetricFamily(f"{name}_by_source", text, labels=labels)
+        family.add_metric([*self._values, "local_compute"], stats.prompt_tokens - cached)
+        family.add_metric([*self._values, "local_cache_hit"], cached)
+        yield family
+        family = CounterMetricFamily(f"{name}_cached_by_source", "Cached prompt tokens, by where", labels=labels)
+        family.add_metric([*self._values, "device"], cached)
+        yield family
 
     def _by_position(self, stats: EngineStats) -> Metric:
         """vLLM counts positions from 0; a tree's nodes of one depth are one position."""
@@ -136,6 +140,7 @@ class VllmCollector(Collector):
             ("request_decode_time_seconds", found.decode),
             ("request_inference_time_seconds", found.inference),
             ("request_prompt_tokens", found.prompt_tokens),
+            ("request_prefill_kv_computed_tokens", found.computed_tokens),
             ("request_generation_tokens", found.output_tokens),
             ("request_max_num_generation_tokens", found.longest_output),
             ("request_params_max_tokens", found.wanted_tokens),

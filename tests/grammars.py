@@ -8,7 +8,7 @@ from functools import cache
 
 from decoding.grammar.compiler import Compiled, GrammarCompiler
 from decoding.grammar.matcher import Matcher
-from decoding.request import Grammar
+from decoding.request import Grammar, Reasoning
 from tests.engines import EOS, VOCAB, demo_tokenizer
 
 # over the characters ! .. H, which are the tokens of the tiny models' vocabulary
@@ -55,6 +55,13 @@ def fulfils(text: str, grammar: Grammar) -> bool:
 def spelled(tokens: list[int]) -> str:
     """The text of tokens of the tiny models, without an end."""
     return "".join(demo_tokenizer().token_text(token) for token in tokens if token != EOS)
+
+
+def said(tokens: list[int], reasoning: Reasoning | None) -> list[int]:
+    """What comes behind the reasoning."""
+    if reasoning is None or (reasoning.open is not None and tokens[:1] != [reasoning.open]):
+        return tokens
+    return tokens[tokens.index(reasoning.close) + 1 :] if reasoning.close in tokens else []
 
 
 @cache

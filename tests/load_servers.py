@@ -28,6 +28,7 @@ class Script:
         status: other than 200: there is no stream.
         refuse: a field of stream_options that is answered with a 400.
         account: of speculation, in the last usage.
+        metrics: names and by how much each request raises them, of /metrics.
     """
 
     chunks: Sequence[int] = (1, 1, 1, 1)
@@ -39,6 +40,7 @@ class Script:
     status: int = 200
     refuse: str | None = None
     account: Body | None = None
+    metrics: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -55,13 +57,17 @@ class FakeServer:
     bodies: list[Body] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     most: int = 0
+    counted: dict[str, int] = field(default_factory=dict)
     _running: int = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             headers = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
-            if head.startswith("GET"):
+            if head.startswith("GET /metrics"):
+                lines = [f"# TYPE {name} counter\n{name}_total {value}\n" for name, value in self.counted.items()]
+                await self._plain(writer, 200, "".join(lines).encode())
+            elif head.startswith("GET"):
                 await self._plain(writer, 200, {"data": [{"id": "fake-model"}]})
             else:
                 self.keys.append(headers.get("authorization", ""))
@@ -72,6 +78,8 @@ class FakeServer:
     async def _answer(self, writer: asyncio.StreamWriter, body: Body) -> None:
         script = self.script(body, len(self.bodies))
         self.bodies.append(body)
+        for name, count in script.metrics.items():
+            self.counted[name] = self.counted.get(name, 0) + count
         self._running += 1
         self.most = max(self.most, self._running)
         try:
@@ -115,8 +123,8 @@ class FakeServer:
         await writer.drain()
 
     @staticmethod
-    async def _plain(writer: asyncio.StreamWriter, status: int, body: Body) -> None:
-        content = json.dumps(body).encode()
+    async def _plain(writer: asyncio.StreamWriter, status: int, body: Body | bytes) -> None:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
         head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
         writer.write(head.encode() + content)
         await writer.drain()

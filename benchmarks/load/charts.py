@@ -16,6 +16,7 @@ from benchmarks.load.results import Result
 from benchmarks.load.summary import Summary, times_of
 
 _PANELS = {"ttft": "time to first token", "tpot": "time per output token", "itl": "between chunks"}
+_SHOWN = 99  # percentile of times to which a panel reaches, at the least
 _MOST_POINTS = 400  # of a curve; more cannot be seen
 _STYLES = ("-", "--", ":", "-.")
 
@@ -58,7 +59,7 @@ def _ratio_axis(axis: Any) -> None:
     axis.set_xscale("log")
     axis.set_xlim(min(0.8, 0.85 * max(low, axis.dataLim.x0)), max(1.25, high))
     low, high = axis.get_xlim()
-    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
         every = [step * 10.0**power for power in range(-4, 5) for step in steps]
         axis.set_xticks(ticks := [tick for tick in every if low <= tick <= high])
         if len(ticks) > 3:
@@ -76,18 +77,23 @@ def distributions_chart(result: Result) -> Any:
     figure = new_figure(10.5, 3.4)
     axes = figure.subplots(1, len(_PANELS), sharey=True)
     for axis, (name, title) in zip(axes, _PANELS.items(), strict=True):
+        longest = 0.0
         for label, colour, style, turns in _lines(result):
             times = np.sort(times_of(name, [r for turn in turns for r in turn.records if r.error is None]))
             if len(times):
-                axis.plot(*_curve(1e3 * times), color=colour, linestyle=style, label=label, linewidth=1.6)
+                curve = {"color": colour, "linestyle": style, "label": label, "linewidth": 1.6}
+                axis.plot(*_curve(1e3 * times), drawstyle="steps-post", **curve)
+                longest = max(longest, 1e3 * float(np.percentile(times, _SHOWN)))
         limit = getattr(result.goal, name, None)
         if limit is not None:
             axis.axvline(limit, color="#888888", linewidth=1, linestyle=":")
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("ms")
+        axis.set_xlim(0, 1.1 * longest or 1.0)  # one that is far off would press all others to the edge
         _tidy(axis)
     axes[0].set_ylabel("share of all")
-    _legend(figure, axes)
+    loads = len(result.plan.loads)
+    _legend(figure, axes, loads if len(result.plan.servers) > 1 and loads > 1 else None)
     return figure
 
 
@@ -111,24 +117,27 @@ def _lines(result: Result) -> list[tuple[str, str, str, list[Turn]]]:
 
 
 def sweep_chart(result: Result) -> Any:
-    """Over the loads of a sweep: throughput, and times to first token and per token."""
+    """Over the loads of a sweep: throughput, goodput if there is a goal, times to first token and per token."""
+    panels = ["output tokens/s", *(["goodput, requests/s"] if result.goal else [])]
+    panels += ["time to first token, ms", "time per output token, ms"]
     figure = new_figure(10.5, 3.4)
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(1, len(panels))
     loads = [load.label for load in result.plan.loads]
     for place, server in enumerate(result.plan.servers):
         mine = [each for each in result.summaries if each.server == server.label]
         style = {"color": COLOURS[(0, 3)[place]], "marker": "o", "markersize": 4, "label": server.label}
         axes[0].plot(loads, [each.output_rate for each in mine], **style)
-        for axis, name in ((axes[1], "ttft"), (axes[2], "tpot")):
+        if result.goal:
+            axes[1].plot(loads, [each.good_rate for each in mine], **style)
+        for axis, name in ((axes[-2], "ttft"), (axes[-1], "tpot")):
             axis.plot(loads, _percentiles(mine, name, "p50"), **style)
             axis.plot(loads, _percentiles(mine, name, "p99"), **{**style, "linestyle": ":", "label": None})
-    titles = ("output tokens/s", "time to first token, ms", "time per output token, ms")
-    for axis, title in zip(axes, titles, strict=True):
+    for axis, title in zip(axes, panels, strict=True):
         axis.set_title(title, fontsize=11)
-        axis.tick_params(axis="x", rotation=30 if len(loads) > 3 else 0, labelsize=8)
+        axis.tick_params(axis="x", rotation=30 if len(loads) > 2 else 0, labelsize=8)
         axis.set_ylim(bottom=0)
         _tidy(axis)
-    axes[1].set_xlabel("solid: median, dotted: p99")
+    axes[-2].set_xlabel("solid: median, dotted: p99")
     _legend(figure, axes)
     return figure
 
@@ -167,8 +176,12 @@ def _tidy(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(figure: Any, axes: Sequence[Any]) -> None:
+def _legend(figure: Any, axes: Sequence[Any], columns: int | None = None) -> None:
+    """
+    Args:
+        columns: default: as many as there is room for.
+    """
     found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if len(found) > 1:
-        where = {"loc": "outside lower center", "ncols": min(4, len(found)), "frameon": False, "fontsize": 9}
+        where = {"loc": "outside lower center", "ncols": columns or min(4, len(found)), "frameon": False, "fontsize": 9}
         figure.legend(found.values(), found.keys(), **where)

@@ -85,8 +85,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Measure, and write what was asked for."""
     from benchmarks.load.experiment import Plan, measure
+    from benchmarks.load.recount import recounted
     from benchmarks.load.results import as_json, result_of
     from benchmarks.load.table import text_table
+    from server.listening import allow_many_connections
 
     if args.html is not None:
         from benchmarks.figures import require
@@ -95,8 +97,12 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     for path in (args.output, args.html):
         _check_writable(path)
     sampling = Sampling(args.endpoint, args.temperature, args.seed, args.ignore_eos)
-    plan = Plan(servers(args), loads(args), tuple(prompts(args)), sampling, extent(args))
+    tokenizer = None if args.tokenizer is None else _tokenizer(args.tokenizer)
+    plan = Plan(servers(args), loads(args), tuple(prompts(args, tokenizer)), sampling, extent(args))
+    allow_many_connections()  # the usual limit of descriptors is below what an open loop may need
     measured = asyncio.run(measure(plan, False if args.no_progress else None))
+    if tokenizer is not None:
+        measured = recounted(measured, lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
     result = result_of(plan, measured, Goal(**dict(args.goodput)), argv)
     print(text_table(result))
     if args.output is not None:
@@ -163,13 +169,12 @@ def extent(args: argparse.Namespace) -> Extent:
     return Extent(args.num_prompts, args.duration, rounds, args.num_warmups, args.timeout, not args.no_keep_alive)
 
 
-def prompts(args: argparse.Namespace) -> list[Prompt]:
+def prompts(args: argparse.Namespace, tokenizer: Tokenizer | None = None) -> list[Prompt]:
     """What is sent.
 
     Raises:
         ConfigError: a file that cannot be read, or chats for an endpoint that takes none.
     """
-    tokenizer = None if args.tokenizer is None else _tokenizer(args.tokenizer)
     found = _read(args, tokenizer)
     if args.endpoint != "chat" and any(prompt.messages for prompt in found):
         raise ConfigError(f"{args.dataset_path} has messages, which completions do not take; add --endpoint chat")
@@ -207,6 +212,10 @@ def _check(parser: StrictParser, args: argparse.Namespace) -> None:
         parser.error(
             f"--num-prompts {args.num_prompts} is fewer than the {rounds} rounds; give more, or fewer --rounds"
         )
+    most = max(args.concurrency, default=0)
+    if args.duration is None and args.num_prompts // rounds < most:  # the load would not be what it is called
+        each = f"{args.num_prompts // rounds} requests a round" if rounds > 1 else f"{args.num_prompts} requests"
+        parser.error(f"{each} are fewer than --concurrency {most}; give --num-prompts {most * rounds} or more")
     if args.duration is not None and math.inf in args.request_rate:
         parser.error("--request-rate inf sends without end under --duration; give a rate, or --num-prompts")
     if args.vs is None and (args.vs_model or args.vs_api_key or args.vs_label or args.vs_extra_body):

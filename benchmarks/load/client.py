@@ -32,12 +32,14 @@ class Job:
     Attributes:
         prompt: its prompt's number.
         wanted: tokens asked for, at most.
+        category: of its prompt; None: it has none.
     """
 
     prompt: int
     path: str
     body: bytes
     wanted: int
+    category: str | None = None
 
 
 def prepare(server: Server, sampling: Sampling, number: int, prompt: Prompt) -> Job:
@@ -53,7 +55,7 @@ def prepare(server: Server, sampling: Sampling, number: int, prompt: Prompt) -> 
         continuous = {"continuous_usage_stats": True} if server.usage == "continuous" else {}
         body["stream_options"] = {"include_usage": True, **continuous}
     body |= server.extra
-    return Job(number, PATHS[sampling.endpoint], msgspec.json.encode(body), prompt.max_tokens)
+    return Job(number, PATHS[sampling.endpoint], msgspec.json.encode(body), prompt.max_tokens, prompt.category)
 
 
 def open_http(
@@ -109,12 +111,15 @@ class LoadClient:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def get(self, path: str) -> httpx.Response:
+    async def get(self, path: str, timeout: float | None = None) -> httpx.Response:
         """
+        Args:
+            timeout: seconds; None: those of a request.
+
         Raises:
             httpx.TransportError: no answer.
         """
-        return await self._http.get(path)
+        return await self._http.get(path, timeout=self._timeout if timeout is None else timeout)
 
     async def send(self, job: Job, scheduled: float | None = None) -> Record:
         """Send a request and read its answer to the end. Never raises for what the server does.
@@ -142,6 +147,8 @@ class LoadClient:
             drafts=reader.drafts,
             error=error,
             detail=detail[:_DETAIL],
+            text=reader.text if reader.source == "chunks" else "",
+            category=job.category,
         )
 
     async def _read(self, job: Job, reader: StreamReader) -> tuple[str | None, str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 # where the number of tokens of each chunk comes from
-Source = Literal["usage of each chunk", "token_ids", "timings", "usage of the last chunk", "chunks"]
+Source = Literal["usage of each chunk", "token_ids", "timings", "usage of the last chunk", "tokenizer", "chunks"]
 
 _DATA = b"data:"
 _DONE = b"[DONE]"
@@ -21,11 +21,12 @@ _DONE = b"[DONE]"
 class _Delta(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # vLLM's newer name of the same
     tool_calls: list[Any] | None = None
 
     def text(self) -> str:
         calls = "".join(str(call) for call in self.tool_calls or ())
-        return (self.reasoning_content or "") + (self.content or "") + calls
+        return (self.reasoning_content or self.reasoning or "") + (self.content or "") + calls
 
 
 class _Choice(msgspec.Struct):
@@ -90,7 +91,7 @@ class StreamReader:
         self._malformed: str | None = None
         self._done = False
         self._rest = b""
-        self._text = hashlib.sha256()
+        self._pieces: list[str] = []
         self._source: Source | None = None
         self._seen = 0
         self._usage: _Usage | None = None
@@ -133,9 +134,14 @@ class StreamReader:
         return None if self._usage is None else self._usage.prompt_tokens
 
     @property
+    def text(self) -> str:
+        """All of it; reasoning and calls of tools as well."""
+        return "".join(self._pieces)
+
+    @property
     def digest(self) -> str:
         """Of the text, to compare texts by."""
-        return self._text.hexdigest()[:16]
+        return hashlib.sha256(self.text.encode(errors="replace")).hexdigest()[:16]
 
     @property
     def drafts(self) -> Drafts | None:
@@ -165,7 +171,7 @@ class StreamReader:
         text = choice.delta.text() if choice.delta is not None else choice.text or ""
         self.finish_reason = choice.finish_reason or self.finish_reason
         if text:
-            self._text.update(text.encode(errors="replace"))
+            self._pieces.append(text)
             self._source = self._source or _source(event, choice)
         count = self._new_tokens(event, choice)
         if not text and not count:

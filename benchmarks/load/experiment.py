@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from benchmarks.load.client import Job, LoadClient, prepare
 from benchmarks.load.greeting import greet
-from benchmarks.load.loops import Bounds, Turn, run_turn
+from benchmarks.load.loops import Advance, Bounds, Turn, run_turn
 from benchmarks.load.prompts import Prompt
+from benchmarks.load.records import Record
 from benchmarks.load.settings import Extent, Load, Sampling, Server
 
 
@@ -87,11 +88,11 @@ async def _warm_up(client: LoadClient, plan: Plan) -> None:
     load = Load(concurrency=max(1, min(plan.extent.warm_ups, max((each.concurrency or 1) for each in plan.loads))))
     if plan.extent.warm_ups > 1:
         bounds = Bounds(plan.extent.warm_ups - 1)
-        await run_turn(client, load, _jobs(client, plan, 0), bounds, np.random.default_rng(0), (0, lambda: None))
+        await run_turn(client, load, _jobs(client, plan, 0), bounds, np.random.default_rng(0), (0, lambda _: None))
 
 
 async def _rounds(
-    clients: Sequence[LoadClient], plan: Plan, where: tuple[int, int], load: Load, advance: Callable[[], None]
+    clients: Sequence[LoadClient], plan: Plan, where: tuple[int, int], load: Load, advance: Advance
 ) -> AsyncIterator[Turn]:
     """
     Args:
@@ -124,14 +125,19 @@ def _jobs(client: LoadClient, plan: Plan, first: int) -> Iterator[Job]:
 
 
 @contextlib.contextmanager
-def _bar(plan: Plan, progress: bool | None) -> Iterator[Callable[[], None]]:
+def _bar(plan: Plan, progress: bool | None) -> Iterator[Advance]:
     total = None
     if plan.extent.duration is None:
         total = plan.extent.requests * len(plan.loads) * len(plan.servers)
     hidden = None if progress is None else not progress
     with tqdm(total=total, desc="requests", unit="req", disable=hidden, mininterval=0.5, maxinterval=math.inf) as bar:
+        failed = 0
 
-        def advance() -> None:
+        def advance(record: Record) -> None:
+            nonlocal failed
+            if record.error is not None:
+                failed += 1
+                bar.set_postfix(failed=failed, refresh=False)
             bar.update()
 
         yield advance

@@ -13,11 +13,13 @@ import numpy as np
 
 from benchmarks.load.arrivals import arrival_times
 from benchmarks.load.client import Job, LoadClient
+from benchmarks.load.counters import Counters, read_counters
 from benchmarks.load.lag import Lag, watched
 from benchmarks.load.records import Record
 from benchmarks.load.settings import Load
 
 Send = Callable[[Job, float], Coroutine[Any, Any, None]]
+Advance = Callable[[Record], None]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Turn:
         records: in the order in which requests were to be sent.
         started: by the clock of the records, in seconds.
         closed: when the window closed in which tokens count: at the last end, or after the given duration.
+        counters: what the server counted meanwhile; None: it tells nothing.
     """
 
     server: str
@@ -37,6 +40,7 @@ class Turn:
     started: float
     closed: float
     lag: Lag
+    counters: Counters | None = None
 
     @property
     def seconds(self) -> float:
@@ -57,21 +61,23 @@ async def run_turn(
     jobs: Iterator[Job],
     bounds: Bounds,
     rng: np.random.Generator,
-    place: tuple[int, Callable[[], None]],
+    place: tuple[int, Advance],
 ) -> Turn:
     """Send requests as the load says, and read all answers to their ends.
 
     Args:
         jobs: without end.
-        place: the round, and what is called after each request.
+        place: the round, and what is told of each request.
     """
     number, advance = place
     records: list[Record] = []
 
     async def one(job: Job, scheduled: float) -> None:
-        records.append(await client.send(job, scheduled))
-        advance()
+        record = await client.send(job, scheduled)
+        records.append(record)
+        advance(record)
 
+    before = await read_counters(client)
     async with watched() as lag:
         started = time.perf_counter()
         end = math.inf if bounds.duration is None else started + bounds.duration
@@ -81,7 +87,9 @@ async def run_turn(
             await _open(one, jobs, load, bounds, (started, end), rng)
         closed = max((record.ended for record in records), default=started) if math.isinf(end) else end
     records.sort(key=lambda record: record.scheduled)
-    return Turn(client.server.label, load, number, tuple(records), started, closed, lag)
+    after = None if before is None else await read_counters(client)
+    counters = None if before is None or after is None else after.since(before)
+    return Turn(client.server.label, load, number, tuple(records), started, closed, lag, counters)
 
 
 async def _closed(one: Send, jobs: Iterator[Job], concurrency: int, bounds: Bounds, end: float) -> None:

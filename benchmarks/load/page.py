@@ -8,7 +8,7 @@ from html import escape
 from benchmarks.load.charts import distributions_chart, ratios_chart, svg, sweep_chart, timeline_chart
 from benchmarks.load.comparison import Ratio
 from benchmarks.load.results import Result
-from benchmarks.load.table import figure_rows
+from benchmarks.load.table import category_rows, figure_rows
 
 _STYLE = """\
 body{font:15px/1.5 system-ui,sans-serif;color:#1a1a1a;background:#fff;max-width:1080px;margin:32px auto;padding:0 20px}
@@ -31,6 +31,7 @@ _MEANINGS = {
     "between chunks": "The pauses that a reader sees, whatever a chunk holds.",
     "end to end": "From the moment when the request was to be sent to the end of its answer.",
     "output tokens/s": "Tokens of successful answers that came within the window, by its length.",
+    "in flight": "Requests that were under way, on average over the window: what the load really was.",
     "goodput": "Requests per second that succeeded and met every target.",
     "errors": "Statuses other than 200, error events in mid-stream, streams that ended without [DONE], events that are "
     "no JSON, timeouts, connections that were refused or lost. Failed requests are in no time above.",
@@ -65,6 +66,14 @@ def _body(result: Result, title: str) -> Iterator[str]:
     yield f"<h2>Distributions</h2>\n{svg(distributions_chart(result))}\n"
     yield f"<h2>Requests over time</h2>\n{svg(timeline_chart(result))}\n"
     yield "<h2>Figures</h2>\n" + "".join(_tables(result))
+    if result.categories:
+        heading, *rows = category_rows(result.categories)
+        yield (
+            "<h2>By category</h2>\n<table>"
+            + _row(heading, "th")
+            + "".join(_row(row, "td") for row in rows)
+            + "</table>\n"
+        )
     yield "<h2>What they mean</h2><dl>" + "".join(
         f"<dt>{escape(term)}</dt><dd>{escape(words)}</dd>" for term, words in _MEANINGS.items()
     )

@@ -43,12 +43,14 @@ class Prompt:
         ids: of a completion, in place of ``text``: for servers whose tokenizers differ.
         messages: of a chat, in place of ``text``.
         max_tokens: of its answer.
+        category: what it is a case of, where its file says so; figures are told by category, too.
     """
 
     max_tokens: int
     text: str = ""
     ids: tuple[int, ...] = ()
     messages: tuple[dict[str, Any], ...] = ()
+    category: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,13 @@ def _prompt(place: str, entry: Any, output_len: int | None, default_len: int, co
     length = output_len or entry.get("max_tokens") or default_len
     if not isinstance(length, int) or length < 1:
         raise ConfigError(f"{place}: max_tokens is {length!r} and must be a whole number of at least 1")
+    category = str(entry["category"]) if entry.get("category") else None
     if isinstance(text := entry.get("prompt"), str):
-        return Prompt(length, text)
+        return Prompt(length, text, category=category)
     if isinstance(turns := entry.get("turns"), list) and turns and isinstance(turns[0], str):
-        return Prompt(length, turns[0])
+        return Prompt(length, turns[0], category=category)
     if isinstance(messages := entry.get("messages"), list) and messages:
-        return Prompt(length, messages=tuple(messages))
+        return Prompt(length, messages=tuple(messages), category=category)
     raise ConfigError(f"{place} has no prompt; it needs one of: prompt, messages, turns, conversations")
 
 

@@ -24,6 +24,8 @@ class Record:
         error: kind of failure: "http 429", "error in stream", "truncated", "timeout", "connection", "malformed"; None:
             none.
         detail: what it said.
+        text: the answer, where nothing counts its tokens yet; else empty.
+        category: of its prompt, where the file of prompts has such.
     """
 
     prompt: int
@@ -41,6 +43,8 @@ class Record:
     drafts: Drafts | None
     error: str | None = None
     detail: str = ""
+    text: str = ""
+    category: str | None = None
 
     @property
     def tokens(self) -> int:

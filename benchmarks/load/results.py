@@ -14,10 +14,12 @@ from typing import Any
 
 from benchmarks.load.comparison import BETWEEN_CHUNKS, Ratio, Texts, compare, compare_texts
 from benchmarks.load.experiment import Measured, Plan
+from benchmarks.load.greeting import said
+from benchmarks.load.lag import BUSY
 from benchmarks.load.loops import Turn
 from benchmarks.load.records import Record
 from benchmarks.load.settings import Goal
-from benchmarks.load.summary import Summary, summarise
+from benchmarks.load.summary import Category, Summary, by_category, summarise
 
 LIKE_CHUNKS = 0.1  # logarithm of the ratio of their tokens
 
@@ -30,6 +32,7 @@ class Result:
         summaries: by load, and of each load by server.
         ratios: of the second server over the first one; empty where there is one.
         texts: of both servers' answers; None where there is one server.
+        categories: of prompts, where their file has such: figures of each, over all loads.
     """
 
     plan: Plan
@@ -38,12 +41,13 @@ class Result:
     summaries: tuple[Summary, ...]
     ratios: tuple[Ratio, ...]
     texts: Texts | None
+    categories: tuple[Category, ...]
     origin: dict[str, Any]
 
     @property
     def notes(self) -> list[str]:
         """What a reader of the figures has to know, once each."""
-        found = [each.warning for each in self.summaries if each.warning]
+        found = _late(self.summaries)
         found += [
             f"{each.server}: {each.short} of {each.succeeded} answers under load {each.load!r} ended before the tokens "
             "asked for; --ignore-eos keeps lengths equal where the server knows it"
@@ -51,22 +55,24 @@ class Result:
             if each.short
         ]
         found += [
-            f"{each.server}, {kind}: {said}" for each in self.summaries for kind, said in each.examples.items() if said
+            f"{each.server}, {kind}: {said(text)}"
+            for each in self.summaries
+            for kind, text in each.examples.items()
+            if text
         ]
         sources = {each.server: each.source for each in self.summaries if each.succeeded}
         found += [
             f"{name} does not count tokens: its chunks are taken for tokens, and it makes more than that if a chunk "
-            "holds several"
+            "holds several; --tokenizer MODEL counts its texts"
             for name, source in sources.items()
             if source == "chunks"
         ]
         if (text := self._repeats()) is not None:
             found.append(text)
+        found += _unlike(_pairs(self.summaries, len(self.plan.servers)))
         found += [
-            f"under load {one.load!r} a chunk holds {one.tokens_per_chunk:.2g} tokens of {one.server} and "
-            f"{other.tokens_per_chunk:.2g} of {other.server}: the times between them are not compared"
-            for one, other in _pairs(self.summaries, len(self.plan.servers))
-            if not _like_chunks(one, other)
+            f"{name} tells of speculation in its counters only, which have all clients' requests in them"
+            for name in dict.fromkeys(each.server for each in self.summaries if _by_counters(each))
         ]
         if len(set(sources.values())) > 1:
             counted = "; ".join(f"{name}: {source}" for name, source in sources.items())
@@ -79,6 +85,33 @@ class Result:
         if sent <= prompts:
             return None
         return f"{prompts} prompts served {sent} requests of each server: one with a prefix cache knew repeated ones"
+
+
+def _late(summaries: Sequence[Summary]) -> list[str]:
+    """The worst of what may have been the client's fault, and how often there was such."""
+    warned = [each for each in summaries if each.warning]
+    if not warned:
+        return []
+    worst = max(warned, key=lambda each: (each.client_cpu > BUSY, each.lag_p99_ms))
+    others = f" ({len(warned)} of {len(summaries)} measurements have such a warning)" if len(summaries) > 1 else ""
+    return [f"{worst.server} under load {worst.load!r}: {worst.warning}{others}"]
+
+
+def _by_counters(summary: Summary) -> bool:
+    return summary.speculation is not None and summary.speculation.counters
+
+
+def _unlike(pairs: Sequence[tuple[Summary, Summary]]) -> list[str]:
+    """Where chunks hold different numbers of tokens."""
+    found = [(one, other) for one, other in pairs if not _like_chunks(one, other)]
+    if not found:
+        return []
+    one, other = found[0]
+    counts = "; ".join(f"{a.load}: {a.tokens_per_chunk:.2g} and {b.tokens_per_chunk:.2g}" for a, b in found)
+    return [
+        f"the times between chunks of {one.server} and {other.server} are not compared, as chunks hold "
+        f"different numbers of tokens ({counts})"
+    ]
 
 
 def _pairs(summaries: Sequence[Summary], servers: int) -> list[tuple[Summary, Summary]]:
@@ -111,6 +144,7 @@ def result_of(plan: Plan, measured: Measured, goal: Goal, argv: Sequence[str]) -
         summaries=tuple(summaries),
         ratios=tuple(ratios),
         texts=compare_texts(both[0], both[1]) if len(both) == 2 else None,
+        categories=tuple(each for turns in both for each in by_category(turns)),
         origin=origin(argv),
     )
 
@@ -164,6 +198,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "summaries": [asdict(each) for each in result.summaries],
         "ratios": [{**asdict(each), "verdict": each.verdict} for each in result.ratios],
         "texts": None if result.texts is None else asdict(result.texts),
+        "categories": [asdict(each) for each in result.categories],
         "notes": result.notes,
         "origin": result.origin,
         "requests": [
@@ -181,6 +216,7 @@ def _finite(rate: float | None) -> float | str | None:
 def _request(record: Record, started: float) -> dict[str, Any]:
     return {
         "prompt": record.prompt,
+        "category": record.category,
         "scheduled_ms": _ms(record.scheduled - started),
         "sent_ms": _ms(record.sent - started),
         "ended_ms": _ms(record.ended - started),

@@ -19,6 +19,7 @@ _WEAKEST_LAST: tuple[Source, ...] = (
     "token_ids",
     "timings",
     "usage of the last chunk",
+    "tokenizer",
     "chunks",
 )
 
@@ -45,12 +46,19 @@ class Spread:
 
 @dataclass(frozen=True)
 class Speculation:
-    """By the server's own account, of the requests that succeeded."""
+    """By the server's own account: of the requests that succeeded, or of its counters, which know of no requests.
+
+    Attributes:
+        tokens_per_step: None: it does not count steps. Of counters: of steps with drafts only.
+        by_drafter: name -> (drafted, accepted).
+        counters: it is told by counters.
+    """
 
     drafted: int
     accepted: int
-    tokens_per_step: float | None  # None: it does not count steps
-    by_drafter: dict[str, tuple[int, int]]  # name -> (drafted, accepted)
+    tokens_per_step: float | None
+    by_drafter: dict[str, tuple[int, int]]
+    counters: bool = False
 
     @property
     def acceptance(self) -> float | None:
@@ -67,11 +75,13 @@ class Summary:
         examples: kind -> what the first of its errors said.
         short: requests that ended before the tokens that were asked for.
         seconds: of all windows together.
+        in_flight: requests that were under way, on average over the windows.
         output_rate: tokens per second that came in the windows, those of failed requests left out.
         good_rate: requests per second that met the goal; None: there is none.
         source: the coarsest way in which tokens were counted.
         tokens_per_chunk: None: chunks are not counted.
         late: from the time when a request was to be sent to its sending.
+        failed: from the sending of requests that failed to their failure.
     """
 
     server: str
@@ -82,6 +92,7 @@ class Summary:
     examples: dict[str, str]
     short: int
     seconds: float
+    in_flight: float
     request_rate: float
     output_tokens: int
     output_rate: float
@@ -94,6 +105,7 @@ class Summary:
     itl: Spread | None
     e2el: Spread | None
     late: Spread | None
+    failed: Spread | None
     source: Source
     tokens_per_chunk: float | None
     speculation: Speculation | None
@@ -125,6 +137,7 @@ def summarise(turns: Sequence[Turn], goal: Goal) -> Summary:
         examples={record.error: record.detail for record in reversed(records) if record.error is not None},
         short=sum(1 for record in good if record.output_tokens is not None and record.tokens < record.wanted),
         seconds=seconds,
+        in_flight=_per(sum(in_flight(turn) for turn in turns), seconds),
         request_rate=_per(len(ended), seconds),
         output_tokens=sum(record.tokens for record in good),
         output_rate=_per(sum(tokens_in(turn) for turn in turns), seconds),
@@ -133,14 +146,48 @@ def summarise(turns: Sequence[Turn], goal: Goal) -> Summary:
         good_share=None if not goal else _per(sum(1 for record in good if meets(record, goal)), len(records)),
         **spreads,
         late=Spread.of(record.sent - record.scheduled for record in records),
-        source=max((record.source for record in good), key=_WEAKEST_LAST.index, default="chunks"),
+        failed=Spread.of(record.ended - record.sent for record in records if record.error is not None),
+        # an answer without text had nothing to count
+        source=max((r.source for r in good if r.arrivals), key=_WEAKEST_LAST.index, default="chunks"),
         tokens_per_chunk=_tokens_per_chunk(good),
-        speculation=_speculation(good),
+        speculation=_speculation(good) or _counted(turns),
         lag_p99_ms=lag.percentile_ms(99),
         lag_max_ms=lag.percentile_ms(100),
         client_cpu=lag.busy,
         warning=lag.warning(shown),
     )
+
+
+@dataclass(frozen=True)
+class Category:
+    """Prompts of one kind, and what one server made of them under all loads."""
+
+    server: str
+    category: str
+    requests: int
+    ttft: Spread | None
+    tpot: Spread | None
+    speculation: Speculation | None
+
+
+def by_category(turns: Sequence[Turn]) -> list[Category]:
+    """Of one server's turns; nothing for prompts without a category."""
+    found: dict[str, list[Record]] = {}
+    for turn in turns:
+        for record in turn.records:
+            if record.category is not None and record.error is None:
+                found.setdefault(record.category, []).append(record)
+    return [
+        Category(
+            server=turns[0].server,
+            category=name,
+            requests=len(records),
+            ttft=spread_of("ttft", records),
+            tpot=spread_of("tpot", records),
+            speculation=_speculation(records),
+        )
+        for name, records in found.items()
+    ]
 
 
 TIMES: dict[str, Callable[[Record], list[float | None]]] = {
@@ -165,6 +212,11 @@ def spread_of(name: str, records: Iterable[Record]) -> Spread | None:
 def tokens_in(turn: Turn) -> float:
     """That came within the window, of requests that succeeded."""
     return sum(record.tokens_until(turn.closed) for record in turn.records if record.error is None)
+
+
+def in_flight(turn: Turn) -> float:
+    """Seconds that requests of a turn were under way within its window, all of them together."""
+    return sum(max(0.0, min(record.ended, turn.closed) - record.sent) for record in turn.records)
 
 
 def meets(record: Record, goal: Goal) -> bool:
@@ -199,6 +251,17 @@ def _speculation(records: Sequence[Record]) -> Speculation | None:
         tokens_per_step=whole / steps if steps else None,
         by_drafter=_by_drafter(drafts),
     )
+
+
+def _counted(turns: Sequence[Turn]) -> Speculation | None:
+    """By the server's counters."""
+    found = [turn.counters for turn in turns if turn.counters is not None]
+    drafted, accepted = sum(each.drafted for each in found), sum(each.accepted for each in found)
+    if len(found) < len(turns) or not drafted:
+        return None
+    drafts = [each.drafts for each in found if each.drafts is not None]
+    steps = sum(drafts) if len(drafts) == len(found) else 0.0
+    return Speculation(int(drafted), int(accepted), 1.0 + accepted / steps if steps else None, {}, counters=True)
 
 
 def _by_drafter(drafts: Sequence[Drafts]) -> dict[str, tuple[int, int]]:

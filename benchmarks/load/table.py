@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.load.results import Result
-from benchmarks.load.summary import Speculation, Spread, Summary
+from benchmarks.load.summary import Category, Speculation, Spread, Summary
 
 TIMES = {
     "ttft": "time to first token",
@@ -28,6 +28,8 @@ def text_table(result: Result) -> str:
             parts.append(_block([heading, *([each.metric, str(each), each.verdict] for each in ratios)]))
     if result.texts is not None and result.texts.pairs:
         parts.append(f"same text: {result.texts.same} of {result.texts.pairs} prompts that both answered")
+    if result.categories:
+        parts.append(_block(category_rows(result.categories)))
     parts += [f"note: {note}" for note in result.notes]
     return "\n\n".join(parts)
 
@@ -38,6 +40,7 @@ def figure_rows(summaries: Sequence[Summary]) -> list[list[str]]:
         ["requests (succeeded)", *(f"{each.requests} ({each.succeeded})" for each in summaries)],
         ["errors", *(_errors(each) for each in summaries)],
         ["requests/s", *(f"{each.request_rate:.3g}" for each in summaries)],
+        ["in flight, on average", *(f"{each.in_flight:.3g}" for each in summaries)],
         ["output tokens/s", *(f"{each.output_rate:.4g}" for each in summaries)],
     ]
     if any(each.good_rate is not None for each in summaries):
@@ -46,6 +49,8 @@ def figure_rows(summaries: Sequence[Summary]) -> list[list[str]]:
         spreads = [getattr(each, name) for each in summaries]
         rows.append([f"{words}, ms: p50 / p90 / p99", *(_spread(spread) for spread in spreads)])
     rows.append(["first token from sending, ms", *(_spread(each.ttft_sent) for each in summaries)])
+    if any(each.failed for each in summaries):
+        rows.append(["failed requests, ms from sending", *(_spread(each.failed) for each in summaries)])
     rows.append(["tokens per chunk", *(_number(each.tokens_per_chunk) for each in summaries)])
     if any(each.speculation for each in summaries):
         rows.append(["drafted tokens accepted", *(_accepted(each.speculation) for each in summaries)])
@@ -54,6 +59,16 @@ def figure_rows(summaries: Sequence[Summary]) -> list[list[str]]:
         rows.append(["tokens per step", *(_per_step(each.speculation) for each in summaries)])
     rows.append(["tokens counted by", *(each.source for each in summaries)])
     rows.append(["client: sent late p99, loop late p99, busy", *(_client(each) for each in summaries)])
+    return rows
+
+
+def category_rows(categories: Sequence[Category]) -> list[list[str]]:
+    """A heading, and a row per category and server."""
+    rows = [["category", "server", "requests", "TTFT p50, ms", "TPOT p50, ms", "drafts accepted", "tokens per step"]]
+    for each in sorted(categories, key=lambda each: each.category):
+        times = ("-" if spread is None else f"{spread.p50:.4g}" for spread in (each.ttft, each.tpot))
+        told = (_accepted(each.speculation), _per_step(each.speculation))
+        rows.append([each.category, each.server, str(each.requests), *times, *told])
     return rows
 
 

@@ -117,6 +117,16 @@ class Drafter(Protocol):
         """The step's outcome: the accepted K/V is in place, the tokens are not yet appended."""
         ...
 
+    def read_prompts(self) -> list[Sequence]:
+        """Run what ``observe`` saw of prompts, if that takes a model: the tokens of that step are out by now.
+
+        Called before the next step is planned, so that whoever joins it finds the K/V.
+
+        Returns:
+            the sequences whose ``valid_length`` may have grown by it.
+        """
+        ...
+
     def valid_length(self, sequence: Sequence) -> int:
         """Up to where the sequence's pages hold this drafter's K/V; 0 for drafters without."""
         ...
@@ -160,6 +170,9 @@ class TokenDrafter:
 
     def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
         """Nothing to learn."""
+
+    def read_prompts(self) -> list[Sequence]:
+        return []
 
     def valid_length(self, sequence: Sequence) -> int:
         return 0

@@ -1,7 +1,9 @@
 """A small model of the same vocabulary drafts a tree (2211.17192; the tree by path probability: 2406.16858).
 
 Each ``propose`` begins with one ragged catch-up pass over the tokens committed since the last one; nothing that was
-written while drafting is ever kept, so there is no special case for what was accepted or proposed by another drafter.
+written while drafting is ever kept, so there is no special case for what was accepted or proposed by another drafter,
+nor for a prompt: it is caught up with when the model is first asked to draft behind it, and not while somebody waits
+for its first token.
 Then the tree grows by one pass per depth, see expansion.py.
 Guesses are coupled to the target's draw: the ``top_k`` largest entries of x + T * g, with the request's own noise g.
 """
@@ -17,9 +19,9 @@ from torch import Tensor
 from decoding.batcher import Chain, Nodes, build
 from decoding.drafters.base import DrafterContext, Needs
 from decoding.drafters.expansion import Expansion, TreeOptions
-from decoding.drafters.rows import may_draft, spread
+from decoding.drafters.rows import spread
 from decoding.errors import ModelError
-from decoding.plan import Plan, PlannedRow, Quota
+from decoding.plan import Plan, Quota
 from decoding.sampling import Sampling
 from decoding.sequence import Sequence, SequenceId
 from decoding.text import Tokenizer
@@ -128,6 +130,9 @@ class DraftModelDrafter:
     def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
         """What was accepted reaches this drafter as tokens, in the next catch-up pass."""
 
+    def read_prompts(self) -> list[Sequence]:
+        return []  # prompts, too
+
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
         active = [i for i, row in enumerate(quota.rows) if row.nodes and self.name in row.drafters]
         chains, drafting = self._catch_up(plan, active)
@@ -148,14 +153,13 @@ class DraftModelDrafter:
         return spread(drafted, row, plan)
 
     def _catch_up(self, plan: Plan, active: list[int]) -> tuple[list[Chain], list[int]]:
-        """Chains that bring the drafter up to date, those of rows that can draft first; and which rows these are."""
+        """Chains that bring the drafter up to date with these rows, those first that can draft then; and which do."""
         budget = self._max_step_tokens
         ready: list[Chain] = []
         behind: list[Chain] = []
         drafting: list[int] = []
-        rows: list[tuple[int, PlannedRow]] = [(i, plan.deciding[i]) for i in active]
-        rows += [(-1, row) for row in plan.rows if not row.decides and may_draft(self.name, row.sequence)]
-        for index, row in rows:
+        for index in active:
+            row = plan.deciding[index]
             start = self._drafted[row.sequence.id]
             end = min(row.end, start + budget, self._last_position + 1)  # a shorter context than the target's: no more
             if end <= start:
@@ -163,7 +167,7 @@ class DraftModelDrafter:
             budget -= end - start
             self._drafted[row.sequence.id] = end
             chain = Chain(row.sequence.tokens[start:end], start, row.sequence.pages)
-            if index >= 0 and end == row.end:
+            if end == row.end:
                 ready.append(chain)
                 drafting.append(index)
             else:

@@ -2,8 +2,8 @@
 
 Its entry t pairs the target's feature of token t - 1 with token t, and its K/V lies at slot t (see
 models/heads/feature_model.py), so a page of it depends on no token after its end and is shared like the target's.
-Chunks of prompts are caught up with as soon as the target has run them; the tokens of later steps at the start of
-``propose``, m + 1 of them at the price of one pass. Then the tree grows, see expansion.py.
+Chunks of prompts are caught up with when the target has run them and its tokens are out; the tokens of later steps at
+the start of ``propose``, m + 1 of them at the price of one pass. Then the tree grows, see expansion.py.
 
 A row may have a *gap*: pages found in the prefix cache without this drafter's K/V, or features that were dropped since
 the row did not draft for long. The model then sees the text with the gap cut out, from page to page: in its page table
@@ -90,6 +90,7 @@ class FeatureDrafter:
         )
         self._features = FeatureStore(model.source, PENDING, self._may_draft, self.name)
         self._progress: dict[SequenceId, Progress] = {}
+        self._unread: dict[SequenceId, tuple[Sequence, int]] = {}  # prompts, and up to where the last step ran them
         self._cache: KVCache
         self._page_carry: Tensor  # [num_pages, C] of each full page's last entry; no columns if nothing is continued
 
@@ -108,6 +109,7 @@ class FeatureDrafter:
 
     def forget(self, sequence: SequenceId) -> None:
         self._progress.pop(sequence, None)
+        self._unread.pop(sequence, None)
         self._features.forget(sequence)
 
     def close(self) -> None:
@@ -128,12 +130,22 @@ class FeatureDrafter:
         return self._options.scratch_slots(depth)
 
     def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
-        """Keep the step's features; catch up with chunks of prompts, so that their pages can be shared at once."""
+        """Keep the step's features."""
         self._features.observe(plan, batch, nodes, out, verdict)
         rows = [row for row in plan.rows if (row.length > 1 or not row.decides) and self._may_draft(row.sequence)]
-        runs = self._runs([(row.sequence, row.end) for row in rows])
+        self._unread.update({row.sequence.id: (row.sequence, row.end) for row in rows})
+        if any(row.sequence.limit == row.end + 1 for row in rows):  # its only token ends it: there is no later for it
+            self.read_prompts()
+
+    def read_prompts(self) -> list[Sequence]:
+        """Catch up with the chunks of prompts of the last step, so that their pages can be shared at once."""
+        if not self._unread:
+            return []
+        unread, self._unread = self._unread, {}
+        runs = self._runs(list(unread.values()))
         if runs:
             self._catch_up(runs, 0)
+        return [run.sequence for run in runs]
 
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
         asked = {

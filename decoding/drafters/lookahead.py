@@ -84,8 +84,10 @@ class LookaheadDrafter(TokenDrafter):
         proposed, self._proposed = self._proposed, []
         if verdict.drawn is not None and any(number != NOBODY for number in proposed):
             tokens, masks = batch.at_wanted(batch.token_ids), batch.at_wanted(batch.tree_mask)
+            late = len(plan.deciding) - len(proposed)  # rows that joined the step since
             drawn = verdict.drawn.clamp(min=0)  # what is no token may stand in no window
-            self._draws, self._waiting = fetch(tokens, masks, drawn, nodes.first), proposed
+            self._draws = fetch(tokens, masks, drawn, nodes.first)
+            self._waiting = proposed + [NOBODY] * late
 
     def forget(self, sequence: SequenceId) -> None:
         number = self._numbers.pop(sequence, None)

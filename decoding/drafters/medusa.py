@@ -151,6 +151,9 @@ class MedusaDrafter:
     def observe(self, plan: Plan, batch: RaggedBatch, nodes: Nodes, out: ForwardOutput, verdict: Verdict) -> None:
         self._features.observe(plan, batch, nodes, out, verdict)
 
+    def read_prompts(self) -> list[Sequence]:
+        return []  # heads have nothing to run before they draft
+
     def propose(self, plan: Plan, quota: Quota, sampling: Sampling) -> Trees | None:
         features: list[Tensor] = []
         drafting: list[int] = []

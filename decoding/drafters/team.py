@@ -50,6 +50,7 @@ class DrafterTeam:
         self._ranking = [d for d in drafters if d.needs.top]
         self._guessing = [(bit, d) for bit, d in enumerate(drafters) if d.needs.host]
         self._drafting = [(bit, d) for bit, d in enumerate(drafters) if not d.needs.host]
+        self._with_kv = [d for d in self.members if d.needs.kv is not None]
         self._doubts: dict[str, Callable[[], list[np.ndarray]]] = {}  # on a device: whether the last trees were broken
         self._broken: set[str] = set()  # drafters of which the log says so
 
@@ -88,12 +89,11 @@ class DrafterTeam:
         return self._ask(self._drafting, plan, quota, sampling)
 
     def _ask(self, members: list[tuple[int, Drafter]], plan: Plan, quota: Quota, sampling: Sampling) -> list[Proposal]:
-        follows = len(plan.rows) > len(plan.deciding)  # there are prompts to follow
-        if not quota.nodes and not follows:
+        if not quota.nodes:
             return []
         proposals = []
         for bit, drafter in members:
-            if not follows and not any(drafter.name in row.drafters for row in quota.rows):
+            if not any(drafter.name in row.drafters for row in quota.rows):
                 continue
             started = time.perf_counter()
             trees = drafter.propose(plan, quota, sampling)
@@ -154,6 +154,15 @@ class DrafterTeam:
             started = time.perf_counter()
             drafter.observe(plan, batch, nodes, out, verdict)
             self.taken[drafter.name] += time.perf_counter() - started
+
+    def read_prompts(self) -> list[Sequence]:
+        """Let drafters run what they put off until a step's tokens were out; the sequences whose K/V they wrote."""
+        read: list[Sequence] = []
+        for drafter in self._with_kv:
+            started = time.perf_counter()
+            read += drafter.read_prompts()
+            self.taken[drafter.name] += time.perf_counter() - started
+        return read
 
     def valid_length(self, bit: int, sequence: Sequence) -> int:
         return self.members[bit].valid_length(sequence)

@@ -22,15 +22,17 @@ from decoding.text import Tokenizer
 
 logger = logging.getLogger("saccade.engine")
 
-KEPT = 16  # compiled grammars that wait for the next request of the kind
+# Compiled grammars that wait for the next request of the kind: so many, and of so many characters together. One takes
+# up to 10 MB for the states of its lexer (see LIMITS) and up to 80 bytes for each of its characters: 200 MB at worst.
+KEPT, KEPT_CHARS = 16, 512 * 2**10
 STACK_BYTES = 64 * 2**20  # of the compiling thread: more than what the server's check of the grammar had
-# Of one mask, at worst some 15 ms of work; of one grammar, some 50 MB of the lexer's states, which its texts share.
+# Of one mask, at worst some 15 ms of work; of one grammar, some 10 MB of the lexer's states, which its texts share.
 LIMITS: dict[str, Any] = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
-    "max_lexer_states": 100_000,
+    "max_lexer_states": 25_000,
     "max_grammar_size": 200_000,
     "verbose_errors": False,  # no states of the parser in messages for clients
 }
@@ -154,9 +156,12 @@ class BackgroundCompiler:
         if future is None or (future.done() and (future.exception() is not None or future.result() is spent)):
             future = self._kept[grammar] = self._executor().submit(self._compiler.compile, grammar)
         self._kept.move_to_end(grammar)
-        if len(self._kept) > KEPT:
+        while len(self._kept) > 1 and (len(self._kept) > KEPT or self._chars() > KEPT_CHARS):
             self._kept.popitem(last=False)
         return future
+
+    def _chars(self) -> int:
+        return sum(len(grammar.source) for grammar in self._kept)
 
     def forget(self, grammar: Grammar) -> None:
         """Compile it anew next time."""

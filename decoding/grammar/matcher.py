@@ -1,15 +1,16 @@
 """Where one text stands in its grammar, and what may follow it and every path of a tree that hangs on its end.
 
 The library's matcher walks forward by tokens. Here it visits the paths of a tree depth first: a node costs one token
-forward and its mask, a branch a copy of the matcher at the text. What may follow is a function of the grammar and the
-tokens alone, so the text cannot depend on which paths were visited.
+forward and its mask; a branch, or a path that the text left, a copy of the matcher at the text, which takes as long as
+the text is. A text that is what was visited, drafts included, goes on without one. What may follow is a function of the
+grammar and the tokens alone, so the text cannot depend on which paths were visited.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,7 @@ class Matcher:
     def __init__(self, compiled: Compiled, ends: tuple[int, ...], min_tokens: int = 0, goes_on: bool = False) -> None:
         self.compiled = compiled
         self._at_text = compiled.start.deep_copy()  # stands at the text, and is never asked for a mask
-        self._inner = self._at_text.deep_copy()  # visits paths
+        self._inner: Any = self._at_text.deep_copy()  # visits paths, never turns back; None: begins at the text again
         self._vocab_size = compiled.vocab_size
         self._ends = ends
         self._end_words = np.zeros(words_of(compiled.vocab_size), dtype=np.int32)
@@ -96,6 +97,7 @@ class Matcher:
 
     def commit(self, tokens: Sequence[int]) -> tuple[int, Ending | None]:
         """Move the text on by the tokens that were drawn: (how many of them are its own, why it ends there)."""
+        visitor, visited = self._inner, self._path
         self._inner, self._path = self._at_text, []
         kept = 0
         ending: Ending | None = None
@@ -107,8 +109,11 @@ class Matcher:
                 kept += ending != "error"
         self._follow_forced(tokens[:kept])
         self._text += self._path
-        self._at_text = self._inner
-        self._begin()
+        self._at_text, ahead = self._inner, self._path[len(visited) :]
+        follows = visitor is not None and self._path[: len(visited)] == visited
+        if follows and ahead:
+            follows = visitor.consume_tokens(ahead)
+        self._inner, self._path = visitor if follows else None, []
         self._masks.clear()
         self._failed.clear()
         return kept, ending
@@ -142,7 +147,7 @@ class Matcher:
         shared = 0
         while shared < min(len(path), len(self._path)) and path[shared] == self._path[shared]:
             shared += 1
-        if shared < len(self._path):
+        if self._inner is None or shared < len(self._path):
             self._begin()
         for token in path[len(self._path) :]:
             if not self._take(token):
@@ -151,9 +156,10 @@ class Matcher:
         return True
 
     def _begin(self) -> None:
-        """Stand at the text again. By a copy (some microseconds), not by the library's rollback.
+        """Stand at the text again. By a copy, not by the library's rollback.
 
-        llguidance 1.9.1 keeps its last mask through a rollback, and returns it for a state that only looks the same.
+        llguidance 1.9.1 keeps its last mask through a rollback, and returns it for a state that only looks the same:
+        behind as many lexemes, in the same state of the lexer (``bias_cache`` in its earley/parser.rs).
         """
         self._inner = self._at_text.deep_copy()
         self._path = []

@@ -7,6 +7,7 @@ from concurrent.futures import Future, wait
 
 from decoding.errors import RequestError
 from decoding.grammar.compiler import BackgroundCompiler, Compiled, outcome
+from decoding.grammar.late import LateMatcher
 from decoding.grammar.matcher import Matcher
 from decoding.request import Grammar
 from decoding.sequence import Sequence, SequenceId
@@ -100,7 +101,11 @@ class GrammarQueue:
     def _matcher(self, sequence: Sequence, compiled: Compiled) -> Matcher:
         params = sequence.params
         ends = tuple(dict.fromkeys((*self._eos_ids, *params.stop_token_ids)))
-        matcher = Matcher(compiled, ends, params.min_tokens, params.ignore_eos)
+        reasoning, limits = sequence.request.reasoning, (params.min_tokens, params.ignore_eos)
+        if reasoning is None:
+            matcher = Matcher(compiled, ends, *limits)
+        else:
+            matcher = LateMatcher(compiled, ends, reasoning, *limits)
         if sequence.generated:
             matcher.resume(sequence.tokens[sequence.prompt_len :].tolist())
         return matcher

@@ -14,6 +14,7 @@ from server.openai.choice_output import Delta, ScoredToken
 from server.openai.chunks import Chunks
 from server.openai.extras import prompt_ids, prompt_logprobs, token_ids, trace
 from server.openai.generation import Generation
+from server.openai.large import made
 from server.openai.output_parser import Reading
 from server.openai.rendering import Head, StreamUsage, usage
 from server.openai.sse import to_json
@@ -47,7 +48,7 @@ class ChatRenderer:
     async def whole(self) -> dict[str, Any]:
         """The answer to a request without ``stream``."""
         deltas = await self._generation.collected()
-        choices = [self._whole_choice(delta) for delta in deltas]
+        choices = await made(deltas, lambda: [self._whole_choice(delta) for delta in deltas])
         answer = {**self._head.payload(KIND, choices), "usage": usage(self._generation)}
         answer |= prompt_ids(deltas[0])
         if (scored := await prompt_logprobs(self._tokenizer, self._generation)) is not None:

@@ -76,7 +76,7 @@ def read(parser: OutputParser, output: ChoiceOutput, delta: Delta) -> list[Piece
     """What a parser makes of what the choice gained; it counts the reasoning's tokens."""
     pieces = parser.push(delta.text)
     if delta.finish_reason is not None:
-        pieces += parser.finish()
+        pieces += parser.finish(cut=delta.finish_reason == "length")
     if parser.reasons:
         output.reasoning_tokens = output.tokens_before(parser.reasoning_end)
     return pieces

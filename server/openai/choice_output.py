@@ -54,6 +54,11 @@ class Delta:
     prompt_ids: tuple[int, ...] | None = None  # with them, in a choice's first delta
 
     @property
+    def weight(self) -> int:
+        """What it takes to keep it, in tokens; text alone is little."""
+        return 1 + sum(1 + len(token.top) for token in self.scored or ())
+
+    @property
     def empty(self) -> bool:
         return not self.text and not self.scored and not self.token_ids and self.finish_reason is None
 

@@ -12,6 +12,7 @@ from server.openai.choice_output import Delta, ScoredToken
 from server.openai.chunks import Chunks
 from server.openai.extras import prompt_ids, prompt_logprobs, token_ids, trace
 from server.openai.generation import Generation
+from server.openai.large import made
 from server.openai.rendering import Head, StreamUsage, finite, token_name, usage
 from server.openai.sse import to_json
 
@@ -26,7 +27,8 @@ class CompletionRenderer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer to a request without ``stream``."""
-        choices = [self._choice(delta) for delta in await self._generation.collected()]
+        deltas = await self._generation.collected()
+        choices = await made(deltas, lambda: [self._choice(delta) for delta in deltas])
         if (scored := await prompt_logprobs(self._tokenizer, self._generation)) is not None:
             for choice in choices:
                 choice["prompt_logprobs"] = scored[choice["index"] * len(scored) // len(choices)]

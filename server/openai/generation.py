@@ -7,12 +7,13 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from decoding.errors import SaccadeError
+from decoding.errors import RequestError, SaccadeError
 from decoding.messages import SpeculationStats, TokenEvent, TokenLogprobs
 from decoding.request import GenerateRequest
 from decoding.text import Tokenizer
 from server.engine_client import EngineClient
 from server.errors import GenerationError
+from server.limits import Limits
 from server.openai.choice_output import ChoiceOutput, Delta, OutputOptions, ScoredToken, concatenated, score_prompt
 
 
@@ -29,6 +30,7 @@ class Generation:
 
     Args:
         on_tokens: called with a choice's index and the event whenever tokens of it have come.
+        max_collected: tokens of an answer that is collected; an alternative with a logprob counts as one.
 
     Attributes:
         failure: the error that ended it.
@@ -41,8 +43,10 @@ class Generation:
         prompts: Sequence[PromptRequest],
         options: OutputOptions,
         on_tokens: Callable[[int, TokenEvent], None],
+        max_collected: int = Limits.max_answer_tokens,
     ) -> None:
         self.options = options
+        self._max_collected = max_collected
         self.failure: SaccadeError | None = None
         self.prompts = [
             PromptRun(client, tokenizer, prompt, options, place * prompt.request.params.n, on_tokens)
@@ -71,15 +75,31 @@ class Generation:
                 raise
 
     async def collected(self) -> list[Delta]:
-        """Each returned choice's whole output, in order; raises as ``deltas`` does."""
+        """Each returned choice's whole output, in order.
+
+        Raises:
+            RequestError: it has become too large to be kept until it is complete; or as ``deltas`` does.
+        """
         parts: dict[int, list[Delta]] = {}
+        left = self._max_collected
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
                 parts.setdefault(delta.index, []).append(delta)
+                left -= delta.weight
+                if left < 0:
+                    self.failure = self._too_large()
+                    raise self.failure
         wholes = {index: concatenated(each) for index, each in parts.items()}
         if self.options.best is None:
             return [wholes[index] for index in sorted(wholes)]
         return [replace(wholes[choice.index], index=place) for place, choice in enumerate(self.returned)]
+
+    def _too_large(self) -> RequestError:
+        message = (
+            f"The answer grew too large to be sent whole: this server keeps {self._max_collected} tokens, alternatives "
+            "with a logprob included. Stream it, or ask for fewer tokens, choices or logprobs."
+        )
+        return RequestError(message, code="answer_too_large")
 
     @property
     def returned(self) -> list[ChoiceOutput]:

@@ -29,18 +29,31 @@ async def read_json(request: Request, limits: Limits, held: HeldBody) -> dict[st
         LateError: it did not arrive in time.
         ClientDisconnect: the client left while sending.
     """
-    _check_headers(request, limits.max_body_size)
-    body = _Body(limits.max_body_size, held)
-    async with aclosing(request.stream()) as chunks:
-        async for chunk in chunks:
-            if not body.add(chunk):
-                break
-    content = body.content()
+    _check_headers(request)
+    content = await read_body(request, limits.max_body_size, held)
     _check_values(content, limits.max_body_values)
     return _parse(content)
 
 
-def _check_headers(request: Request, max_bytes: int) -> None:
+async def read_body(request: Request, max_bytes: int, held: HeldBody) -> bytearray:
+    """The request's bytes, whatever they are; they stay counted in ``held``.
+
+    Raises:
+        RequestError: its code is content_too_large.
+        OverloadedError, LateError, ClientDisconnect: see ``read_json``.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:19]) > max_bytes:
+        raise _too_large(max_bytes)  # what is sent all the same is thrown away below the application
+    body = _Body(max_bytes, held)
+    async with aclosing(request.stream()) as chunks:
+        async for chunk in chunks:
+            if not body.add(chunk):
+                break
+    return body.content()
+
+
+def _check_headers(request: Request) -> None:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise RequestError(
@@ -51,9 +64,6 @@ def _check_headers(request: Request, max_bytes: int) -> None:
             "Send the body as it is: this server does not decompress, so leave the header Content-Encoding out.",
             code="unsupported_media_type",
         )
-    declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared[:19]) > max_bytes:
-        raise _too_large(max_bytes)  # what is sent all the same is thrown away below the application
 
 
 class _Body:

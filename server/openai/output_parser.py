@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from decoding.request import Reasoning
 from decoding.text import Tokenizer
 from server.openai.pieces import CallArguments, CallFailed, CallStart, Piece, Text
 from server.openai.reasoning import ReasoningFormat, ReasoningSplitter, find_reasoning_format
@@ -26,10 +27,10 @@ class OutputParser:
         pieces: list[Piece] = [Text(text)] if text else []
         return self._read(pieces if self._splitter is None else self._splitter.push(text))
 
-    def finish(self) -> list[Piece]:
-        """The output ends here: what was held back."""
+    def finish(self, *, cut: bool = False) -> list[Piece]:
+        """The output ends here, perhaps cut by the limit of tokens: what was held back."""
         pieces = [] if self._splitter is None else self._read(self._splitter.finish())
-        return pieces if self._calls is None else pieces + self._told(self._calls.finish())
+        return pieces if self._calls is None else pieces + self._told(self._calls.finish(cut=cut))
 
     @property
     def reasons(self) -> bool:
@@ -77,11 +78,13 @@ class OutputFormats:
     Attributes:
         special: those of its markers that are special tokens, and their ids. The parsers must see them, and a client
             must not where they mark nothing.
+        tags: the tags of reasoning that are one token each, and their ids.
     """
 
     tools: ToolFormat | None
     reasoning: ReasoningFormat | None
     special: dict[str, int]
+    tags: dict[str, int]
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, tool_parser: str, reasoning_parser: str) -> OutputFormats:
@@ -94,7 +97,9 @@ class OutputFormats:
         reasoning = find_reasoning_format(reasoning_parser, tokenizer.chat_source)
         markers = [*(tools.markers if tools else ()), *(reasoning.tags if reasoning else ())]
         special = {marker: token for marker in markers if (token := tokenizer.special_id(marker)) is not None}
-        return cls(tools, reasoning, special)
+        tags = reasoning.tags if reasoning else ()
+        spelled = [(tag, tokenizer.encode(tag, add_special_tokens=False)) for tag in tags]
+        return cls(tools, reasoning, special, {tag: ids[0] for tag, ids in spelled if len(ids) == 1})
 
     @property
     def spells_calls(self) -> bool:
@@ -104,6 +109,22 @@ class OutputFormats:
     def template_id(self, call_id: str) -> str:
         """A client's call id as the model's template takes it."""
         return call_id if self.tools is None else self.tools.template_id(call_id)
+
+    def thought_before(self, prompt: str) -> Reasoning | None:
+        """What the model may think before it says what a grammar asks for.
+
+        None: nothing. The model knows no tags, or they are more than a token each, or the prompt has closed them.
+
+        Args:
+            prompt: the text that the output continues.
+        """
+        if self.reasoning is None:
+            return None
+        place = self.reasoning.place_in(prompt)
+        opening, close = (self.tags.get(tag) for tag in self.reasoning.tags)
+        if close is None or place == "behind" or (place == "before" and opening is None):
+            return None
+        return Reasoning(close, opening if place == "before" else None)
 
     def reading(
         self, plan: ToolPlan, prompt: str, *, shows_special: bool = False, constrained: bool = False

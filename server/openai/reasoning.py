@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from decoding.errors import ConfigError, nearest
 from server.openai.marker_scan import MarkerScan
@@ -26,6 +27,13 @@ class ReasoningFormat:
     @property
     def tags(self) -> tuple[str, str]:
         return self.open, self.close
+
+    def place_in(self, prompt: str) -> Literal["before", "inside", "behind"]:
+        """Where an output begins that continues this text: templates open the tags, or close them."""
+        tail = prompt[-_MAX_HEAD_CHARS:].rstrip()
+        if tail.endswith(self.close):
+            return "behind"
+        return "inside" if self.begins_inside or tail.endswith(self.open) else "before"
 
 
 REASONING_FORMATS: dict[str, ReasoningFormat] = {
@@ -59,23 +67,23 @@ class ReasoningSplitter:
     """Splits one output as it comes. Line breaks next to the tags belong to neither part.
 
     Args:
-        prompt: its end tells whether the model thinks already, or has thought: templates open the tags, or close them.
+        prompt: its end tells whether the model thinks already, or has thought.
 
     Attributes:
         end: where the answer begins in the output, in characters, the closing tag passed; None while that is open.
     """
 
     def __init__(self, tags: ReasoningFormat, prompt: str) -> None:
-        tail = prompt[-_MAX_HEAD_CHARS:].rstrip()
+        place = tags.place_in(prompt)
         self._open = tags.open
-        self._begins_inside = tags.begins_inside or tail.endswith(tags.open)
+        self._begins_inside = place == "inside"
         self._scan = MarkerScan((tags.close,))
-        self._state = self._answer if tail.endswith(tags.close) else self._undecided
+        self._state = self._answer if place == "behind" else self._undecided
         self._head = ""
         self._chars = 0
         self._fresh = False  # at the beginning of a part: line breaks are dropped
         self._breaks = 0  # line breaks at the end of the reasoning so far
-        self.end: int | None = 0 if tail.endswith(tags.close) else None
+        self.end: int | None = 0 if place == "behind" else None
 
     def push(self, text: str) -> list[Piece]:
         """The pieces that ``text`` makes certain."""

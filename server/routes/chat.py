@@ -115,6 +115,7 @@ def _prepared(api: Api, fields: ChatFields, head: Head, plan: ToolPlan, constrai
         logprobs=fields.scored,
         bad_words=api.bad_word_ids(fields.bad_words),
     )
+    thought = api.formats.thought_before(text) if constraint else None
     request = GenerateRequest(
         request_id=f"{head.id}-0",
         prompt_ids=ids,
@@ -123,9 +124,10 @@ def _prepared(api: Api, fields: ChatFields, head: Head, plan: ToolPlan, constrai
         cache_salt=fields.cache_salt or "",
         prediction_ids=api.prediction_ids(fields.prediction),
         grammar=constraint.grammar if constraint else None,
+        reasoning=thought,
     )
     request.validate(info.vocab_size, info.max_model_len, info.drafters)
     shows_special = fields.skip_special_tokens is False
-    constrained = constraint is not None
+    constrained = constraint is not None and thought is None
     reading = api.formats.reading(plan, text, shows_special=shows_special, constrained=constrained)
     return Conversation(PromptRequest(request), reading, constraint)

@@ -29,6 +29,7 @@ def test_tokens_of_each_chunk_and_the_account_of_speculation_are_read(endpoint: 
         "accepted": 12,
         "tokens_per_step": 2.5,
         "by_drafter": {"ngram": [20, 12]},
+        "counters": False,
     }
     assert found["servers"][0]["model"] == "demo"
     assert all(request["output_tokens"] == 5 for request in found["requests"])

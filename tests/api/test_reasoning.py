@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
+from decoding.request import Reasoning
+from server.app import build_app
+from server.fake_client import FakeEngineClient
 from server.settings import ServerSettings
-from tests.api.families import CALL, HERMES, THINKING, TOOLS
-from tests.api.harness import api, events, fake, saying, tokenizer
+from tests.api.families import CALL, HERMES, THINKING, TOOLS, special_tokenizer
+from tests.api.harness import INFO, SETTINGS, api, events, fake, saying, tokenizer
 
 URL = "/v1/chat/completions"
 ASK = {"messages": [{"role": "user", "content": "2 + 2?"}]}
@@ -103,7 +109,51 @@ def test_the_format_can_be_set(setting: str) -> None:
     assert message == {"role": "assistant", "content": "".join(STEPS), "refusal": None}
 
 
-def test_an_output_that_is_held_to_calls_has_no_reasoning() -> None:
-    named = {"type": "function", "function": {"name": "time"}}
-    message = whole("{}", tools=TOOLS, tool_choice=named)["choices"][0]["message"]
+NAMED = {"type": "function", "function": {"name": "time"}}
+CLOSED = HERMES.replace("<|im_start|>assistant\n{% e", "<|im_start|>assistant\n<think>\n\n</think>\n\n{% e")
+HELD: dict[str, dict[str, Any]] = {
+    "a form": {"response_format": {"type": "json_object"}},
+    "choices": {"guided_choice": ["yes", "no"]},
+    "a call": {"tools": TOOLS, "tool_choice": NAMED},
+}
+
+
+def test_without_tokens_for_the_tags_an_output_that_is_held_to_calls_has_no_reasoning() -> None:
+    message = whole("{}", tools=TOOLS, tool_choice=NAMED)["choices"][0]["message"]
     assert message["tool_calls"][0]["function"]["name"] == "time"
+
+
+@pytest.mark.parametrize("held", list(HELD))
+@pytest.mark.parametrize("template", [THINKING, HERMES, CLOSED], ids=["inside", "before", "behind"])
+def test_an_output_that_is_held_to_a_form_is_so_behind_its_reasoning(template: str, held: str, tmp_path: Path) -> None:
+    text = special_tokenizer(tmp_path, template, "<think>", "</think>")
+    tags = {tag: text.encode(tag)[0] for tag in ("<think>", "</think>")}
+    thought = {THINKING: "Hm.</think>", HERMES: "<think>Hm.</think>", CLOSED: ""}[template]
+    said = text.encode(thought + "{}")
+    engine = FakeEngineClient(replace(INFO, vocab_size=text.vocab_size), saying(said))
+    client = TestClient(build_app(engine, text, SETTINGS))
+    answer = client.post(URL, json={**ASK, **HELD[held]}).json()
+    expected = {
+        THINKING: Reasoning(tags["</think>"]),
+        HERMES: Reasoning(tags["</think>"], tags["<think>"]),
+        CLOSED: None,
+    }
+    assert engine.requests[-1].reasoning == expected[template]
+    assert engine.requests[-1].grammar is not None
+    message = answer["choices"][0]["message"]
+    assert message.get("reasoning_content") == ("Hm." if thought else None)
+    if held == "a call":
+        assert message["tool_calls"][0]["function"]["arguments"] == "{}"
+    else:
+        assert message["content"] == "{}"
+    if thought:
+        assert reasoning_tokens(answer) == len(text.encode(thought))
+
+
+def test_a_request_that_is_held_to_nothing_is_read_as_before(tmp_path: Path) -> None:
+    text = special_tokenizer(tmp_path, THINKING, "<think>", "</think>")
+    engine = FakeEngineClient(replace(INFO, vocab_size=text.vocab_size), saying(text.encode("Hm.</think>Yes.")))
+    client = TestClient(build_app(engine, text, SETTINGS))
+    message = client.post(URL, json=ASK).json()["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm.", "Yes.")
+    assert engine.requests[-1].reasoning is None

@@ -92,13 +92,6 @@ def test_what_is_no_call_is_content(text: str) -> None:
     assert choice["finish_reason"] == "stop"
 
 
-def test_a_call_that_the_limit_cuts_ends_by_length() -> None:
-    with api(saying(*STEPS[:3]), template=HERMES) as client:
-        chunks = events(client.post(URL, json={**ASK, "stream": True}))
-    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-    assert choice_of(ASK, *STEPS[:3], reason="length")["finish_reason"] == "length"
-
-
 def test_every_choice_is_read_for_itself() -> None:
     with api(saying(*STEPS, reason="stop"), template=HERMES) as client:
         chunks = events(client.post(URL, json={**ASK, "stream": True, "n": 2}))

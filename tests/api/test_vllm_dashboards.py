@@ -1,9 +1,9 @@
 """vLLM's own dashboards find what they read.
 
 Of its repository, folder examples/observability, at commits 4b5c627 (prometheus_grafana), 5961e8d and 030ea52
-(performance, queries), 0b9faa4 (overview), 712d754 (service status), 8aed4e5 (speculative decoding) and 5836216 (K/V
-cache). What tells of things that there are not here is left out: connectors to other caches, images, adapters, how long
-blocks stay in the cache.
+(performance, queries), 0b9faa4 (overview, instances), 712d754 (service status), 8aed4e5 (speculative decoding) and
+5836216 (K/V cache). What tells of things that there are not here is left out: connectors to other caches, images,
+adapters, how long blocks stay in the cache.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ vllm:num_requests_waiting_by_reason{reason="capacity"}
 vllm:num_requests_waiting_by_reason{reason="deferred"}
 vllm:kv_cache_usage_perc
 vllm:engine_sleep_state{sleep_state="awake"}
+process_start_time_seconds
 """
 COUNTERS = """
 vllm:prompt_tokens_total
 vllm:prompt_tokens_cached_total
 vllm:prompt_tokens_by_source_total{source="local_compute"}
 vllm:prompt_tokens_by_source_total{source="local_cache_hit"}
+vllm:prompt_tokens_cached_by_source_total{source="device"}
 vllm:generation_tokens_total
 vllm:num_preemptions_total
 vllm:prefix_cache_queries_total
@@ -56,6 +58,7 @@ vllm:request_prefill_time_seconds
 vllm:request_decode_time_seconds
 vllm:request_inference_time_seconds
 vllm:request_prompt_tokens
+vllm:request_prefill_kv_computed_tokens
 vllm:request_generation_tokens
 vllm:request_max_num_generation_tokens
 vllm:request_params_max_tokens

@@ -136,6 +136,9 @@ class Watched:
         batch.validate()
         self.inner.observe(plan, batch, nodes, out, verdict)
 
+    def read_prompts(self) -> list[Sequence]:
+        return self.inner.read_prompts()
+
     def valid_length(self, sequence: Sequence) -> int:
         return self.inner.valid_length(sequence)
 

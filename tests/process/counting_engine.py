@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ class CountingEngine:
         found = [self._open[request_id, number] for number in numbers if (request_id, number) in self._open]
         return [self._end(each, (), "cancelled") for each in found]
 
-    def step(self) -> list[TokenEvent]:
+    def step(self, arrivals: Callable[[], None] | None = None) -> list[TokenEvent]:
         time.sleep(0.002)
         self._steps += 1
         return [self._advance(choice) for choice in list(itertools.islice(self._open.values(), self._rows))]

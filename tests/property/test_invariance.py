@@ -28,7 +28,7 @@ from decoding.drafters.prediction import PredictionDrafter, PredictionOptions
 from decoding.drafters.product_tree import FixedTrees, ProbableTrees
 from decoding.drafters.recycling import RecyclingDrafter, RecyclingOptions
 from decoding.engine import Engine
-from decoding.request import GREEDY_TEMPERATURE, GenerateRequest, SamplingParams, SpeculationParams
+from decoding.request import GREEDY_TEMPERATURE, GenerateRequest, Reasoning, SamplingParams, SpeculationParams
 from decoding.sequence import SequenceId
 from models.decoder import Decoder
 from models.early_exit import ExitModel
@@ -43,7 +43,7 @@ from tests.doubles import AlternatingDrafter, GarbageDrafter, OracleDrafter
 from tests.eagle import fitted_eagle, fitted_eagle3
 from tests.engines import EOS, VOCAB, BuildDrafter, device_ops, make_engine, run, tiny_decoder
 from tests.feature_doubles import ToyFeatureModel
-from tests.grammars import GRAMMARS, fulfils, spelled
+from tests.grammars import GRAMMARS, fulfils, said, spelled
 from tests.medusa import fit_weights, make_heads
 from tests.moods import make_moody
 from tests.mtp import fitted_model, random_heads
@@ -167,7 +167,8 @@ def workloads(draw: st.DrawFn) -> list[GenerateRequest]:
         salt = draw(st.sampled_from(["", "", "tenant"]))
         grammar = draw(st.sampled_from([*[None] * 14, *GRAMMARS]))
         given = tuple(draw(prompts)), params, draw(speculation), salt
-        requests.append(GenerateRequest(f"r{number}", *given, grammar=grammar))
+        thought = draw(st.sampled_from([None, None, Reasoning(7), Reasoning(7, 9)])) if grammar else None
+        requests.append(GenerateRequest(f"r{number}", *given, grammar=grammar, reasoning=thought))
     return requests
 
 
@@ -302,7 +303,8 @@ def assert_bans_hold(params: SamplingParams, output: list[int]) -> None:
 def test_text_depends_on_the_request_alone(requests: list[GenerateRequest], setup: Setup) -> None:
     alone = {}
     for request in requests:
-        plain = GenerateRequest(request.request_id, request.prompt_ids, request.params, OFF, grammar=request.grammar)
+        held = {"grammar": request.grammar, "reasoning": request.reasoning}
+        plain = GenerateRequest(request.request_id, request.prompt_ids, request.params, OFF, **held)  # type: ignore[arg-type]
         alone.update(run(plain_engine(), [plain]))
     prompt_of = {request.request_id: list(request.prompt_ids) for request in requests}
     texts = {key: prompt_of[key[0]] + outcome.tokens for key, outcome in alone.items()}
@@ -325,11 +327,11 @@ def test_text_depends_on_the_request_alone(requests: list[GenerateRequest], setu
         make_moody(engine, setup.mood)
     together = run(engine, [predicting(request, texts) for request in requests])
     lossy = {request.request_id for request in requests if is_lossy(request)}
-    grammars = {request.request_id: request.grammar for request in requests}
+    held_to = {request.request_id: (request.grammar, request.reasoning) for request in requests}
     for key, outcome in together.items():
-        judge, grammar = alone[key], grammars[key[0]]
+        judge, (grammar, reasoning) = alone[key], held_to[key[0]]
         if grammar is not None and outcome.last.finish_reason == "stop" and outcome.tokens[-1] == EOS:
-            assert fulfils(spelled(outcome.tokens), grammar)
+            assert fulfils(spelled(said(outcome.tokens, reasoning)), grammar)
         assert outcome.last.speculation is not None
         assert outcome.last.speculation.acceptance == ("typical" if key[0] in lossy else "exact")
         if key[0] in lossy:  # has a text of its own, and changes nobody else's

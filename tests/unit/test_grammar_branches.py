@@ -11,7 +11,7 @@ import pytest
 from decoding.grammar.matcher import Matcher
 from decoding.request import Grammar
 from server.openai.json_schema.reading import schema_source
-from tests.grammars import matcher
+from tests.grammars import compiled, matcher
 from tests.schemas.case import DIGIT
 from tests.schemas.corpus import load
 
@@ -35,6 +35,46 @@ def test_a_number_left_behind_does_not_stand_in_the_way() -> None:
     state = matcher(Grammar("json_schema", json.dumps(NESTED)), WHOLE)
     state.masks([(opened, one)])
     assert same(state.masks([(opened, closed)])[0], fresh(json.dumps(NESTED), (opened, closed)))
+
+
+class Counted(Matcher):
+    """Counts its copies of the library's matcher, which take the longer the longer the text is."""
+
+    copies = 0
+
+    def _begin(self) -> None:
+        self.copies += 1
+        super()._begin()
+
+
+LISTS = Grammar("json_schema", json.dumps({"type": "array", "items": {"type": "boolean"}, "minItems": 500}))
+
+
+def drawn(state: Matcher, path: tuple[int, ...], lots: random.Random) -> int:
+    """A token that may come after a path, not an end while there is another."""
+    [words] = state.masks([path])
+    assert words is not None
+    allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+    return int(lots.choice([token for token in allowed if token != 0] or allowed))
+
+
+def test_a_text_that_is_what_was_visited_is_never_copied() -> None:
+    """Plain decoding, and drafts that are accepted to the last; of others, one copy a step."""
+    lots, state = random.Random(7), Counted(compiled(LISTS, WHOLE), (0,))
+    for _ in range(60):
+        assert state.commit([drawn(state, (), lots)]) == (1, None)
+    assert state.copies == 0
+    for _ in range(20):
+        chain: tuple[int, ...] = ()
+        for _ in range(4):
+            chain = (*chain, drawn(state, chain, lots))
+        assert state.commit(chain) == (4, None)
+    assert state.copies == 0
+    for _ in range(20):
+        first = drawn(state, (), lots)
+        drawn(state, (first, drawn(state, (first,), lots)), lots)
+        assert state.commit([first]) == (1, None)
+    assert state.copies <= 20
 
 
 @pytest.mark.parametrize("source", SCHEMAS)

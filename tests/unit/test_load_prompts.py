@@ -40,7 +40,7 @@ def test_lines_with_messages(tmp_path: Path) -> None:
 
 def test_spec_bench_questions(tmp_path: Path) -> None:
     path = written(tmp_path / "question.jsonl", {"question_id": 81, "category": "writing", "turns": ["one", "two"]})
-    assert read(path) == [Prompt(50, "one")]
+    assert read(path) == [Prompt(50, "one", category="writing")]
 
 
 def test_conversations_of_sharegpt(tmp_path: Path) -> None:

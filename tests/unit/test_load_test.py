@@ -31,7 +31,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def test_a_planted_slowdown_is_found(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with fake_server(Script(gap=0.02)) as fast, fake_server(Script(gap=0.08)) as slow:
+    with fake_server(Script(gap=0.05)) as fast, fake_server(Script(gap=0.2)) as slow:
         load = ["--concurrency", "4", "--num-prompts", "24"]
         found = bench(out, "--base-url", fast.url, "--vs", slow.url, *load, "--html", str(out.with_suffix(".html")))
     ratios = {ratio["metric"]: ratio for ratio in found["ratios"]}
@@ -71,6 +71,7 @@ def test_errors_are_counted_by_kind_and_are_no_successes(out: Path) -> None:
         (summary,) = bench(out, *words)["summaries"]
     assert summary["errors"] == {"error in stream": 2, "truncated": 2, "http 503": 2, "timeout": 2}
     assert (summary["requests"], summary["succeeded"], summary["output_tokens"]) == (10, 2, 8)
+    assert summary["failed"]["p50"] < 1500 <= summary["failed"]["max"], "only those that timed out took so long"
 
 
 def test_the_notes_quote_errors(out: Path) -> None:
@@ -79,6 +80,7 @@ def test_the_notes_quote_errors(out: Path) -> None:
         notes = bench(out, *words)["notes"]
     assert "server, error in stream: the engine is gone" in notes
     assert "server, truncated: the stream ended without [DONE]" in notes
+    assert "server, http 503: no" in notes
 
 
 def test_a_server_that_fails_always_is_a_failure() -> None:
@@ -104,6 +106,17 @@ def test_a_sweep_has_a_summary_for_each_load(out: Path) -> None:
     assert page.count("<svg") == 3
     assert "http://www.w3.org" in page
     assert not re.search(r'(?:src|href)="(?!#)', page.replace('xlink:href="#', ""))  # nothing is fetched from elsewhere
+
+
+def test_an_open_loop_does_not_wait_for_answers(out: Path) -> None:
+    """Ten requests in half a second, each of which takes more than that: all are under way together."""
+    with fake_server(Script(first=1.5, chunks=(1,))) as server:
+        words = ["--request-rate", "20", "--arrival", "constant", "--num-prompts", "10"]
+        found = bench(out, "--base-url", server.url, *words)
+    assert server.most == 10
+    times = [request["scheduled_ms"] for request in found["requests"]]
+    assert times == pytest.approx([50.0 * number for number in range(10)], abs=1e-3), "the schedule is the load's"
+    assert all(request["sent_ms"] < 1500 for request in found["requests"])
 
 
 def test_an_open_loop_counts_the_time_that_requests_wait(out: Path) -> None:
@@ -158,6 +171,63 @@ def test_the_report_says_how_tokens_were_counted(script: Script, source: str, ou
         found = bench(out, "--base-url", server.url, "--num-prompts", "2")
     assert found["summaries"][0]["source"] == source
     assert any("does not count tokens" in note for note in found["notes"]) == (source == "chunks")
+
+
+def test_texts_are_counted_by_a_tokenizer_where_the_server_counts_nothing(out: Path) -> None:
+    with fake_server(Script(chunks=(4, 8, 8), gap=0.01, usage="none")) as server:
+        words = ["--base-url", server.url, "--num-prompts", "2", "--tokenizer", str(ROOT / "demo/target")]
+        found = bench(out, *words)
+    made = len(Tokenizer.load(ROOT / "demo/target").encode("a" * 20, add_special_tokens=False))
+    (summary,) = found["summaries"]
+    assert made != 3, "chunks are no tokens"
+    assert (summary["source"], summary["output_tokens"]) == ("tokenizer", 2 * made)
+    assert summary["tpot"]["p50"] == pytest.approx(2 * summary["itl"]["mean"] / (made - 1), rel=0.5)
+    assert not any("does not count tokens" in note for note in found["notes"])
+
+
+def test_counters_of_a_server_tell_of_speculation_where_its_answers_do_not(out: Path) -> None:
+    names = {
+        f"vllm:spec_decode_num_{each}": n for each, n in (("drafts", 2), ("draft_tokens", 8), ("accepted_tokens", 3))
+    }
+    with fake_server(Script(metrics=names)) as server:
+        found = bench(out, "--base-url", server.url, "--num-prompts", "4", "--concurrency", "2")
+    (summary,) = found["summaries"]
+    speculation = {"drafted": 32, "accepted": 12, "tokens_per_step": 2.5, "by_drafter": {}, "counters": True}
+    assert summary["speculation"] == speculation, "the request that greeted the server is not in it"
+    assert (
+        "server tells of speculation in its counters only, which have all clients' requests in them" in found["notes"]
+    )
+
+
+def test_figures_are_told_by_category(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = ("writing", "math", "writing")
+    path = out.with_name("question.jsonl")
+    path.write_text(
+        "".join(json.dumps({"category": kind, "turns": [f"{kind} {n}"]}) + "\n" for n, kind in enumerate(kinds))
+    )
+    account = {"steps": 2, "drafted": 8, "accepted": 2, "by_drafter": {}}
+    script = Script(chunks=(1, 3), account=account)
+    with fake_server(lambda body, number: script if "math" in body["prompt"] else Script()) as server:
+        page = out.with_suffix(".html")
+        words = ["--base-url", server.url, "--num-prompts", "3", "--dataset-path", str(path), "--html", str(page)]
+        found = {each["category"]: each for each in bench(out, *words)["categories"]}
+    assert {name: each["requests"] for name, each in found.items()} == {"writing": 2, "math": 1}
+    assert found["math"]["speculation"]["tokens_per_step"] == 2.0
+    assert found["writing"]["speculation"] is None
+    assert re.search(r"^math +server +1 .* 2 of 8 \(25%\) +2\.00$", capsys.readouterr().out, re.MULTILINE)
+    assert "<h2>By category</h2>" in page.read_text()
+
+
+def test_an_answer_without_text_says_nothing_of_how_tokens_are_counted(out: Path) -> None:
+    with fake_server(lambda body, number: Script(chunks=() if number % 2 else (1, 1))) as server:
+        (summary,) = bench(out, "--base-url", server.url, "--num-prompts", "4")["summaries"]
+    assert (summary["succeeded"], summary["source"]) == (4, "usage of each chunk")
+
+
+def test_requests_in_flight_are_told_as_they_were(out: Path) -> None:
+    with fake_server(Script(gap=0.05)) as server:
+        (summary,) = bench(out, "--base-url", server.url, "--concurrency", "3", "--num-prompts", "12")["summaries"]
+    assert 2.0 < summary["in_flight"] <= 3.0
 
 
 def test_fields_and_keys_arrive(out: Path) -> None:
@@ -215,6 +285,11 @@ def test_a_refused_first_request_is_said_before_anything_is_measured() -> None:
         ("--arrival burst", "give its --request-rate"),
         ("--vs-model m", "name it with --vs URL"),
         ("--vs http://x --num-prompts 3", "fewer than the 6 rounds"),
+        (
+            "--vs http://x --num-prompts 24 --concurrency 1 8",
+            "4 requests a round are fewer than --concurrency 8; give --num",
+        ),
+        ("--num-prompts 3 --concurrency 4", "3 requests are fewer than --concurrency 4; give --num-prompts 4 or more"),
         ("--token-ids", "--token-ids needs --tokenizer"),
         ("--model", "expected one argument"),
     ],

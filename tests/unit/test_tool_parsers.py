@@ -152,6 +152,13 @@ def pieces(kind: str, parts: Sequence[str], hidden: Sequence[str] = ()) -> list[
     return found + parser.finish()
 
 
+def told(kind: str, parts: Sequence[str]) -> list[Piece]:
+    """The pieces of an output that the limit of tokens cut behind these parts."""
+    schemas = {name: SCHEMAS.get(name, {}) for name in NAMES[: 1 if kind == "arguments" else None]}
+    parser = PARSERS[kind](Offer(frozenset(schemas), lambda: "id", schemas=schemas))
+    return [piece for part in parts for piece in parser.push(part)] + parser.finish(cut=True)
+
+
 def content(found: Sequence[Piece]) -> str:
     return "".join(piece.text for piece in found if isinstance(piece, Text))
 
@@ -194,6 +201,16 @@ def test_a_call_that_does_not_end_does_not_take_the_next_one_with_it() -> None:
     begun = "<tool_call><function=weather><parameter=city>Rome</parameter>"
     for text in (f"{begun}<tool_call>{TAGGED}", f"{begun}{TAGGED}"):
         assert read("qwen3_coder", [text]) == read("qwen3_coder", list(text)) == (begun, [OSLO])
+
+
+@pytest.mark.parametrize(("kind", "text"), [case[:2] for case in CALLS])
+def test_a_call_that_the_limit_cuts_stays_one(kind: str, text: str) -> None:
+    """Wherever that is: what a stream has told of before is what the whole answer has."""
+    for place in range(len(text)):
+        found, by_character = told(kind, [text[:place]]), told(kind, list(text[:place]))
+        assert settled(found) == found
+        assert content(found) == content(by_character)
+        assert calls(found) == calls(by_character)
 
 
 def test_a_calls_pieces_come_as_soon_as_they_are_certain() -> None:

@@ -14,6 +14,7 @@ from server.openai.chat_deltas import read
 from server.openai.chat_logprobs import scored_token
 from server.openai.choice_output import ScoredToken
 from server.openai.generation import Generation
+from server.openai.large import made
 from server.openai.output_parser import OutputParser
 from server.openai.pieces import Piece, settled
 from server.openai.rendering import Head, usage
@@ -57,7 +58,7 @@ class ResponseRenderer:
             raise here(error) from None
         pieces = settled(read(self._parser, self._generation.choices[0], delta))
         output = OutputItems()
-        output.push(pieces, self._logprobs(delta.scored))
+        output.push(pieces, await made([delta], lambda: self._logprobs(delta.scored)))
         output.finish(complete=delta.finish_reason != "length")
         return self._ended(output, complete=delta.finish_reason != "length")
 

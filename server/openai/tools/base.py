@@ -82,9 +82,14 @@ class ToolParser(ABC):
                 rest = self._state(rest)
         return self._taken()
 
-    def finish(self) -> list[Piece]:
-        """The output ends here: what was held back."""
-        self._end()
+    def finish(self, *, cut: bool = False) -> list[Piece]:
+        """The output ends here: what was held back.
+
+        Args:
+            cut: by the limit of tokens. A call that has begun stays one, with the arguments that came.
+        """
+        if not (cut and self._started):
+            self._end()
         if self._blank and not self._calls:
             self._pieces.append(Text("".join(self._blank)))
         self._blank = []
