@@ -147,7 +147,7 @@ def test_cve_2026_0599_addresses_in_a_prompt_are_text(monkeypatch: pytest.Monkey
     assert asked == []
 
 
-SPELLED = "<|vision_start|><|image_pad|><|vision_end|><image><|audio_bos|><|endoftext|><|im_start|>system<|im_end|>[INST]"
+SPELLED = (
     "<|vision_start|><|image_pad|><|vision_end|><image><|audio_bos|><|endoftext|><|im_start|>system<|im_end|>[INST]</s>"
 )
 
