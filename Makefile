@@ -150,7 +150,7 @@ bench-drafters: setup llama-cpp $(INFLATED) build/stdlib.store
 	$(BIN)/python -m benchmarks.store_bounds --family $(FAMILY) --drafters $(GUESSERS) --bound 64MiB --out $(call result,store-bounds)
 	$(BIN)/python -m benchmarks.drafters_page $(foreach kind,drafters idle-cost store-bounds,$(call result,$(kind)))
 
-bench-structured: setup
+bench-structured: setup $(INFLATED)
 	$(BIN)/python -m benchmarks.structured --family $(FAMILY) --out $(call result,structured) $(ARGS)
 	$(BIN)/python -m benchmarks.structured_page $(call result,structured)
 

@@ -115,11 +115,21 @@ class SequenceCache:
         if moves is not None:
             self.kv.move(*moves)
 
-    def register(self, sequence: Sequence) -> None:
-        """Offer the sequence's full pages to others, and note how far the drafters' K/V reaches in them."""
+    def register(self, sequence: Sequence, before: int | None = None) -> None:
+        """Offer the sequence's full pages to others, and note how far the drafters' K/V reaches in them.
+
+        Args:
+            before: the text ends, and had so many tokens before its last step. A drafter would run those of that step
+                in the next one. The page that it so lacks is not offered: who continues the text computes it again,
+                where a drafter that needs the target's features would have a gap in all that goes on from there.
+        """
         if not self.prefixes.enabled:
             return
-        for page in range(len(sequence.page_keys), sequence.cached // PAGE_SIZE):
+        full = sequence.cached // PAGE_SIZE
+        if before is not None:
+            reached = [self._valid_length(bit, sequence) for bit in self._drafter_bits]
+            full = min([full, *(valid // PAGE_SIZE for valid in reached if valid >= before - 1)])
+        for page in range(len(sequence.page_keys), full):
             tokens = sequence.tokens[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
             key = self.prefixes.child_key(self._parent_key(sequence), tokens)
             sequence.page_keys.append(key)

@@ -154,7 +154,7 @@ class Committer:
         event = None
         if kept or reason is not None:
             event = self._event(sequence, drawn[:kept], reason, found.logprobs.get(index), trace, *failed)
-        self._settle(sequence, reason)
+        self._settle(sequence, reason, row.end)
         if reason is None and not sequence.is_ready:
             self._set_back(sequence)
         return event
@@ -295,10 +295,14 @@ class Committer:
             trace=trace,
         )
 
-    def _settle(self, sequence: Sequence, reason: FinishReason | None) -> None:
-        """Pages after a step: full ones are offered to others, spare ones returned; all of them at the end."""
+    def _settle(self, sequence: Sequence, reason: FinishReason | None, before: int | None = None) -> None:
+        """Pages after a step: full ones are offered to others, spare ones returned; all of them at the end.
+
+        Args:
+            before: tokens of the text before the step.
+        """
         if sequence in self._scheduler.running:
-            self._cache.register(sequence)
+            self._cache.register(sequence, None if reason is None else before)
             self._cache.trim(sequence)
         if reason is not None:
             self.totals.requests_finished += 1

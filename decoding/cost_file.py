@@ -67,7 +67,10 @@ def learn_costs(
         started = time.perf_counter()
         table = measure_costs(stepper, config, vocab_size)
         if table is None:
-            logger.warning("the K/V pool or the context is too small to measure what steps cost: prices are guessed")
+            logger.warning(
+                "what steps cost was not measured, and prices are guessed: the K/V pool or the context is too small, "
+                "or the model breaks down on random tokens"
+            )
             return
         logger.info("measured what steps and drafts cost in %.1f s", time.perf_counter() - started)
         try:

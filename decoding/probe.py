@@ -14,6 +14,7 @@ from decoding.commit import Totals
 from decoding.costs import CostTable, DraftPrice
 from decoding.drafters.base import Drafter
 from decoding.drafters.team import Proposal
+from decoding.errors import SaccadeError
 from decoding.plan import Guide, Plan, Quota, RowQuota
 from decoding.planner import Limits, StepTimes, roots_of
 from decoding.request import GenerateRequest, SamplingParams
@@ -77,6 +78,10 @@ class ProbePlanner:
         """Nothing to forget."""
 
 
+class TextEnded(SaccadeError):
+    """A made-up text ended, as those of a model do that breaks down: there is nothing to measure."""
+
+
 class Probe:
     """Runs an idle stepper on made-up texts, and leaves it as it was."""
 
@@ -88,11 +93,16 @@ class Probe:
         self._number = 0
 
     def measure(self) -> CostTable | None:
-        """The cost table of this stepper; None where its pool or its context is too small to run anything."""
+        """The cost table of this stepper.
+
+        None where its pool or its context is too small to run anything, or the target breaks down.
+        """
         stepper = self._stepper
         kept, stepper.planner = stepper.planner, self._planner
         try:
             return self._table() if self._begin(1, PROMPT) else None
+        except TextEnded:
+            return None
         finally:
             stepper.planner = kept
             self._end()
@@ -189,6 +199,7 @@ class Probe:
             before = clock()
             self._stepper.step()
             found.append(clock() - before)
+            self._check()
             if len(found) >= next(count for limit, count in REPEATS if found[0] < limit):
                 return min(found)  # whatever else runs on the machine only adds
 
@@ -211,7 +222,12 @@ class Probe:
             self._number += 1
         while self._stepper.scheduler.waiting or any(s.generated == 0 for s in self._stepper.scheduler.running):
             self._stepper.step()
+        self._check()
         return True
+
+    def _check(self) -> None:
+        if not self._stepper.scheduler.running:
+            raise TextEnded
 
     def _end(self) -> None:
         scheduler = self._stepper.scheduler

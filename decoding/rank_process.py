@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.write("r")  # rank 0 comes to the meeting when all others are on their way
     sys.stdout.close()
     try:
-        Worker(connect(args.rank, args.size, f"/proc/self/fd/{args.meeting}", device), device).run()
+        Worker(connect(args.rank, args.size, args.meeting, device), device).run()
     except RankError as error:
         logging.error("%s", error)
         return 1
@@ -34,9 +34,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="decoding.rank_process", allow_abbrev=False)
-    for name in ("rank", "size", "threads", "meeting", "parent"):
+    for name in ("rank", "size", "threads", "parent"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--device", required=True)
+    for name in ("meeting", "device"):
+        parser.add_argument(f"--{name}", required=True)
     return parser.parse_args(argv)
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -91,15 +94,17 @@ class RankProcesses:
 
     def __init__(self, devices: list[torch.device]) -> None:
         size = len(devices)
-        # a file without a name, which no process can open but those that inherit it
-        self._meeting: int | None = os.memfd_create("saccade-ranks")
+        self._folder = tempfile.mkdtemp(prefix="saccade-")  # mode 0700
+        self._meeting = str(Path(self._folder) / "ranks")
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(1, size):
                 self._processes.append(self._start(rank, size, devices[rank]))
             for process in self._processes:
                 self._await(process)
-            ranks = connect(0, size, f"/proc/self/fd/{self._meeting}", devices[0])
+            ranks = connect(0, size, self._meeting, devices[0])
+            if devices[0].type == "cpu":  # all are connected; a thread of NCCL's goes on looking into the file
+                shutil.rmtree(self._folder)
         except BaseException:
             self._end()
             raise
@@ -122,13 +127,11 @@ class RankProcesses:
         threads = torch.get_num_threads()
         command = [sys.executable, "-m", "decoding.rank_process", "--rank", str(rank), "--size", str(size)]
         command += ["--device", str(device), "--threads", str(threads)]
-        assert self._meeting is not None
-        command += ["--meeting", str(self._meeting), "--parent", str(os.getpid())]
+        command += ["--meeting", self._meeting, "--parent", str(os.getpid())]
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            pass_fds=(self._meeting,),
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )
 
@@ -147,6 +150,4 @@ class RankProcesses:
                 process.kill()
                 process.wait()
         self._processes = []
-        if self._meeting is not None:
-            os.close(self._meeting)
-            self._meeting = None
+        shutil.rmtree(self._folder, ignore_errors=True)

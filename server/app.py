@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -85,9 +86,9 @@ def build_app(
         app.include_router(router)
     app.add_middleware(AdmissionMiddleware, admission=admission or guard, body_seconds=settings.limits.body_timeout)
     if security.cors_origins:
-        _allow_origins(app, security.cors_origins)
+        app.add_middleware(OriginMiddleware, **origin_options(security.cors_origins))
     watchers = [log_request] if tracer is None else [log_request, tracer.trace]
-    app.add_middleware(RequestMiddleware, metrics=metrics, watchers=watchers)
+    app.add_middleware(RequestMiddleware, metrics=metrics, watchers=watchers, routes=ROUTES)
     app.add_exception_handler(SaccadeError, _on_own_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
@@ -103,16 +104,15 @@ def _on_refused(metrics: Metrics, request_id: str, reply: ErrorReply) -> None:
     log_request(account)
 
 
-def _allow_origins(app: FastAPI, origins: tuple[str, ...]) -> None:
+def origin_options(origins: tuple[str, ...]) -> dict[str, Any]:
     """Web pages of these origins may call the API. Keys go in a header, so cookies never are."""
-    app.add_middleware(
-        OriginMiddleware,
-        allow_origins=origins,
-        allow_credentials=False,
-        allow_methods=("GET", "POST"),
-        allow_headers=("*",),
-        expose_headers=(REQUEST_ID, "retry-after", "retry-after-ms"),
-    )
+    return {
+        "allow_origins": origins,
+        "allow_credentials": False,
+        "allow_methods": ("GET", "POST"),
+        "allow_headers": ("*",),
+        "expose_headers": (REQUEST_ID, "retry-after", "retry-after-ms"),
+    }
 
 
 async def _on_own_error(request: Request, error: Exception) -> Response:

@@ -84,6 +84,11 @@ class EngineClient(Protocol):
         """How often an engine was started in place of one that had ended."""
         ...
 
+    @property
+    def pid(self) -> int | None:
+        """Of the engine's own process; None: it has none, or none now."""
+        ...
+
     async def wait_dead(self) -> None:
         """Wait until the engine has ended for good."""
         ...
@@ -135,6 +140,10 @@ class RoutedEngineClient(ABC):
     @property
     def restarts(self) -> int:
         return 0  # it is started once
+
+    @property
+    def pid(self) -> int | None:
+        return None
 
     async def wait_dead(self) -> None:
         await self._dead.wait()

@@ -92,6 +92,10 @@ class FakeEngineClient:
     def restarts(self) -> int:
         return 0
 
+    @property
+    def pid(self) -> int | None:
+        return None
+
     async def wait_dead(self) -> None:
         await self._dead.wait()
 

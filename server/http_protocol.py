@@ -74,6 +74,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._await("nothing")
         self._stop_write_timer()
+        self._unset_keepalive_if_required()  # uvicorn forgets it where a client resets the connection: for 75 seconds
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -134,7 +135,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refuse(_NO_UPGRADE)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
-        is_old = cycle.scope["http_version"] == "1.0"
+        is_old = cycle.scope["http_version"] != "1.1"
         super()._start_asgi_task(cycle, close_delimited(app, cycle) if is_old else app)  # type: ignore[arg-type]
 
     # slow readers ----------------------------------------------------------------------------------------------------

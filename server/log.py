@@ -17,6 +17,7 @@ from server.observation import LogFormat, LogLevel
 REQUESTS = "saccade.requests"  # the logger of requests' own lines
 FIELDS = "fields"  # of a record: what its line has beside its message
 JOIN_SECONDS = 1.0
+LONGEST_LINE = 2**20  # characters of what a child writes; the rest is another line
 
 # The id of the request that the running task answers. Lines come from libraries, too, which know of no request.
 answering: ContextVar[str | None] = ContextVar("answering", default=None)
@@ -57,6 +58,7 @@ def set_up_log(form: LogFormat, level: LogLevel) -> None:
     root = logging.getLogger()
     root.setLevel(max(least, logging.WARNING))
     logging.getLogger("saccade").setLevel(least)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that have left, as often as they like
     shown = form == "json" or least <= logging.DEBUG
     logging.getLogger(REQUESTS).setLevel(least if shown else max(least, logging.WARNING))
     formatter = JsonFormatter() if form == "json" else TextFormatter()
@@ -107,7 +109,7 @@ class Relay:
 
     def _read(self) -> None:
         with os.fdopen(self._read_end, encoding="utf-8", errors="backslashreplace") as lines:
-            for line in lines:
+            while line := lines.readline(LONGEST_LINE):
                 if _is_entry(line):
                     sys.stderr.write(line)
                     sys.stderr.flush()

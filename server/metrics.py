@@ -31,6 +31,7 @@ class Metrics:
         registry.register(EngineCollector(client))
         registry.register(_HttpCollector(self._latencies, model))
         ProcessCollector(registry=registry)
+        ProcessCollector("saccade_engine", lambda: client.pid or "none", registry=registry)  # without one, nothing
         self._requests = Counter(
             "saccade_http_requests", "Requests answered", ["route", "method", "status"], registry=registry
         )

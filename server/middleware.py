@@ -9,7 +9,8 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from typing import cast
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -33,12 +34,16 @@ class RequestMiddleware:
 
     Args:
         watchers: are told of each request that was answered, those of ``QUIET`` routes left out unless they failed.
+        routes: that a path may be of which was turned away before it was looked for.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, watchers: Sequence[Watcher] = ()) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, watchers: Sequence[Watcher] = (), routes: Collection[str] = ()
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._watchers = watchers
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,12 +70,18 @@ class RequestMiddleware:
         finally:
             seconds = time.monotonic() - started
             account = Account(
-                request_id, _method(scope), _route(scope), status, seconds, generated_of(scope), error_of(scope)
+                request_id, _method(scope), self._route(scope), status, seconds, generated_of(scope), error_of(scope)
             )
             self._metrics.end_request(account)
             if account.route not in QUIET or status >= 400:
                 for watcher in self._watchers:
                     watcher(account, scope)
+
+    def _route(self, scope: Scope) -> str:
+        """The route's pattern; paths that are none share one label, so that a scanner cannot fill the memory."""
+        path = getattr(scope.get("route"), "path", scope["path"])
+        known = "route" in scope or path in self._routes
+        return str(path) if known else "unknown"
 
 
 class AdmissionMiddleware:
@@ -85,14 +96,14 @@ class AdmissionMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        try:
-            admitted = self._admission.admit(scope)
-        except SaccadeError as error:
-            await reply_to(error).response()(scope, receive, send)
-            return
-        with admitted as ticket:
+        with ExitStack() as held:
+            try:
+                ticket = held.enter_context(self._admission.admit(scope))
+                left = ticket.remaining()
+            except SaccadeError as error:
+                await reply_to(error).response()(scope, receive, send)
+                return
             keep_ticket(scope, ticket)
-            left = ticket.remaining()
             seconds = self._body_seconds if left is None else min(self._body_seconds, left)
             await self._app(scope, in_time(receive, seconds), send)
 
@@ -136,11 +147,6 @@ def assign_id(scope: Scope) -> str:
 def new_id() -> str:
     """An id for a request that brought none."""
     return f"req-{secrets.token_hex(12)}"
-
-
-def _route(scope: Scope) -> str:
-    """The route's pattern; paths that are none share one label, so that a scanner cannot fill the memory."""
-    return getattr(scope.get("route"), "path", "unknown")
 
 
 def _method(scope: Scope) -> str:

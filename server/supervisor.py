@@ -69,6 +69,11 @@ class Supervisor:
         return self._restarts
 
     @property
+    def pid(self) -> int | None:
+        """Of the engine that runs now."""
+        return self._client.pid
+
+    @property
     def in_flight(self) -> int:
         """Requests that have not ended."""
         return self._in_flight

@@ -92,7 +92,8 @@ def distributions_chart(result: Result) -> Any:
         axis.set_xlim(0, 1.1 * longest or 1.0)  # one that is far off would press all others to the edge
         _tidy(axis)
     axes[0].set_ylabel("share of all")
-    _legend(figure, axes, len(result.plan.loads) if len(result.plan.servers) > 1 else None)
+    loads = len(result.plan.loads)
+    _legend(figure, axes, loads if len(result.plan.servers) > 1 and loads > 1 else None)
     return figure
 
 

@@ -111,12 +111,15 @@ class LoadClient:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def get(self, path: str) -> httpx.Response:
+    async def get(self, path: str, timeout: float | None = None) -> httpx.Response:
         """
+        Args:
+            timeout: seconds; None: those of a request.
+
         Raises:
             httpx.TransportError: no answer.
         """
-        return await self._http.get(path)
+        return await self._http.get(path, timeout=self._timeout if timeout is None else timeout)
 
     async def send(self, job: Job, scheduled: float | None = None) -> Record:
         """Send a request and read its answer to the end. Never raises for what the server does.

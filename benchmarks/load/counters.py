@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.load.client import LoadClient
 
+SECONDS = 5.0  # for an answer; the next turn waits for it
 _PREFIXES = ("vllm:", "llamacpp:")
 _DRAFTS, _DRAFTED, _ACCEPTED = (f"spec_decode_num_{each}" for each in ("drafts", "draft_tokens", "accepted_tokens"))
 
@@ -55,7 +56,7 @@ def counters_in(text: str) -> Counters | None:
 async def read_counters(client: LoadClient) -> Counters | None:
     """A server's counters now; None: it tells none."""
     try:
-        answer = await client.get("/metrics")
+        answer = await client.get("/metrics", SECONDS)
     except httpx.TransportError:
         return None
     return counters_in(answer.text) if answer.status_code == 200 else None

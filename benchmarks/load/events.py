@@ -21,11 +21,12 @@ _DONE = b"[DONE]"
 class _Delta(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # vLLM's newer name of the same
     tool_calls: list[Any] | None = None
 
     def text(self) -> str:
         calls = "".join(str(call) for call in self.tool_calls or ())
-        return (self.reasoning_content or "") + (self.content or "") + calls
+        return (self.reasoning_content or self.reasoning or "") + (self.content or "") + calls
 
 
 class _Choice(msgspec.Struct):

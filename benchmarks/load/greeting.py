@@ -48,7 +48,7 @@ async def greet(server: Server, sampling: Sampling, prompt: Prompt, timeout: flo
     if record.error == "connection":
         raise NoServerError(_nobody(server, record.detail))
     if record.error is not None:
-        raise ConfigError(f"{server.label} does not serve a first request: {record.error}: {_said(record.detail)}")
+        raise ConfigError(f"{server.label} does not serve a first request: {record.error}: {said(record.detail)}")
     return server, record
 
 
@@ -61,9 +61,9 @@ async def _first_model(client: LoadClient) -> str:
     except httpx.TransportError as error:
         raise NoServerError(_nobody(server, str(error) or type(error).__name__)) from error
     except (msgspec.DecodeError, KeyError, IndexError, TypeError) as error:
-        said = f"{response.status_code}: {_said(response.text)}"
+        answer = f"{response.status_code}: {said(response.text)}"
         raise ConfigError(
-            f"{server.base_url}/v1/models names no model ({said}); give one with --model, and a key with --api-key "
+            f"{server.base_url}/v1/models names no model ({answer}); give one with --model, and a key with --api-key "
             "if the server asks for one"
         ) from error
 
@@ -73,7 +73,7 @@ def _nobody(server: Server, reason: str) -> str:
     return f"no server answers at {server.base_url} ({reason}); {where}"
 
 
-def _said(text: str) -> str:
+def said(text: str) -> str:
     """A server's error in few words."""
     try:
         return str(msgspec.json.decode(text)["error"]["message"])[:200]

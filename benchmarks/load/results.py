@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.load.comparison import BETWEEN_CHUNKS, Ratio, Texts, compare, compare_texts
 from benchmarks.load.experiment import Measured, Plan
+from benchmarks.load.greeting import said
 from benchmarks.load.lag import BUSY
 from benchmarks.load.loops import Turn
 from benchmarks.load.records import Record
@@ -54,7 +55,10 @@ class Result:
             if each.short
         ]
         found += [
-            f"{each.server}, {kind}: {said}" for each in self.summaries for kind, said in each.examples.items() if said
+            f"{each.server}, {kind}: {said(text)}"
+            for each in self.summaries
+            for kind, text in each.examples.items()
+            if text
         ]
         sources = {each.server: each.source for each in self.summaries if each.succeeded}
         found += [

@@ -81,6 +81,7 @@ class Summary:
         source: the coarsest way in which tokens were counted.
         tokens_per_chunk: None: chunks are not counted.
         late: from the time when a request was to be sent to its sending.
+        failed: from the sending of requests that failed to their failure.
     """
 
     server: str
@@ -104,6 +105,7 @@ class Summary:
     itl: Spread | None
     e2el: Spread | None
     late: Spread | None
+    failed: Spread | None
     source: Source
     tokens_per_chunk: float | None
     speculation: Speculation | None
@@ -144,6 +146,7 @@ def summarise(turns: Sequence[Turn], goal: Goal) -> Summary:
         good_share=None if not goal else _per(sum(1 for record in good if meets(record, goal)), len(records)),
         **spreads,
         late=Spread.of(record.sent - record.scheduled for record in records),
+        failed=Spread.of(record.ended - record.sent for record in records if record.error is not None),
         # an answer without text had nothing to count
         source=max((r.source for r in good if r.arrivals), key=_WEAKEST_LAST.index, default="chunks"),
         tokens_per_chunk=_tokens_per_chunk(good),

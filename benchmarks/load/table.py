@@ -49,6 +49,8 @@ def figure_rows(summaries: Sequence[Summary]) -> list[list[str]]:
         spreads = [getattr(each, name) for each in summaries]
         rows.append([f"{words}, ms: p50 / p90 / p99", *(_spread(spread) for spread in spreads)])
     rows.append(["first token from sending, ms", *(_spread(each.ttft_sent) for each in summaries)])
+    if any(each.failed for each in summaries):
+        rows.append(["failed requests, ms from sending", *(_spread(each.failed) for each in summaries)])
     rows.append(["tokens per chunk", *(_number(each.tokens_per_chunk) for each in summaries)])
     if any(each.speculation for each in summaries):
         rows.append(["drafted tokens accepted", *(_accepted(each.speculation) for each in summaries)])

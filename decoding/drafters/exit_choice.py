@@ -136,6 +136,8 @@ class _Texts:
             batch = self._batch(known, end)
             hidden = batch.at_wanted(target.forward(batch, self._cache).hidden)
             probs = target.logits(hidden)[:, :vocab_size].softmax(1).cpu()
+            if not bool(probs.isfinite().all()):
+                raise ValueError("the logits of the target are no numbers, so its weights are broken")
             self._tokens[:, end] = torch.multinomial(probs, 1, generator=generator)[:, 0].numpy()
             known = end
 

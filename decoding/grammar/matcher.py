@@ -85,6 +85,8 @@ class Matcher:
         forced = self.forced()[: len(path)]
         if tuple(forced) != path[: len(forced)]:
             return False
+        if len(forced) == len(path):
+            return True
         if path[-1] in self._ends and self._walk(path[:-1]) and self._may_end():
             return True
         return self._walk(path)
@@ -124,6 +126,8 @@ class Matcher:
         if self._inner.is_error():
             self._mend()
             return []
+        on_the_way = range(min(len(found), MAX_TREE))  # they will be asked for, and to come back takes a copy
+        self.masks([tuple(found[:count]) for count in on_the_way])
         then_complete = len(found) < MAX_TREE and self._walk(tuple(found)) and self._inner.is_stopped()
         return [*found, self._ends[0]] if then_complete and self._ends else list(found)
 

@@ -97,7 +97,9 @@ class Driver:
         assert isinstance(cache, ShardedCache)
         while self._gone:
             self.line.send(Call.DROP, (self._gone.pop(),))
-        self.line.send(Call.FORWARD, (model, cache.number, layers, *BatchSizes.of(batch)), batch_tensors(batch))
+        sizes, tensors = BatchSizes.of(batch), batch_tensors(batch)
+        assert [(tensor.shape, tensor.dtype) for tensor in tensors] == sizes.kinds()  # what the others take them for
+        self.line.send(Call.FORWARD, (model, cache.number, layers, *sizes), tensors)
 
     def free_memory(self) -> list[int]:
         """Bytes that are free on the CUDA devices of the other ranks."""

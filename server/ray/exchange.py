@@ -25,18 +25,18 @@ class Exchange:
 
     Args:
         receive, send: uvicorn's.
-        body: that was read already; None: it is still to be received.
+        body: that was read already. What still comes is not for the application, and thrown away.
         write_seconds: in which the client must take what was sent.
     """
 
-    def __init__(self, receive: Receive, send: Send, body: bytes | None, write_seconds: float) -> None:
+    def __init__(self, receive: Receive, send: Send, body: bytes, write_seconds: float) -> None:
         self._receive = receive
         self._send = send
-        self._body = body
+        self._body: bytes | None = body
         self._write_seconds = write_seconds
         self._untold = 0  # bytes that the client has read
         self._news = asyncio.Event()
-        self._next: asyncio.Task[Message] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self.cut_off = False  # the client was: it did not read
 
     async def receive(self) -> Message:
@@ -44,15 +44,12 @@ class Exchange:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
-        if self._next is None:
-            self._next = asyncio.ensure_future(self._receive())
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(self._disconnected())
         async with _ending(self._news.wait()) as news:
-            await asyncio.wait({self._next, news}, return_when=asyncio.FIRST_COMPLETED)
-        if self.cut_off:
+            await asyncio.wait({self._leaving, news}, return_when=asyncio.FIRST_COMPLETED)
+        if self.cut_off or self._leaving.done():
             return {"type": "http.disconnect"}
-        if self._next.done():
-            message, self._next = self._next.result(), None
-            return message
         self._news.clear()
         read, self._untold = self._untold, 0
         return {"type": READ, "bytes": read}
@@ -74,9 +71,13 @@ class Exchange:
 
     async def close(self) -> None:
         """The request is over."""
-        if self._next is not None:
-            self._next.cancel()
-            await asyncio.gather(self._next, return_exceptions=True)
+        if self._leaving is not None:
+            self._leaving.cancel()
+            await asyncio.gather(self._leaving, return_exceptions=True)
+
+    async def _disconnected(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
 
 
 class Window:

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 import secrets
 import signal
 import sys
@@ -145,11 +146,19 @@ def _watch(name: str, address: str) -> NoReturn:
         application = serve.status().applications.get(name)
         state = None if application is None else str(application.status.value)
         if application is not None and state == "DEPLOY_FAILED":
-            raise ConfigError(f"the replicas cannot be started: {application.message.strip()[-MESSAGE_CHARS:]}")
+            told = [application.message, *(each.message for each in application.deployments.values())]
+            raise ConfigError(f"the replicas cannot be started: {reason(told)}")
         if state == "RUNNING" and not ready:
             ready = True
             log.info("ready     %s/v1", address)
         time.sleep(WATCH_SECONDS)
+
+
+def reason(messages: Sequence[str]) -> str:
+    """What Ray says of a failure without the tracebacks, where the error is one of ours."""
+    told = "\n".join(messages).strip()
+    ours = re.findall(r"^decoding\.errors\.\w+: (.+)$", told, re.MULTILINE)
+    return str(ours[-1]) if ours else told[-MESSAGE_CHARS:]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

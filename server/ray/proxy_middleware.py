@@ -20,9 +20,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from decoding.errors import EngineDeadError, SaccadeError
+from server.app import origin_options
 from server.auth import ApiKeys
 from server.body_memory import BodyMemory, HeldBody
 from server.cli import parse
+from server.cors import OriginMiddleware
 from server.errors import UnavailableError, deadline_exceeded, reply_to
 from server.limits import Limits
 from server.log import set_up_log
@@ -49,8 +51,20 @@ def middlewares() -> list[Middleware]:
     """What Ray calls when a proxy starts, by the name in HOOK."""
     logging.basicConfig(stream=sys.stderr)
     set_up_log("text", "info")
-    session = os.environ.get(SESSION_HEADER, "x-session-id")
-    return [Middleware(ProxyMiddleware, *proxy_settings(os.environ), session)]
+    return chain(os.environ)
+
+
+def chain(environment: Mapping[str, str]) -> list[Middleware]:
+    """What stands around Ray's proxy, the outermost last.
+
+    Raises:
+        ConfigError: keys that cannot be read.
+    """
+    limits, security = proxy_settings(environment)
+    session = environment.get(SESSION_HEADER, "x-session-id")
+    # web pages may read the proxy's errors as they may the application's
+    browsers = [Middleware(OriginMiddleware, **origin_options(security.cors_origins))] if security.cors_origins else []
+    return [Middleware(ProxyMiddleware, limits, security, session), *browsers]
 
 
 def proxy_settings(environment: Mapping[str, str]) -> tuple[Limits, Security]:
@@ -107,7 +121,7 @@ class ProxyMiddleware:
         finally:
             held.free()
 
-    async def _ask(self, scope: Scope, receive: Receive, reply: Reply, body: bytes | None) -> None:
+    async def _ask(self, scope: Scope, receive: Receive, reply: Reply, body: bytes) -> None:
         exchange = Exchange(receive, reply.send, body, self._limits.write_timeout)
         try:
             await self._app(dict(scope), exchange.receive, exchange.send)
@@ -116,22 +130,22 @@ class ProxyMiddleware:
         if exchange.cut_off:
             log.info("a client that did not read for %g s was cut off", self._limits.write_timeout)
 
-    async def _read(self, scope: Scope, receive: Receive, held: HeldBody) -> bytes | None:
-        """The body, if the request can have one; its head then names the text's beginnings.
+    async def _read(self, scope: Scope, receive: Receive, held: HeldBody) -> bytes:
+        """The body of a request that has one; its head then names the text's beginnings.
 
         Raises:
             SaccadeError: there is no key, or the body is too large or too late.
             ClientDisconnect: the client left while sending.
         """
-        key_name = self._keys.check(scope)
         scope["headers"] = [each for each in scope["headers"] if _normal(each[0]) not in self._dropped]
         scope.setdefault("extensions", {})[READ] = {}
         headers = MutableHeaders(scope=scope)
         headers[REQUEST_ID] = assign_id(scope)  # Ray would take the client's own, sane or not
-        if scope["method"] in ("GET", "HEAD"):
+        if scope["method"] != "POST":  # which no endpoint reads a body of
             if REPLICA in headers:
                 headers[self._session] = PIN + headers[REPLICA]
-            return None
+            return b""
+        key_name = self._keys.check(scope)
         request = Request(scope, in_time(receive, self._limits.body_timeout))
         body = await read_body(request, self._limits.max_body_size, held)
         keys = prefix_keys(scope["path"], body, key_name if self._isolated else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from server.latencies import Latencies, RequestTimes
 from server.limits import Limits
 from server.observation import Observation
 from server.observation_flags import observation
+from server.security import Security
 from server.tallies import Tally, add_tally, histogram
 from tests.api.families import CALL, HERMES, TOOLS, WEATHER
 from tests.api.harness import SETTINGS, api, eventually, fake, ids, live, saying
@@ -58,6 +60,7 @@ class Reporting:
     def __init__(self, stats: EngineStats) -> None:
         self._inner = fake(saying("a b", "c d e", "f"))
         self.stats = lambda: stats
+        self.pid = os.getpid()  # some process
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
@@ -79,6 +82,7 @@ def test_the_engines_report_is_told() -> None:
         found = Scrape(client.get("/metrics").text)
     assert found("saccade_kv_cache_usage_ratio") == pytest.approx(0.4)
     assert found("saccade_drafter_seconds_total", "ngram") == 0.5
+    assert found("saccade_engine_process_resident_memory_bytes") > 2**20
     assert [found("saccade_accepted_at_depth_total", depth) for depth in "123"] == [4, 3, 1]
     assert [found("saccade_drafter_accepted_at_depth_total", "draft", depth) for depth in "123"] == [1, 3, 1]
     assert found("saccade_planned_steps_total", "full") == 4
@@ -227,6 +231,16 @@ def test_refusals_of_a_full_server_name_the_limit() -> None:
     assert found(errors, "/v1/completions", "deadline_exceeded", "") == 1
     assert found("saccade_choices_ended_total", "/v1/completions", "deadline") == 3
     assert found("saccade_http_requests_total", "/v1/completions", "POST", "429") == 3
+
+
+def test_what_is_turned_away_at_the_door_is_counted_by_its_route() -> None:
+    security = Security(api_keys=("sk-right",), metrics_public=True)
+    with api(saying("a"), replace(SETTINGS, security=security)) as client:
+        for path in ("/v1/completions", "/v1/completions", "/scan/me", "/metrics/x"):
+            assert client.post(path, json={"prompt": "x"}).status_code == 401
+        found = Scrape(client.get("/metrics").text)
+    assert found("saccade_http_errors_total", "/v1/completions", "invalid_api_key", "") == 2
+    assert found("saccade_http_errors_total", "unknown", "invalid_api_key", "") == 2
 
 
 def test_connections_that_are_refused_are_counted() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -20,8 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.app import build_app
 from server.fake_client import FakeEngineClient, Pause
 from server.limits import Limits
-from server.ray.exchange import READ, TOLD_BYTES, WINDOW, Exchange, Window
-from server.ray.proxy_middleware import FLAGS, ProxyMiddleware, proxy_settings
+from server.ray.proxy_middleware import FLAGS, ProxyMiddleware, chain, proxy_settings
 from server.ray.replica_app import ELSEWHERE, REPLICA, ReplicaApp
 from server.security import Security
 from tests.api.harness import SETTINGS, events, fake, saying, tokenizer
@@ -85,6 +83,20 @@ def client(ray: FakeRay, limits: Limits | None = None, security: Security | None
 
 def one(script: Any = None) -> FakeRay:
     return FakeRay({"a": replica("a", fake(script or saying("return", " n")))})
+
+
+async def ask(app: ASGIApp, method: str, receive: Receive) -> list[Message]:
+    """What is sent in answer to a request whose body comes as it is received."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": method, "path": "/v1/completions", "query_string": b"", "headers": headers}
+    async with asyncio.timeout(5):
+        await app(scope, receive, send)
+    return sent
 
 
 def error(response: httpx.Response) -> dict[str, Any]:
@@ -169,16 +181,47 @@ def test_keys_are_kept_apart_if_they_are_isolated() -> None:
 
 
 def test_a_body_that_does_not_come_is_a_408() -> None:
-    async def main() -> list[Message]:
-        sent: list[Message] = []
-        app = ProxyMiddleware(one(), Limits(body_timeout=0.05), Security(), SESSION)
-        async with asyncio.timeout(5):
-            await app(_scope(), _never, _keep(sent))
-        return sent
+    async def nothing() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
 
-    start, body = asyncio.run(main())
+    app = ProxyMiddleware(one(), Limits(body_timeout=0.05), Security(), SESSION)
+    start, body = asyncio.run(ask(app, "POST", nothing))
     assert start["status"] == 408
     assert json.loads(body["body"])["error"]["code"] == "request_timeout"
+
+
+def test_a_body_that_no_endpoint_reads_goes_nowhere() -> None:
+    async def endless() -> Message:
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": b"x" * 1000, "more_body": True}
+
+    got: list[Message] = []
+
+    async def ray(scope: Scope, receive: Receive, send: Send) -> None:
+        got.append(await receive())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                got.append(await receive())
+        await send({"type": "http.response.start", "status": 405, "headers": [(REPLICA.encode(), b"a")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    asyncio.run(ask(ProxyMiddleware(ray, Limits(), Security(), SESSION), "GET", endless))
+    assert got == [{"type": "http.request", "body": b"", "more_body": False}]
+
+
+def test_web_pages_ask_first_without_a_key_and_can_read_errors() -> None:
+    environment = {FLAGS: "m --cors-origins https://chat.example", "SACCADE_API_KEY": "key"}
+    app: ASGIApp = one()
+    for each in chain(environment):
+        app = each.cls(app, *each.args, **each.kwargs)
+    asking = TestClient(app, raise_server_exceptions=False)
+    page = {"origin": "https://chat.example"}
+    first = {**page, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    assert asking.options("/v1/completions", headers=first).status_code == 200
+    refused = asking.post("/v1/completions", json=ASK, headers=page)
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://chat.example")
+    assert "access-control-allow-origin" not in asking.post("/v1/completions", json=ASK).headers
 
 
 def test_the_memory_of_bodies_is_free_again() -> None:
@@ -264,130 +307,6 @@ def test_where_all_restart_the_client_is_told_so_once() -> None:
     assert (told.status_code, error(told)["code"]) == (503, "server_is_overloaded")
     assert len(ray.sessions) == 2
     assert ELSEWHERE not in told.headers
-
-
-# back pressure -------------------------------------------------------------------------------------------------------
-
-
-def _scope() -> Scope:
-    headers = [(b"content-type", b"application/json")]
-    return {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
-
-
-async def _never() -> Message:
-    await asyncio.Event().wait()
-    raise AssertionError
-
-
-def _keep(sent: list[Message]) -> Send:
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    return send
-
-
-async def drive(app: Callable[[Window], Any], read: asyncio.Semaphore, sent: list[Message], seconds: float) -> Exchange:
-    """An application behind a window, Ray's two queues, and a client that takes a message for each permit."""
-
-    async def to_client(message: Message) -> None:
-        await read.acquire()
-        sent.append(message)
-
-    exchange = Exchange(_never, to_client, b"{}", seconds)
-    made: asyncio.Queue[Message | None] = asyncio.Queue()  # without an end, as Ray's
-    async with Window(exchange.receive, made.put) as window:
-        work = asyncio.create_task(app(window))
-        work.add_done_callback(lambda _: made.put_nowait(None))
-        while (message := await made.get()) is not None:
-            await exchange.send(message)
-        await asyncio.gather(work, return_exceptions=True)
-    await exchange.close()
-    return exchange
-
-
-def body(size: int) -> Message:
-    return {"type": "http.response.body", "body": b"x" * size, "more_body": True}
-
-
-def test_no_more_is_under_way_than_a_window_and_all_of_it_arrives() -> None:
-    piece, count = TOLD_BYTES // 2, 60
-    made, sent = 0, list[Message]()
-
-    async def app(window: Window) -> None:
-        nonlocal made
-        assert await window.receive() == {"type": "http.request", "body": b"{}", "more_body": False}
-        for _ in range(count):
-            await window.send(body(piece))
-            made += 1
-
-    async def main() -> None:
-        read = asyncio.Semaphore(0)
-        running = asyncio.create_task(drive(app, read, sent, 5.0))
-        for taken in range(count):
-            await _settle()
-            under_way = (made - len(sent)) * piece
-            assert under_way <= WINDOW + TOLD_BYTES + 2 * piece, taken
-            read.release()
-        await running
-
-    asyncio.run(main())
-    assert (made, len(sent)) == (count, count)
-
-
-def test_a_client_that_reads_nothing_is_cut_off_and_its_request_cancelled() -> None:
-    async def app(window: Window) -> str:
-        await window.receive()
-        gone = asyncio.create_task(window.receive())
-        while not gone.done():
-            await window.send(body(TOLD_BYTES))
-            await asyncio.sleep(0)
-        return str(gone.result()["type"])
-
-    async def main() -> bool:
-        async with asyncio.timeout(10):
-            exchange = await drive(app, asyncio.Semaphore(3), [], 0.05)
-        return exchange.cut_off
-
-    assert asyncio.run(main())
-
-
-def test_a_client_that_leaves_is_told_to_the_application() -> None:
-    async def main() -> list[str]:
-        messages = [{"type": "http.disconnect"}]
-
-        async def receive() -> Message:
-            await asyncio.sleep(0.01)
-            return messages[0]
-
-        exchange = Exchange(receive, _keep([]), b"{}", 1.0)
-        async with asyncio.timeout(5), Window(exchange.receive, _keep([])) as window:
-            found = [(await window.receive())["type"] for _ in range(3)]
-            for _ in range(10):
-                await window.send(body(WINDOW))  # to one that has left everything can be sent
-        await exchange.close()
-        return found
-
-    assert asyncio.run(main()) == ["http.request", "http.disconnect", "http.disconnect"]
-
-
-def test_small_answers_need_no_word_on_what_was_read() -> None:
-    async def main() -> bool:
-        exchange = Exchange(_never, _keep([]), None, 1.0)
-        await exchange.send(body(TOLD_BYTES - 1))
-        telling = asyncio.create_task(exchange.receive())
-        await _settle()
-        quiet = not telling.done()
-        await exchange.send(body(1))
-        assert await telling == {"type": READ, "bytes": TOLD_BYTES}
-        await exchange.close()
-        return quiet
-
-    assert asyncio.run(main())
-
-
-async def _settle() -> None:
-    for _ in range(20):
-        await asyncio.sleep(0)
 
 
 def test_a_slow_script_streams_through_the_window() -> None:

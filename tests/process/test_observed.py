@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.process.serving import COUNTING, DEMO, Served, run, serving
 
 pytestmark = pytest.mark.process
 
+COMPLETIONS = "/v1/completions"
 FIELDS = {"time", "level", "logger", "message"}
 
 
@@ -65,9 +67,10 @@ def test_metrics_agree_with_what_clients_were_told() -> None:
     """To the token: what answers account for is what the engine counts."""
     with serving(*DEMO, "--no-prefix-caching") as server:
         with ThreadPoolExecutor(4) as pool:
-            usages = list(pool.map(lambda number: asked(server, number), range(8)))
+            answers = list(pool.map(lambda number: asked(server, number), range(8)))
         assert eventually(lambda: samples(server)["saccade_running"][()] == 0.0)
         found = samples(server)
+    usages = [usage for usage, _ in answers]
     accounts = [usage["speculation"] for usage in usages]
 
     def told(name: str, *labels: str) -> float:
@@ -89,20 +92,26 @@ def test_metrics_agree_with_what_clients_were_told() -> None:
         by_depth = found["saccade_drafter_accepted_at_depth_total"].items()
         assert sum(count for labels, count in by_depth if drafter in labels) == accepted
     assert 0 < told("saccade_queue_seconds_sum") < told("saccade_time_to_first_token_seconds_sum")
+    assert told("saccade_engine_process_resident_memory_bytes") > told("process_resident_memory_bytes"), "it has torch"
     parts = sum(told(f"saccade_request_{part}_seconds_sum") for part in ("prefill", "decode"))
     assert parts < told("saccade_e2e_request_latency_seconds_sum")
+    waited = sum(seconds for _, seconds in answers)
+    assert (
+        told("saccade_e2e_request_latency_seconds_sum") < told("saccade_http_request_seconds_sum", COMPLETIONS) < waited
+    )
 
 
-def asked(server: Served, number: int) -> dict[str, Any]:
-    """The usage of a request, every other one of which is a stream."""
+def asked(server: Served, number: int) -> tuple[dict[str, Any], float]:
+    """The usage of a request, every other one of which is a stream, and the seconds that it took."""
     prompt = "def add(a, b):\n    return a + b\n\n\ndef add(a, b):\n    return"
     body = {"prompt": prompt, "max_tokens": 24 + number, "seed": number, "temperature": 0.5, "ignore_eos": True}
     stream = {"stream": True, "stream_options": {"include_usage": True}} if number % 2 else {}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body | stream, timeout=60)
+    began = time.monotonic()
+    answer = httpx.post(server.url + COMPLETIONS, json=body | stream, timeout=60)
+    seconds = time.monotonic() - began
     assert answer.status_code == 200, answer.text
     whole = json.loads(answer.text.split("data: ")[-2]) if stream else answer.json()
-    usage: dict[str, Any] = whole["usage"]
-    return usage
+    return whole["usage"], seconds
 
 
 def samples(server: Served) -> dict[str, dict[tuple[str, ...], float]]:

@@ -21,7 +21,7 @@ from decoding.errors import ConfigError, EngineDeadError
 from decoding.ranks import devices_of
 from decoding.request import SamplingParams
 from tests.api.harness import eventually
-from tests.process.faults import Resources, ends_of, settled
+from tests.process.faults import Held, ends_of, settled
 from tests.process.serving import ROOT, Served, children, command_line, serving
 
 pytestmark = pytest.mark.process
@@ -155,7 +155,7 @@ def test_a_server_whose_ranks_die_one_after_another() -> None:
         body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0.8, "seed": 1, "ignore_eos": True}
         answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
         assert answer["choices"][0]["text"] == expected()
-        before = Resources.of(server)
+        before = Held.of(server)
         seen: list[int] = []
 
         def the_rank() -> int:
@@ -171,7 +171,7 @@ def test_a_server_whose_ranks_die_one_after_another() -> None:
             os.kill(rank, signal.SIGKILL)
             assert ending.result() == {"engine_dead": 12}
         assert eventually(lambda: healthy(server, 1), 60)
-        settled(server, Resources(before.descriptors + 2, before.resident))
+        settled(server, before, descriptors=2)
 
         os.kill(the_rank(), signal.SIGKILL)  # while nothing is to be done: it is noticed all the same
         assert eventually(lambda: healthy(server, 2), 60)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
 from tests.api.harness import eventually
@@ -25,7 +29,7 @@ def pair() -> Iterator[Cluster]:
 
 def slow(cluster: Cluster, number: int, tokens: int) -> Stream:
     """A stream of so many tokens, which begins as no other does."""
-    return Stream(cluster, prompt=[SLOW, 20 + number], max_tokens=tokens)
+    return Stream(cluster.url, prompt=[SLOW, 20 + number], max_tokens=tokens)
 
 
 def both_have_some(cluster: Cluster, tokens: int) -> list[Stream]:
@@ -79,18 +83,41 @@ def check_one_replica_died(streams: list[Stream]) -> None:
         assert [error["code"] for error in stream.errors] == (["engine_dead"] if stream.replica in dead else [])
 
 
-def test_a_full_replica_says_429_itself() -> None:
-    with cluster(f"{FLAGS} --max-concurrent-requests 2", replicas=1, engine=COUNTING) as one:
-        streams = [slow(one, number, 60) for number in range(2)]
-        for stream in streams:
-            stream.begun.wait(30)
-        refused = one.complete(prompt=[9], max_tokens=2)
-        assert refused.status_code == 429
-        assert refused.json()["error"]["code"] == "server_overloaded"
-        assert int(refused.headers["retry-after"]) >= 1
-        for stream in streams:
-            stream.join()
-        assert all(stream.whole for stream in streams)
+@pytest.fixture(scope="module")
+def single() -> Iterator[Cluster]:
+    flags = "demo/target --max-num-seqs 64 --max-concurrent-requests 2 --write-timeout 1"
+    with cluster(flags, replicas=1, engine=COUNTING) as started:
+        yield started
+
+
+def test_a_full_replica_says_429_itself(single: Cluster) -> None:
+    streams = [slow(single, number, 60) for number in range(2)]
+    for stream in streams:
+        stream.begun.wait(30)
+    refused = single.complete(prompt=[9], max_tokens=2)
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "server_overloaded"
+    assert int(refused.headers["retry-after"]) >= 1
+    for stream in streams:
+        stream.join()
+    assert all(stream.whole for stream in streams)
+
+
+def test_a_client_that_reads_nothing_is_cut_off(single: Cluster) -> None:
+    """Its answer has some 20 MB: far more than sockets hold, and than may wait anywhere."""
+    body = json.dumps({"prompt": [20], "max_tokens": 900, "n": 100, "stream": True}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    [port] = single.replicas().values()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(single.url.rpartition(":")[2])))
+        client.sendall(head.encode() + body)
+        assert eventually(lambda: "did not read for 1 s was cut off" in single.log.read_text(), 30)
+        assert eventually(lambda: single.metric(port, "saccade_running") == 0, 10)
+    ended = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    assert re.search(r'saccade_choices_ended_total{.*reason="cancelled".*} [1-9]', ended)
+    assert single.complete(prompt=[9], max_tokens=2).status_code == 200
 
 
 def test_replicas_come_with_load_and_go_when_their_streams_have_ended() -> None:

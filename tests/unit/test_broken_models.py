@@ -8,9 +8,11 @@ from functools import cache
 import pytest
 import torch
 
+from decoding.cost_file import learn_costs
 from decoding.drafters.base import DrafterContext
 from decoding.drafters.draft_model import DraftModelDrafter, DraftModelOptions
 from decoding.drafters.medusa import PROBABILITY, MedusaDrafter, MedusaOptions
+from decoding.drafters.ngram import NgramDrafter, NgramOptions
 from decoding.drafters.product_tree import Candidates, FixedTrees, ProbableTrees
 from decoding.engine import Engine
 from decoding.filters import Filters
@@ -142,6 +144,17 @@ class Repeating(GarbageDrafter):
 
     def nodes(self, sequence: object, limit: object) -> list[tuple[int, int, float]]:
         return [(0, self._token, 0.9), (1, self._token, 0.9)]
+
+
+def test_an_engine_whose_target_is_broken_starts_and_ends_every_text(caplog: pytest.LogCaptureFixture) -> None:
+    """What its steps cost cannot be measured; that it is broken is said."""
+    broken = tiny_decoder(torch.float64)
+    broken.embedding.fill_(NAN)
+    engine = make_engine(broken, {"ngram": lambda context: NgramDrafter(NgramOptions(), context)}, plan="auto")
+    learn_costs(engine._stepper, engine.config, VOCAB, None)
+    assert "breaks down on random tokens" in caplog.text
+    outcomes = run(engine, [asked(0), asked(1)])
+    assert [(each.tokens, each.last.finish_reason) for each in outcomes.values()] == [([], "error")] * 2
 
 
 # a broken draft ------------------------------------------------------------------------------------------------------

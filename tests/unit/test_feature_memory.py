@@ -175,6 +175,22 @@ def test_k_v_behind_a_gap(kept: int, continues: bool, window: int | None) -> Non
     assert served.engine.stats().by_drafter["toy"].accepted > 0
 
 
+def test_who_continues_a_text_finds_no_page_that_the_drafter_lacks() -> None:
+    """The last step's tokens are never run by the drafter: a page that they fill is not left behind."""
+    prompt, withheld = tuple(range(5, 23)), 0
+    for length in range(1, 36):
+        served = Served(ToyFeatureModel(target()))
+        request = GenerateRequest("r", prompt, SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True))
+        [outcome] = run(served.engine, [request]).values()
+        text = [*prompt, *outcome.tokens]
+        pages, drafted = served.check_shared_pages(text)
+        assert pages == drafted, length
+        full = (len(text) - 1) // PAGE_SIZE
+        assert full - 1 <= pages <= full
+        withheld += full - pages
+    assert 0 < withheld < 20
+
+
 def test_chunks_of_prompts_do_not_stay_in_memory() -> None:
     """While chunks take the whole budget nobody drafts, and what decoding rows keep piles up: it is theirs alone."""
     model = ToyFeatureModel(target())

@@ -77,6 +77,23 @@ def test_a_text_that_is_what_was_visited_is_never_copied() -> None:
     assert state.copies <= 20
 
 
+def test_what_is_forced_is_visited_once() -> None:
+    """To be proposed, to be judged, and to become text."""
+    names = {"type": "object", "properties": {name * 9: {"type": "boolean"} for name in "abc"}, "required": [*"abc"]}
+    names["required"] = list(names["properties"])
+    lots, state = random.Random(5), Counted(compiled(Grammar("json_schema", json.dumps(names)), WHOLE), (0,))
+    forced, ending = 0, None
+    while ending is None:
+        chain = tuple(state.forced())
+        assert all(state.allows(chain[: count + 1]) for count in range(len(chain)))
+        state.masks([chain[:count] for count in range(len(chain) + 1)])
+        forced += len(chain)
+        _, ending = state.commit(chain or [drawn(state, (), lots)])
+    assert forced > 20
+    assert ending == "stop"
+    assert state.copies == 0
+
+
 @pytest.mark.parametrize("source", SCHEMAS)
 def test_random_trees(source: str) -> None:
     lots = random.Random(source)

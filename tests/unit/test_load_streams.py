@@ -110,6 +110,9 @@ def test_a_role_without_text_is_no_first_token() -> None:
 
     reader = read(delta(role="assistant", content=""), delta(reasoning_content="hm"), delta(content="a"), DONE)
     assert reader.arrivals == [1.0, 2.0]
+    both = read(delta(reasoning="hm", reasoning_content="hm"), delta(reasoning="hm"), DONE)
+    assert both.text == "hmhm", "the two names are of one text"
+    assert both.arrivals == [0.0, 1.0]
 
 
 def test_events_are_put_together_from_pieces_and_split_only_at_line_feeds() -> None:

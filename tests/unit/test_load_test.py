@@ -71,6 +71,7 @@ def test_errors_are_counted_by_kind_and_are_no_successes(out: Path) -> None:
         (summary,) = bench(out, *words)["summaries"]
     assert summary["errors"] == {"error in stream": 2, "truncated": 2, "http 503": 2, "timeout": 2}
     assert (summary["requests"], summary["succeeded"], summary["output_tokens"]) == (10, 2, 8)
+    assert summary["failed"]["p50"] < 1500 <= summary["failed"]["max"], "only those that timed out took so long"
 
 
 def test_the_notes_quote_errors(out: Path) -> None:
@@ -79,6 +80,7 @@ def test_the_notes_quote_errors(out: Path) -> None:
         notes = bench(out, *words)["notes"]
     assert "server, error in stream: the engine is gone" in notes
     assert "server, truncated: the stream ended without [DONE]" in notes
+    assert "server, http 503: no" in notes
 
 
 def test_a_server_that_fails_always_is_a_failure() -> None:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from decoding.errors import ConfigError
 from server.limits import Limits
-from server.ray.launch import APPLICATION, application_of, read_config, set_environment
+from server.ray.launch import APPLICATION, application_of, read_config, reason, set_environment
 from server.ray.operations import OperationsServer
 from server.ray.proxy_middleware import FLAGS, HOOK, HOOK_VALUE
 from server.ray.replica_settings import ReplicaSettings
@@ -103,6 +103,14 @@ def test_a_wrong_config_file_says_what_is_missing(text: str | None, part: str, t
         file.write_text(text)
     with pytest.raises(ConfigError, match=part):
         application_of(read_config(str(file)))
+
+
+def test_why_replicas_cannot_be_started_is_one_sentence_if_it_is_ours() -> None:
+    traceback = (
+        "Traceback (most recent call last):\n  File x\ndecoding.errors.ModelError: there is no folder 'm'; give one\n"
+    )
+    assert reason(["Failed to update.", f"It failed 3 times.\n{traceback}"]) == "there is no folder 'm'; give one"
+    assert reason(["Failed.", "ImportError: torch"]) == "Failed.\nImportError: torch"
 
 
 def test_each_replica_takes_a_port_and_shows_operations_only() -> None:
