@@ -135,7 +135,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refuse(_NO_UPGRADE)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
-        is_old = cycle.scope["http_version"] == "1.0"
+        is_old = cycle.scope["http_version"] != "1.1"
         super()._start_asgi_task(cycle, close_delimited(app, cycle) if is_old else app)  # type: ignore[arg-type]
 
     # slow readers ----------------------------------------------------------------------------------------------------

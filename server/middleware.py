@@ -10,6 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from typing import cast
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -95,14 +96,14 @@ class AdmissionMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        try:
-            admitted = self._admission.admit(scope)
-        except SaccadeError as error:
-            await reply_to(error).response()(scope, receive, send)
-            return
-        with admitted as ticket:
+        with ExitStack() as held:
+            try:
+                ticket = held.enter_context(self._admission.admit(scope))
+                left = ticket.remaining()
+            except SaccadeError as error:
+                await reply_to(error).response()(scope, receive, send)
+                return
             keep_ticket(scope, ticket)
-            left = ticket.remaining()
             seconds = self._body_seconds if left is None else min(self._body_seconds, left)
             await self._app(scope, in_time(receive, seconds), send)
 

@@ -13,14 +13,16 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
 from decoding.messages import TokenEvent
 from decoding.request import GenerateRequest
+from server.app import build_app
 from server.fake_client import FakeEngineClient, Line, Pause
 from server.limits import Limits
 from server.security import Security
 from server.settings import ServerSettings
-from tests.api.harness import api, events, eventually, fake, ids, live, saying
+from tests.api.harness import api, events, eventually, fake, ids, live, saying, tokenizer
 from tests.api.test_errors import CHAT, COMPLETIONS, HELLO, check_error
 
 KEY = {"Authorization": "Bearer sk-right"}
@@ -146,6 +148,13 @@ def test_a_deadline_in_the_middle_of_a_stream_is_an_event() -> None:
         assert eventually(lambda: engine.stats().running == 0)
         whole = httpx.post(url + COMPLETIONS, json={"prompt": "x"})
         check_error(whole, 504, "deadline_exceeded", None)
+
+
+def test_a_deadline_that_has_passed_already_is_no_mistake_of_the_server() -> None:
+    client = TestClient(build_app(fake(), tokenizer(), settings()))  # raises what the server did not foresee
+    for path in (COMPLETIONS, "/health"):
+        response = client.post(path, json={"prompt": "x"}, headers={"x-request-timeout": "1e-9"})
+        check_error(response, 504, "deadline_exceeded", None)
 
 
 def test_a_deadline_that_is_met_changes_nothing() -> None:

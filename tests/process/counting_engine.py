@@ -25,8 +25,8 @@ class _Choice:
 
 
 class CountingEngine:
-    """Implements SteppedEngine. The model's name says how loading goes: "missing", "broken", "slow", "exits" or
-    anything.
+    """Implements SteppedEngine. The model's name says how loading goes: "missing", "broken", "slow", "late", "exits"
+    or anything.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -47,6 +47,9 @@ class CountingEngine:
             raise RuntimeError("a mistake")
         if Path(config.model).name == "slow":
             time.sleep(2.0)
+        if Path(config.model).name == "late":
+            time.sleep(1.0)
+            raise ModelError("the last shard is torn; download it again")
         if config.model == "exits":
             os._exit(3)
         return cls(config)

@@ -130,6 +130,37 @@ def test_a_signal_while_the_model_loads_ends_the_server(tmp_path: Path) -> None:
     assert "ready" not in said
 
 
+def test_a_model_that_cannot_be_loaded_leaves_nobody_half_connected(tmp_path: Path) -> None:
+    """Somebody connects in the very moment in which the event loop ends: "Task was destroyed but it is pending!"."""
+    (tmp_path / "late").symlink_to(ROOT / "demo" / "target")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ended = threading.Event()
+
+    def knock() -> None:
+        while not ended.is_set():
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=5) as opened:
+                    opened.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                    opened.recv(1000)
+            except OSError:
+                time.sleep(0.002)
+
+    command = [*COUNTING[:-1], str(tmp_path / "late"), "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        knocking = [threading.Thread(target=knock) for _ in range(4)]
+        for each in knocking:
+            each.start()
+        said = process.communicate(timeout=60)[1]
+        ended.set()
+        for each in knocking:
+            each.join()
+    assert process.returncode == 1
+    assert "the last shard is torn" in said
+    assert "Task was destroyed" not in said
+
+
 def _status(port: int) -> int:
     try:
         return httpx.get(f"http://127.0.0.1:{port}/health", timeout=10).status_code
