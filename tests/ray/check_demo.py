@@ -55,7 +55,7 @@ def test_the_official_client_is_served_as_by_one_server(demo: Cluster) -> None:
 
 
 def test_chunks_arrive_as_they_are_made(demo: Cluster) -> None:
-    stream = Stream(demo, prompt=PROMPT, max_tokens=300, ignore_eos=True, seed=1)
+    stream = Stream(demo.url, prompt=PROMPT, max_tokens=300, ignore_eos=True, seed=1)
     stream.join()
     assert stream.whole
     assert len(stream.times) > 30
@@ -92,7 +92,7 @@ def test_a_replica_with_too_much_to_do_passes_requests_on(demo: Cluster) -> None
     asked = {"prompt": f"# hot\n{LONG}", "max_tokens": 500, "ignore_eos": True}
     streams = []
     for _ in range(8):
-        streams.append(Stream(demo, **asked))
+        streams.append(Stream(demo.url, **asked))
         streams[-1].begun.wait(60)
     for stream in streams:
         stream.join()

@@ -29,7 +29,7 @@ def pair() -> Iterator[Cluster]:
 
 def slow(cluster: Cluster, number: int, tokens: int) -> Stream:
     """A stream of so many tokens, which begins as no other does."""
-    return Stream(cluster, prompt=[SLOW, 20 + number], max_tokens=tokens)
+    return Stream(cluster.url, prompt=[SLOW, 20 + number], max_tokens=tokens)
 
 
 def both_have_some(cluster: Cluster, tokens: int) -> list[Stream]:

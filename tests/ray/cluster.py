@@ -79,9 +79,9 @@ class Cluster:
 class Stream(threading.Thread):
     """A streamed completion that somebody reads to its end."""
 
-    def __init__(self, cluster: Cluster, **body: Any) -> None:
+    def __init__(self, url: str, **body: Any) -> None:
         super().__init__()
-        self._cluster, self._body = cluster, body
+        self._url, self._body = url, body
         self.lines: list[str] = []
         self.times: list[float] = []
         self.replica = ""
@@ -92,7 +92,7 @@ class Stream(threading.Thread):
     def run(self) -> None:
         body = {**self._body, "stream": True}
         try:
-            with httpx.stream("POST", f"{self._cluster.url}/v1/completions", json=body, timeout=120) as response:
+            with httpx.stream("POST", f"{self._url}/v1/completions", json=body, timeout=120) as response:
                 self.replica = response.headers.get("x-saccade-replica", "")
                 for line in response.iter_lines():
                     if line:
