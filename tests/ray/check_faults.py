@@ -138,12 +138,17 @@ def test_replicas_come_with_load_and_go_when_their_streams_have_ended() -> None:
         assert eventually(lambda: len(scaled.replicas()) == 1, 60)
 
 
-def test_ending_the_server_lets_streams_finish() -> None:
+@pytest.mark.parametrize("ctrl_c", [False, True])
+def test_ending_the_server_lets_streams_finish(ctrl_c: bool) -> None:
+    """By a signal to it, or by ctrl-C in a terminal, which reaches Ray's processes, too."""
     with cluster(FLAGS, replicas=1, engine=COUNTING) as one:
         stream = slow(one, 0, 60)
         stream.begun.wait(30)
         started = time.monotonic()
-        one.process.send_signal(signal.SIGTERM)
+        if ctrl_c:
+            os.killpg(one.process.pid, signal.SIGINT)
+        else:
+            one.process.send_signal(signal.SIGTERM)
         stream.join()
         assert stream.whole
         one.process.wait(60)
