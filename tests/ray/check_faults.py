@@ -103,6 +103,12 @@ def test_a_full_replica_says_429_itself(single: Cluster) -> None:
     assert all(stream.whole for stream in streams)
 
 
+def test_nobody_runs_programs_without_the_token(single: Cluster) -> None:
+    """CVE-2023-48022: the port to which Ray's jobs are sent."""
+    answer = httpx.post("http://127.0.0.1:52365/api/job_agent/jobs/", json={"entrypoint": "id"})
+    assert answer.status_code == 401
+
+
 def test_a_client_that_reads_nothing_is_cut_off(single: Cluster) -> None:
     """Its answer has some 20 MB: far more than sockets hold, and than may wait anywhere."""
     body = json.dumps({"prompt": [20], "max_tokens": 900, "n": 100, "stream": True}).encode()
