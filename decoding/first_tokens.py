@@ -41,8 +41,9 @@ def beside_tokens(plan: Plan, costs: CostModel) -> float:
 class FirstTokens:
     """Whether a step that makes some is to go without any drafts.
 
-    It is, where that saves those who wait more time than the engine loses by it, and while all that is lost in this way
-    stays a small share of the time: where first tokens come in every step, drafts are not given up for them.
+    It is, while all that is lost in this way stays a small share of the time: where first tokens come in every step,
+    drafts are not given up for them. Whoever tells what to expect is drafted for from the first token on, unless more
+    time is saved than lost.
     """
 
     def __init__(self) -> None:
@@ -53,20 +54,19 @@ class FirstTokens:
         self._credit = min(self._credit + SHARE * seconds, SAVED * seconds)
 
     def go_alone(self, plan: Plan, beat: Beat) -> bool:
-        """Whether the step is to be a plain one.
+        """Whether the step is to be a plain one; what is lost by that is written off.
 
         Args:
             beat: what steps of about so many rows have made, by gear.
         """
         firsts = [row for row in plan.rows if is_first(row)]
-        if not firsts or not all(is_left_alone(row) for row in firsts) or all(is_first(row) for row in plan.deciding):
+        if not firsts or beat.current == PLAIN or not all(is_left_alone(row) for row in firsts):
             return False
         plain, current = beat.accounts[PLAIN], beat.accounts[beat.current]
-        if beat.current == PLAIN or not plain.rate or not current.rate:
-            return False
+        gain = 1 - plain.rate / current.rate if plain.rate and current.rate else 0.0
+        lost = max(0.0, plain.step_seconds * gain)
         saved = len(firsts) * (current.step_seconds - plain.step_seconds)
-        lost = max(0.0, plain.step_seconds * (1 - plain.rate / current.rate))
-        if saved < lost or self._credit < lost:
+        if lost > self._credit or (lost > saved and any(row.sequence.request.prediction_ids for row in firsts)):
             return False
         self._credit -= lost
         return True

@@ -12,6 +12,7 @@ import torch
 from decoding.acceptance import LOSSY
 from decoding.config import EngineConfig
 from decoding.engine import Engine
+from decoding.errors import ModelError
 from decoding.generation import Generation
 from decoding.machine import cores
 from decoding.request import SamplingParams
@@ -43,6 +44,7 @@ def generate(config: EngineConfig, prompt: str, sampling: Sampling) -> str:
 
     Raises:
         ConfigError: the model cannot be loaded.
+        ModelError: it breaks down on the text.
         RequestError: the prompt or the sampling parameters cannot be served.
     """
     if config.threads is not None or "OMP_NUM_THREADS" not in os.environ:
@@ -60,6 +62,8 @@ def _stream(engine: Engine, prompt: str, params: SamplingParams) -> str:
     for piece in engine.stream(prompt, params):
         if isinstance(piece, Generation):
             sys.stdout.write("\n")
+            if piece.error is not None:
+                raise ModelError(piece.error)
             return report(piece, time.monotonic() - started)
         sys.stdout.write(piece.text)
         sys.stdout.flush()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOOPBACK = "127.0.0.1"
-MEETING = timedelta(minutes=5)  # for all ranks to come to the meeting
+MEETING = timedelta(minutes=1)  # for all ranks to come to the meeting, when all are on their way
 ANSWER = timedelta(minutes=5)  # of another rank within a pass: one that takes longer hangs
 PATIENCE = timedelta(days=365)  # between two calls: an idle engine makes none
 COMPLAINT = 1024  # bytes of what a rank can say

@@ -16,10 +16,13 @@ from typing import Any
 import httpx
 import pytest
 
+from decoding.assemble import build_stepper, load_target
+from decoding.config import EngineConfig
 from decoding.engine import Engine
 from decoding.errors import ConfigError, EngineDeadError
 from decoding.ranks import devices_of
 from decoding.request import SamplingParams
+from models.parallel.ranks import RankError
 from tests.api.harness import eventually
 from tests.process.faults import Held, ends_of, settled
 from tests.process.serving import ROOT, Served, children, command_line, serving
@@ -105,6 +108,30 @@ def test_a_rank_ends_with_rank_0() -> None:
         (rank,) = ranks_of(process.pid)
         process.kill()
     assert eventually(lambda: gone(rank))
+
+
+def test_a_rank_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ConfigError, match=r"size 2: a rank did not start: it ended with status 1; its log is above"):
+        Engine.load(TARGET, tensor_parallel_size=2, **SETTINGS)
+
+
+def test_a_rank_that_dies_before_the_engine_is_put_together() -> None:
+    config = EngineConfig(TARGET, tensor_parallel_size=2, **SETTINGS)
+    loaded = load_target(config)
+    (rank,) = ranks_of(os.getpid())
+    os.kill(rank, signal.SIGKILL)
+
+    def cannot_be_built() -> bool:
+        try:
+            build_stepper(config, loaded, [])
+        except RankError:
+            return True
+        return False
+
+    assert eventually(cannot_be_built)
+    loaded.close()
+    assert gone(rank)
 
 
 def test_nothing_is_left_of_an_engine_that_could_not_be_put_together() -> None:

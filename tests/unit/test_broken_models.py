@@ -15,11 +15,13 @@ from decoding.drafters.medusa import PROBABILITY, MedusaDrafter, MedusaOptions
 from decoding.drafters.ngram import NgramDrafter, NgramOptions
 from decoding.drafters.product_tree import Candidates, FixedTrees, ProbableTrees
 from decoding.engine import Engine
+from decoding.errors import ModelError
 from decoding.filters import Filters
 from decoding.request import GenerateRequest, SamplingParams, SpeculationParams
 from decoding.sampling_ops import NOT_A_TOKEN, SAMPLING_OPS
 from decoding.sequence import SequenceId
 from models.decoder import Decoder
+from server.offline import _stream
 from tests.doubles import GarbageDrafter, OracleDrafter
 from tests.engines import ALL_NODES, VOCAB, BuildDrafter, make_engine, run, tiny_decoder
 from tests.medusa import fit_weights, make_heads
@@ -155,6 +157,12 @@ def test_an_engine_whose_target_is_broken_starts_and_ends_every_text(caplog: pyt
     assert "breaks down on random tokens" in caplog.text
     outcomes = run(engine, [asked(0), asked(1)])
     assert [(each.tokens, each.last.finish_reason) for each in outcomes.values()] == [([], "error")] * 2
+
+
+def test_the_command_ends_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ModelError, match="no numbers"):
+        _stream(make_engine(poisoned(40)), "A", SamplingParams(max_tokens=4))  # the token 40
+    assert capsys.readouterr().out == "\n"
 
 
 # a broken draft ------------------------------------------------------------------------------------------------------
