@@ -23,7 +23,7 @@ from decoding.errors import ConfigError, EngineDeadError
 from models.parallel.driver import Driver
 from models.parallel.ranks import RankError, connect
 
-END_SECONDS = 1.0  # how long ranks may take to end by themselves
+END_SECONDS = 0.5  # how long ranks may take to hear that they are to end, and to end
 
 
 class OtherRanks(Protocol):
@@ -120,7 +120,7 @@ class RankProcesses:
         """See ``OtherRanks``."""
         if self._processes:
             with contextlib.suppress(RankError):
-                self.driver.stop()
+                self.driver.stop(END_SECONDS)
         self._end(END_SECONDS)
 
     def _start(self, rank: int, size: int, device: torch.device) -> subprocess.Popen[bytes]:

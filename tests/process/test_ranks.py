@@ -25,7 +25,7 @@ from decoding.request import SamplingParams
 from models.parallel.ranks import RankError
 from tests.api.harness import eventually
 from tests.process.faults import Held, ends_of, settled
-from tests.process.serving import ROOT, Served, children, command_line, serving
+from tests.process.serving import COMMAND, ROOT, Served, children, command_line, serving
 
 pytestmark = pytest.mark.process
 
@@ -108,6 +108,20 @@ def test_a_rank_ends_with_rank_0() -> None:
         (rank,) = ranks_of(process.pid)
         process.kill()
     assert eventually(lambda: gone(rank))
+
+
+def test_ctrl_c_in_the_midst_of_a_step_leaves_nothing() -> None:
+    """The other rank is in a pass that rank 0 gave up, and hears of nothing else."""
+    flags = ("--prompt", PROMPT, "--seed", "9", "--max-tokens", "900", "-tp", "2", "--num-pages", "100")
+    command = [*COMMAND, "generate", TARGET, *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.read(10)
+        (rank,) = ranks_of(process.pid)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: both get it
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+    assert gone(rank)
 
 
 def test_a_rank_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
