@@ -103,6 +103,12 @@ def test_a_full_replica_says_429_itself(single: Cluster) -> None:
     assert all(stream.whole for stream in streams)
 
 
+def test_nobody_runs_programs_without_the_token(single: Cluster) -> None:
+    """CVE-2023-48022: the port to which Ray's jobs are sent."""
+    answer = httpx.post("http://127.0.0.1:52365/api/job_agent/jobs/", json={"entrypoint": "id"})
+    assert answer.status_code == 401
+
+
 def test_a_client_that_reads_nothing_is_cut_off(single: Cluster) -> None:
     """Its answer has some 20 MB: far more than sockets hold, and than may wait anywhere."""
     body = json.dumps({"prompt": [20], "max_tokens": 900, "n": 100, "stream": True}).encode()
@@ -138,12 +144,17 @@ def test_replicas_come_with_load_and_go_when_their_streams_have_ended() -> None:
         assert eventually(lambda: len(scaled.replicas()) == 1, 60)
 
 
-def test_ending_the_server_lets_streams_finish() -> None:
+@pytest.mark.parametrize("ctrl_c", [False, True])
+def test_ending_the_server_lets_streams_finish(ctrl_c: bool) -> None:
+    """By a signal to it, or by ctrl-C in a terminal, which reaches Ray's processes, too."""
     with cluster(FLAGS, replicas=1, engine=COUNTING) as one:
         stream = slow(one, 0, 60)
         stream.begun.wait(30)
         started = time.monotonic()
-        one.process.send_signal(signal.SIGTERM)
+        if ctrl_c:
+            os.killpg(one.process.pid, signal.SIGINT)
+        else:
+            one.process.send_signal(signal.SIGTERM)
         stream.join()
         assert stream.whole
         one.process.wait(60)
