@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Protocol
 
@@ -97,6 +98,7 @@ class RankProcesses:
         self._folder = tempfile.mkdtemp(prefix="saccade-")  # mode 0700
         self._meeting = str(Path(self._folder) / "ranks")
         self._processes: list[subprocess.Popen[bytes]] = []
+        weakref.finalize(self, _kill, self._processes)  # of an engine that was never closed
         try:
             for rank in range(1, size):
                 self._processes.append(self._start(rank, size, devices[rank]))
@@ -144,10 +146,15 @@ class RankProcesses:
 
     def _end(self, seconds: float = 0.0) -> None:
         for process in self._processes:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self._processes = []
+        _kill(self._processes)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End processes that have not ended, and forget them."""
+    for process in processes:
+        process.kill()
+        process.wait()
+    processes.clear()

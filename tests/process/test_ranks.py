@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -132,20 +133,22 @@ def test_a_rank_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_rank_that_dies_before_the_engine_is_put_together() -> None:
     config = EngineConfig(TARGET, tensor_parallel_size=2, **SETTINGS)
-    loaded = load_target(config)
+    loaded = [load_target(config)]
     (rank,) = ranks_of(os.getpid())
     os.kill(rank, signal.SIGKILL)
 
     def cannot_be_built() -> bool:
         try:
-            build_stepper(config, loaded, [])
+            build_stepper(config, loaded[0], [])
         except RankError:
             return True
         return False
 
     assert eventually(cannot_be_built)
-    loaded.close()
+    loaded.clear()  # nobody closed it
+    gc.collect()
     assert gone(rank)
+    assert not ranks_of(os.getpid())
 
 
 def test_nothing_is_left_of_an_engine_that_could_not_be_put_together() -> None:
