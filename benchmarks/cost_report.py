@@ -32,6 +32,7 @@ class Options:
     quantization: str = EngineConfig.quantization
     device: str = EngineConfig.device
     threads: int | None = None
+    tensor_parallel_size: int = EngineConfig.tensor_parallel_size
 
 
 def report(options: Options) -> str:
@@ -50,10 +51,12 @@ def report(options: Options) -> str:
         dtype=options.dtype,
         quantization=options.quantization,
         device=options.device,
+        tensor_parallel_size=options.tensor_parallel_size,
     )
     loaded = load_target(config)
     stepper = build_stepper(config, loaded, build_drafters(config, loaded))
     learn_costs(stepper, config, loaded.vocab_size, loaded.folder, anew=options.anew)
+    loaded.close()
     assert isinstance(stepper.planner, AutoPlanner)  # config.plan is auto
     table = stepper.planner.costs.table
     text = render(table, f"{options.model}, {config.dtype}, {loaded.target.device}, {torch.get_num_threads()} threads")

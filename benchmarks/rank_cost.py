@@ -18,8 +18,8 @@ from benchmarks.provenance import cpu_model
 from decoding.engine import Engine
 from decoding.request import GenerateRequest, SamplingParams
 
-STEPS = 60  # of a round
-ROUNDS = 5
+STEPS = 30  # of a round
+ROUNDS = 4
 
 
 def step_seconds(engine: Engine, rows: int) -> float:

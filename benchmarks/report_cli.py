@@ -63,6 +63,7 @@ def parse_costs(argv: Sequence[str]) -> argparse.Namespace:
     add("--quantization", metavar="FORMAT", help="as for saccade serve")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 or auto (default)")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: as saccade serve)")
+    add("--tensor-parallel-size", "-tp", type=positive, metavar="N", help="as for saccade serve; threads of each rank")
     args, extra = parser.parse_known_args(argv)
     if extra:
         parser.refuse(extra)

@@ -20,7 +20,7 @@ from decoding.assemble import LoadedModel, build_drafters, build_stepper, load_t
 from decoding.cache import pages_for
 from decoding.config import EngineConfig
 from decoding.cost_file import learn_costs
-from decoding.errors import EngineDeadError, RequestError
+from decoding.errors import ConfigError, EngineDeadError, RequestError
 from decoding.generation import Generation, GenerationBuilder
 from decoding.grammar.compiler import BackgroundCompiler, GrammarCompiler
 from decoding.grammar.queue import GrammarQueue
@@ -83,8 +83,10 @@ class Engine:
             stepper = build_stepper(config, loaded, build_drafters(config, loaded))
             learn_costs(stepper, config, loaded.vocab_size, loaded.folder)
             engine = cls(config, loaded, stepper)
-        except BaseException:
+        except BaseException as error:
             loaded.close()
+            if isinstance(error, RankError):
+                raise ConfigError(f"{config.model} cannot be loaded: {error}") from error
             raise
         engine._grammars.warm()
         return engine

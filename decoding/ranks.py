@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +24,7 @@ from decoding.errors import ConfigError, EngineDeadError
 from models.parallel.driver import Driver
 from models.parallel.ranks import RankError, connect
 
-END_SECONDS = 1.0  # how long ranks may take to end by themselves
+END_SECONDS = 0.5  # how long ranks may take to hear that they are to end, and to end
 
 
 class OtherRanks(Protocol):
@@ -97,6 +98,7 @@ class RankProcesses:
         self._folder = tempfile.mkdtemp(prefix="saccade-")  # mode 0700
         self._meeting = str(Path(self._folder) / "ranks")
         self._processes: list[subprocess.Popen[bytes]] = []
+        weakref.finalize(self, _kill, self._processes)  # of an engine that was never closed
         try:
             for rank in range(1, size):
                 self._processes.append(self._start(rank, size, devices[rank]))
@@ -120,7 +122,7 @@ class RankProcesses:
         """See ``OtherRanks``."""
         if self._processes:
             with contextlib.suppress(RankError):
-                self.driver.stop()
+                self.driver.stop(END_SECONDS)
         self._end(END_SECONDS)
 
     def _start(self, rank: int, size: int, device: torch.device) -> subprocess.Popen[bytes]:
@@ -144,10 +146,15 @@ class RankProcesses:
 
     def _end(self, seconds: float = 0.0) -> None:
         for process in self._processes:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self._processes = []
+        _kill(self._processes)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End processes that have not ended, and forget them."""
+    for process in processes:
+        process.kill()
+        process.wait()
+    processes.clear()

@@ -24,6 +24,7 @@ from decoding.config import EngineConfig
 from server.backend import Backend
 from server.engine_driver import ENGINE
 from server.http_protocol import Refused, http_protocol
+from server.idle_memory import give_back_when_idle
 from server.limits import Limits
 from server.listening import Address, allow_many_connections, is_loopback, listen
 from server.model_folder import tokenizer_folder
@@ -138,6 +139,7 @@ class Service:
         folder = tokenizer_folder(self._config)
         loading = asyncio.create_task(self._engine.start())
         stopped = asyncio.create_task(self._stop.wait())
+        beside = [loading, stopped]
         try:
             http, server = await self._start_http(folder)
             try:
@@ -146,15 +148,16 @@ class Service:
                     loading.result()
                     exempt_from_collection()
                     self._announce()
+                    beside.append(asyncio.create_task(give_back_when_idle(lambda: self._engine.in_flight == 0)))
                     await asyncio.wait({stopped, http}, return_when=asyncio.FIRST_COMPLETED)
                 await self._drain()
             finally:  # also when the model cannot be loaded: who connects as the loop ends would be left in the middle
                 server.should_exit = True
                 await http
         finally:
-            loading.cancel()
-            stopped.cancel()
-            await asyncio.gather(loading, stopped, return_exceptions=True)
+            for each in beside:
+                each.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
 
     async def _start_http(self, folder: Path) -> tuple[asyncio.Task[None], uvicorn.Server]:
         """The HTTP server answers while the model loads, /health with 503."""

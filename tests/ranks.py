@@ -41,7 +41,7 @@ class RankThreads:
         """Threads end with the process."""
 
     def close(self) -> None:
-        self.driver.stop()
+        self.driver.stop(30)
         for thread in self._threads:
             thread.join(30)
             assert not thread.is_alive()

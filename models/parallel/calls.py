@@ -8,6 +8,7 @@ code (CVE-2025-32444 was a pickle).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.batch import RaggedBatch
-from models.parallel.ranks import Ranks
+from models.parallel.ranks import ANSWER, Ranks
 from models.transfer import Kind, layout_of, pack
 
 HEADER = 16  # numbers: the call, and what it needs
@@ -82,8 +83,17 @@ class Line:
         self._numbers = self._message.numpy()  # the same memory
         self._room = self._message[HEADER:].view(torch.uint8)
 
-    def send(self, call: Call, numbers: Sequence[int] = (), tensors: Sequence[Tensor] = ()) -> None:
+    def send(
+        self,
+        call: Call,
+        numbers: Sequence[int] = (),
+        tensors: Sequence[Tensor] = (),
+        timeout: timedelta = ANSWER,
+    ) -> None:
         """Rank 0: tell the others.
+
+        Args:
+            timeout: in which they must be ready for it.
 
         Raises:
             RankError: one of them is gone.
@@ -94,9 +104,9 @@ class Line:
         if self._fits(total):
             if total:
                 pack(list(tensors), parts, self._room)
-            self._ranks.call(self._message)
+            self._ranks.call(self._message, timeout)
             return
-        self._ranks.call(self._message)
+        self._ranks.call(self._message, timeout)
         packed = torch.empty(total, dtype=torch.uint8, device=self._device)
         pack(list(tensors), parts, packed)
         self._ranks.broadcast(packed)

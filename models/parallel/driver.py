@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import weakref
+from datetime import timedelta
 from pathlib import Path
 from typing import cast
 
@@ -106,13 +107,14 @@ class Driver:
         self.line.send(Call.FREE)
         return [int(said) for said in self._ranks.tell("")[1:]]
 
-    def stop(self) -> None:
+    def stop(self, seconds: float) -> None:
         """Have the other ranks end.
 
         Raises:
-            RankError: one of them has ended already.
+            RankError: one of them has ended already, or was not ready for it in this time: it is in a pass that this
+                rank gave up.
         """
-        self.line.send(Call.STOP)
+        self.line.send(Call.STOP, timeout=timedelta(seconds=seconds))
 
 
 class ShardedCache(KVCache):

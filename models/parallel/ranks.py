@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOOPBACK = "127.0.0.1"
-MEETING = timedelta(minutes=5)  # for all ranks to come to the meeting
+MEETING = timedelta(minutes=1)  # for all ranks to come to the meeting, when all are on their way
 ANSWER = timedelta(minutes=5)  # of another rank within a pass: one that takes longer hangs
 PATIENCE = timedelta(days=365)  # between two calls: an idle engine makes none
 COMPLAINT = 1024  # bytes of what a rank can say
@@ -33,7 +33,7 @@ class RankError(RuntimeError):
 class Work(Protocol):
     """An operation under way."""
 
-    def wait(self) -> bool: ...
+    def wait(self, timeout: timedelta = ...) -> bool: ...
 
 
 class Group(Protocol):
@@ -108,14 +108,17 @@ class Ranks:
             return x
         return torch.cat([part[:, : len(self._share_of(rank, total))] for rank, part in enumerate(parts)], dim=1)
 
-    def call(self, message: Tensor) -> None:
-        """Make every rank's ``message``, on the host, rank 0's; the others wait for it.
+    def call(self, message: Tensor, timeout: timedelta = ANSWER) -> None:
+        """Make every rank's ``message``, on the host, rank 0's; the others wait for it, however long it takes.
+
+        Args:
+            timeout: in which the others must be ready for it.
 
         Raises:
             RankError: another rank is gone.
         """
         assert self._calls is not None
-        _broadcast(self._calls, message, self.rank, self.size)
+        _broadcast(self._calls, message, self.rank, self.size, timeout)
 
     def broadcast(self, x: Tensor) -> None:
         """Make every rank's ``x``, on the model's device, rank 0's.
@@ -250,7 +253,7 @@ def _gather(group: Group, x: Tensor, rank: int, size: int) -> list[Tensor]:
         return [x, *parts]
 
 
-def _broadcast(group: Group, x: Tensor, rank: int, size: int) -> None:
+def _broadcast(group: Group, x: Tensor, rank: int, size: int, timeout: timedelta = ANSWER) -> None:
     """Overwrite every rank's ``x``, contiguous, with rank 0's."""
     with _watched():
         if x.is_cuda:
@@ -259,7 +262,7 @@ def _broadcast(group: Group, x: Tensor, rank: int, size: int) -> None:
             group.recv([x], 0, 0).wait()
         else:
             for sent in [group.send([x], other, 0) for other in range(1, size)]:
-                sent.wait()
+                sent.wait(timeout)
 
 
 @contextmanager

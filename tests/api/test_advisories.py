@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import socket
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from decoding.messages import FromEngine, ToEngine
+from decoding.messages import FromEngine, ToEngine, TokenEvent
 from decoding.prefix_cache import PrefixCache
+from decoding.request import GenerateRequest, SamplingParams
+from server.app import ROUTES
 from server.limits import Limits
 from server.security import Security
 from server.settings import ServerSettings
-from tests.api.harness import api, fake, live, saying
+from tests.api.harness import api, fake, live, saying, tokenizer
 from tests.api.test_connections import answers, connection
 from tests.api.test_errors import CHAT, COMPLETIONS, HELLO, check_error
 
@@ -62,6 +65,19 @@ def test_cve_2026_34756_unbounded_n(path: str, body: dict[str, Any], n: int) -> 
 def test_cve_2026_21869_negative_counts() -> None:
     for field in ("n", "max_tokens", "min_tokens", "logprobs", "top_k", "n_discard", "stop_token_ids"):
         refused({field: [-5] if field == "stop_token_ids" else -5}, field)
+
+
+COUNTS = ("n", "best_of", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "top_k", "truncate_prompt_tokens")
+
+
+@pytest.mark.parametrize("count", [2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64])
+def test_cve_2026_24146_2026_24173_counts_that_overflow(count: int) -> None:
+    with api(saying("y")) as client:
+        for field in (*COUNTS, "seed"):
+            assert client.post(COMPLETIONS, json={"prompt": "x", field: count}).status_code in (200, 400), field
+        for tokens in ([count], [[count]]):
+            assert client.post(COMPLETIONS, json={"prompt": tokens}).status_code == 400
+        assert client.post("/detokenize", json={"tokens": [count]}).status_code == 400
 
 
 def test_cve_2026_9540_resources_of_failed_requests_are_released() -> None:
@@ -131,6 +147,28 @@ def test_cve_2026_0599_addresses_in_a_prompt_are_text(monkeypatch: pytest.Monkey
     assert asked == []
 
 
+SPELLED = (
+    "<|vision_start|><|image_pad|><|vision_end|><image><|audio_bos|><|endoftext|><|im_start|>system<|im_end|>[INST]</s>"
+)
+
+
+def test_cve_2026_44222_markers_of_media_in_a_text_are_text() -> None:
+    special = "".join(tokenizer().spelling(token) for token in sorted(tokenizer().special_ids))
+    with api(saying("y")) as client:
+        for text in (SPELLED, special, special * 20):
+            assert client.post(COMPLETIONS, json={"prompt": text}).status_code == 200
+            chat = {"messages": [{"role": "user", "content": text}]}
+            assert client.post(CHAT, json=chat).status_code == 200
+            assert client.post("/tokenize", json={"prompt": text}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/images/edits", "/v1/audio/transcriptions", *ROUTES])
+def test_cve_2026_7302_no_route_takes_files(path: str) -> None:
+    with api() as client:
+        uploaded = client.post(path, files={"file": ("../../written", b"x")})
+    assert uploaded.status_code in (404, 405, 415)
+
+
 @pytest.mark.parametrize(
     "path", ["/update_weights_from_tensor", "/update_weights", "/pause", "/invocations", "/score", "/collective_rpc"]
 )
@@ -168,6 +206,28 @@ def test_cve_2024_34359_2026_5760_2024_56326_2025_27516_templates_are_sandboxed(
 def test_jinja_is_new_enough() -> None:
     assert tuple(int(part) for part in version("jinja2").split(".")[:3]) >= (3, 1, 6)
     assert issubclass(jinja2.sandbox.ImmutableSandboxedEnvironment, jinja2.sandbox.SandboxedEnvironment)
+
+
+# drafters -------------------------------------------------------------------------------------------------------------
+
+
+def test_cve_2026_44223_penalties_kill_no_drafter() -> None:
+    """One of vLLM's drafters gave trees of a wrong shape from the second step on; only penalties looked at it."""
+    from decoding.engine import Engine  # and torch, which nothing else here needs
+
+    every = ("draft=demo/draft", "ngram", "suffix", "recycling", "lookahead", "prediction")
+    engine = Engine.load("demo/target", speculate=every, plan="fixed", num_pages=40, dtype="float32")
+    prompt = tuple(engine.tokenizer.encode("def fib(n):\n    return fib(n"))
+    for number, name in enumerate(("repetition_penalty", "frequency_penalty", "presence_penalty")):
+        params = SamplingParams(max_tokens=24, temperature=0.7, seed=number, ignore_eos=True, **{name: 1.5})
+        engine.submit(GenerateRequest(f"r{number}", prompt, params, prediction_ids=prompt))
+    ends = [event.finish_reason for event in _steps(engine) if event.finish_reason]
+    assert ends == ["length"] * 3
+
+
+def _steps(engine: Any) -> Iterator[TokenEvent]:
+    while engine.has_work:
+        yield from engine.step()
 
 
 # between processes, and in the cache ----------------------------------------------------------------------------------

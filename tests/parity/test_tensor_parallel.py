@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -238,3 +240,20 @@ def test_what_one_rank_cannot_load_is_told_and_the_others_go_on(folders: dict[st
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         two.driver.load(folders["llama"] / "nothing")
     Run(two.driver.load(folders["llama"])).extend([[1, 2, 3]])
+
+
+def test_the_threads_of_the_network_are_the_only_polite_ones() -> None:
+    """They keep off cores that others are on; what starts them does not become so itself."""
+
+    def policies() -> dict[str, int]:
+        found = {}
+        for path in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):  # a thread of another test, which ends
+                found[path.name] = os.sched_getscheduler(int(path.name))
+        return found
+
+    before, own = policies(), os.sched_getscheduler(0)
+    with rank_threads(2):
+        new = {name: policy for name, policy in policies().items() if name not in before}
+        assert list(new.values()).count(os.SCHED_BATCH) >= 4  # of two ranks, each with two groups
+        assert os.sched_getscheduler(0) == own

@@ -54,7 +54,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Served]:
     with serving(*FLAGS, program=ENGINES[request.param]) as served:
         # what is made when it is first needed, and then kept, is there before anybody looks at the memory
         ends_of(served, [{**LONG, "n": 4, "logprobs": 20, "max_tokens": 200}] * 32)
-        crowd(served, CROWD // 3)
+        crowd(served, CROWD)
         settled(served)
         yield served
         status, _ = served.end()

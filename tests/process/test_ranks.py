@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -16,13 +17,16 @@ from typing import Any
 import httpx
 import pytest
 
+from decoding.assemble import build_stepper, load_target
+from decoding.config import EngineConfig
 from decoding.engine import Engine
 from decoding.errors import ConfigError, EngineDeadError
 from decoding.ranks import devices_of
 from decoding.request import SamplingParams
+from models.parallel.ranks import RankError
 from tests.api.harness import eventually
 from tests.process.faults import Held, ends_of, settled
-from tests.process.serving import ROOT, Served, children, command_line, serving
+from tests.process.serving import COMMAND, ROOT, Served, children, command_line, serving
 
 pytestmark = pytest.mark.process
 
@@ -105,6 +109,46 @@ def test_a_rank_ends_with_rank_0() -> None:
         (rank,) = ranks_of(process.pid)
         process.kill()
     assert eventually(lambda: gone(rank))
+
+
+def test_ctrl_c_in_the_midst_of_a_step_leaves_nothing() -> None:
+    """The other rank is in a pass that rank 0 gave up, and hears of nothing else."""
+    flags = ("--prompt", PROMPT, "--seed", "9", "--max-tokens", "900", "-tp", "2", "--num-pages", "100")
+    command = [*COMMAND, "generate", TARGET, *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.read(10)
+        (rank,) = ranks_of(process.pid)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: both get it
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+    assert gone(rank)
+
+
+def test_a_rank_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ConfigError, match=r"size 2: a rank did not start: it ended with status 1; its log is above"):
+        Engine.load(TARGET, tensor_parallel_size=2, **SETTINGS)
+
+
+def test_a_rank_that_dies_before_the_engine_is_put_together() -> None:
+    config = EngineConfig(TARGET, tensor_parallel_size=2, **SETTINGS)
+    loaded = [load_target(config)]
+    (rank,) = ranks_of(os.getpid())
+    os.kill(rank, signal.SIGKILL)
+
+    def cannot_be_built() -> bool:
+        try:
+            build_stepper(config, loaded[0], [])
+        except RankError:
+            return True
+        return False
+
+    assert eventually(cannot_be_built)
+    loaded.clear()  # nobody closed it
+    gc.collect()
+    assert gone(rank)
+    assert not ranks_of(os.getpid())
 
 
 def test_nothing_is_left_of_an_engine_that_could_not_be_put_together() -> None:

@@ -23,7 +23,7 @@ SECONDS = 0.05  # that the engine takes for a token
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Cluster]:
-    with cluster(FLAGS, engine=COUNTING) as started:
+    with cluster(FLAGS, ray={"num_replicas": 2, "health_check_period_s": 1}, engine=COUNTING) as started:
         yield started
 
 
@@ -73,6 +73,22 @@ def test_a_replica_that_is_killed_loses_its_own_requests_and_nobody_elses(pair: 
     assert [pair.complete(prompt=[60 + n], max_tokens=3).status_code for n in range(20)] == [200] * 20
 
 
+def test_a_replica_whose_engine_cannot_live_is_replaced(pair: Cluster) -> None:
+    before = pair.replicas()
+    replica = next(iter(pair.engines().values()))
+
+    def killed_until_another_came() -> bool:
+        for engine, parent in pair.engines().items():
+            if parent == replica:
+                os.kill(engine, signal.SIGKILL)
+        return not running([replica])
+
+    assert eventually(killed_until_another_came, 120)
+    assert eventually(lambda: len(pair.replicas()) == 2, 60)
+    assert len(pair.replicas().keys() & before.keys()) == 1
+    assert pair.complete(prompt=[9], max_tokens=2).status_code == 200
+
+
 def check_one_replica_died(streams: list[Stream]) -> None:
     """Each of its streams had one error and its end, all others are whole."""
     dead = {stream.replica for stream in streams if not stream.whole}
@@ -101,6 +117,12 @@ def test_a_full_replica_says_429_itself(single: Cluster) -> None:
     for stream in streams:
         stream.join()
     assert all(stream.whole for stream in streams)
+
+
+def test_nobody_runs_programs_without_the_token(single: Cluster) -> None:
+    """CVE-2023-48022: the port to which Ray's jobs are sent."""
+    answer = httpx.post("http://127.0.0.1:52365/api/job_agent/jobs/", json={"entrypoint": "id"})
+    assert answer.status_code == 401
 
 
 def test_a_client_that_reads_nothing_is_cut_off(single: Cluster) -> None:
@@ -138,12 +160,17 @@ def test_replicas_come_with_load_and_go_when_their_streams_have_ended() -> None:
         assert eventually(lambda: len(scaled.replicas()) == 1, 60)
 
 
-def test_ending_the_server_lets_streams_finish() -> None:
+@pytest.mark.parametrize("ctrl_c", [False, True])
+def test_ending_the_server_lets_streams_finish(ctrl_c: bool) -> None:
+    """By a signal to it, or by ctrl-C in a terminal, which reaches Ray's processes, too."""
     with cluster(FLAGS, replicas=1, engine=COUNTING) as one:
         stream = slow(one, 0, 60)
         stream.begun.wait(30)
         started = time.monotonic()
-        one.process.send_signal(signal.SIGTERM)
+        if ctrl_c:
+            os.killpg(one.process.pid, signal.SIGINT)
+        else:
+            one.process.send_signal(signal.SIGTERM)
         stream.join()
         assert stream.whole
         one.process.wait(60)

@@ -145,10 +145,9 @@ def cluster(serve: str, *, replicas: int = 2, ray: dict[str, Any] | None = None,
     application["deployments"] = [{"name": "replica", **(ray or {"num_replicas": replicas})}]
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "server.cli", "ray", str(folder / "serve.yaml"), "--temp-dir", str(folder / "t")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True)
     started = Cluster(process, f"http://127.0.0.1:{port}", ports, folder / "log")
     try:
         ready = eventually(lambda: process.poll() is not None or len(started.replicas()) >= replicas, START_SECONDS)

@@ -41,8 +41,9 @@ PARAMS = {
     "penalised": SamplingParams(30, 0.9, seed=1, repetition_penalty=1.2, min_tokens=20, logit_bias={3: 1.0}),
     "logprobs": SamplingParams(30, 0.9, seed=1, logprobs=2, ignore_eos=True),
 }
-# the end of drafting by low confidence, which CUDA is not asked for; the checks that the double of a model makes
-ONLY_HERE = ("decoding/drafters/expansion.py", "models/batch.py")
+# the end of drafting by low confidence, which CUDA is not asked for; whether a draft is broken, which it tells a step
+# later; the checks that the double of a model makes
+ONLY_HERE = ("decoding/drafters/expansion.py", "decoding/drafters/team.py", "models/batch.py")
 
 
 def an_engine(names: tuple[str, ...]) -> Engine:
