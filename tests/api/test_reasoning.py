@@ -150,6 +150,17 @@ def test_an_output_that_is_held_to_a_form_is_so_behind_its_reasoning(template: s
         assert reasoning_tokens(answer) == len(text.encode(thought))
 
 
+def test_responses_think_before_their_form_too(tmp_path: Path) -> None:
+    text = special_tokenizer(tmp_path, THINKING, "<think>", "</think>")
+    engine = FakeEngineClient(replace(INFO, vocab_size=text.vocab_size), saying(text.encode("Hm.</think>{}")))
+    client = TestClient(build_app(engine, text, SETTINGS))
+    body = {"input": "2 + 2?", "text": {"format": {"type": "json_object"}}}
+    thought, message = client.post("/v1/responses", json=body).json()["output"]
+    assert thought["content"] == [{"type": "reasoning_text", "text": "Hm."}]
+    assert message["content"][0]["text"] == "{}"
+    assert engine.requests[-1].reasoning == Reasoning(text.encode("</think>")[0])
+
+
 def test_a_request_that_is_held_to_nothing_is_read_as_before(tmp_path: Path) -> None:
     text = special_tokenizer(tmp_path, THINKING, "<think>", "</think>")
     engine = FakeEngineClient(replace(INFO, vocab_size=text.vocab_size), saying(text.encode("Hm.</think>Yes.")))

@@ -23,7 +23,7 @@ SECONDS = 0.05  # that the engine takes for a token
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Cluster]:
-    with cluster(FLAGS, engine=COUNTING) as started:
+    with cluster(FLAGS, ray={"num_replicas": 2, "health_check_period_s": 1}, engine=COUNTING) as started:
         yield started
 
 
@@ -71,6 +71,22 @@ def test_a_replica_that_is_killed_loses_its_own_requests_and_nobody_elses(pair: 
     assert eventually(lambda: len(pair.replicas()) == 2, 60)
     assert len(pair.replicas().keys() - before.keys()) == 1  # another one
     assert [pair.complete(prompt=[60 + n], max_tokens=3).status_code for n in range(20)] == [200] * 20
+
+
+def test_a_replica_whose_engine_cannot_live_is_replaced(pair: Cluster) -> None:
+    before = pair.replicas()
+    replica = next(iter(pair.engines().values()))
+
+    def killed_until_another_came() -> bool:
+        for engine, parent in pair.engines().items():
+            if parent == replica:
+                os.kill(engine, signal.SIGKILL)
+        return not running([replica])
+
+    assert eventually(killed_until_another_came, 120)
+    assert eventually(lambda: len(pair.replicas()) == 2, 60)
+    assert len(pair.replicas().keys() & before.keys()) == 1
+    assert pair.complete(prompt=[9], max_tokens=2).status_code == 200
 
 
 def check_one_replica_died(streams: list[Stream]) -> None:
