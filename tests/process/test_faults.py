@@ -165,13 +165,13 @@ def test_a_queue_of_thousands_of_connections(server: Served, before: Held) -> No
             ending = pool.submit(crowd, server, CROWD, max_tokens=tokens)
             assert eventually(lambda: server.metrics()["saccade_waiting"] >= CROWD / 2, 120)
         assert ending.result() == {"done": CROWD}
-    settled(server, before, growth=96 * MIB)
+    settled(server, before, growth=64 * MIB)
 
 
 def test_a_queue_of_thousands_of_connections_that_all_leave(server: Served, before: Held) -> None:
     with _held_up(server):
         assert crowd(server, CROWD, leave=3.0 * SIZE, max_tokens=800) == {"left": CROWD}
-    settled(server, before, growth=96 * MIB)
+    settled(server, before, growth=64 * MIB)
 
 
 @contextlib.contextmanager
