@@ -1,6 +1,6 @@
 """How long texts wait for their first token under drafting, and for what, against plain decoding.
 
-    python -m benchmarks.first_token [--family demo] [--streams 1 8 32] [--prompt-lengths 16 256 1024] [--load 0.6] ...
+    python -m benchmarks.first_token [--family demo] [--streams 1 8 32] [--prompt-lengths 16 256 768] [--load 0.6] ...
 
 Plain decoding and ``auto`` with the given drafters, two engines around one target, take turns on the same requests at
 the same times. Closed loop: so many requests in flight, each followed by the next one after a pause, as a client
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 KIND = "first-token"
 LOOPS = ("closed", "open")
 CLOCKS = {"wall": WallClock, "cpu": CpuClock}
+WARM_UPS = 3  # rounds that do not count: in the first one the load is found, and the planner learns what pays
 TREE_SLOTS = 64  # of a request, beside prompt and text
 SHOWN = {"waited": (), "drafting": ("drafters", "planner"), "forward": ("forward",)}  # parts that are shown
 
@@ -74,7 +75,7 @@ def parse(argv: Sequence[str]) -> Options:
         "--prompt-lengths",
         type=positive,
         nargs="+",
-        default=[16, 256, 1024],
+        default=[16, 256, 768],
         metavar="N",
         help="(default: 16 256 1024)",
     )
@@ -156,19 +157,18 @@ def _text(family: Family) -> list[int]:
 def _measure(place: Place, engines: Mapping[str, Engine], ids: list[int], options: Options, document: Document) -> None:
     rounds: list[dict[str, Pass]] = []
     rate, clock = 0.0, CLOCKS[options.clock]()
-    for number in range(-1, options.rounds):  # the first one does not count: the planner learns, and the load is found
+    for number in range(-WARM_UPS, options.rounds):
         requests = requests_of(place, number, ids, options)
         passes = {}
         for name in random.Random(f"{place} {number}").sample(sorted(engines), len(engines)):
             gc.collect()
-            if place.loop == "closed" or number < 0:
+            if place.loop == "closed" or number == -WARM_UPS:
                 passes[name] = closed_loop(engines[name], requests, place.streams, options.pause / 1e3, clock)
             else:
                 passes[name] = open_loop(engines[name], requests, arrivals(number, len(requests), rate), clock)
-        if number < 0:
+        if number == -WARM_UPS:
             rate = options.load * len(requests) / passes[PLAIN].seconds
-        else:
-            rounds.append(passes)
+        rounds += [passes] if number >= 0 else []
     document.pieces.append({**asdict(place), **summary(rounds, place), "session": len(document.sessions) - 1})
     document.save(options.out)
     print(line(document.pieces[-1]), flush=True)

@@ -168,6 +168,8 @@ class AutoPlanner:
         """See ``Planner``."""
         step = self._step
         self._first_tokens.save(times.all)
+        if self._beat is not None:
+            self._beat.charge(times.reading)
         if self._beat is not None and plan.chain_tokens == len(plan.deciding):
             self._beat.saw(self._gear, made, times.all)
         # where a low gear is the rule, one step in so many teaches something

@@ -26,6 +26,7 @@ class StepTimes:
 
     all: float
     drafters: dict[str, float]  # in each drafter's proposing and observing
+    reading: float = 0.0  # before it, in which drafters read the prompts of the step before
 
 
 class Planner(Protocol):

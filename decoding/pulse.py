@@ -105,6 +105,11 @@ class Beat:
                 self._mark = account.rate
                 self._wait = {other: min(wait, REST[0]) for other, wait in self._wait.items()}
 
+    def charge(self, seconds: float) -> None:
+        """So much was spent between two steps on what drafts need; who does not draft is not charged."""
+        if self.current == FULL:
+            self.accounts[FULL].seconds += seconds
+
     def _conclude(self, gear: int) -> None:
         """A try is over: change gears, or wait for the next one until it has paid for itself."""
         self._trial = None

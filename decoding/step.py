@@ -64,7 +64,7 @@ class Stepper:
         Args:
             arrivals: called when models have drafted: who came meanwhile need not wait for the next step.
         """
-        self._read_prompts()
+        reading = self._read_prompts()
         lap, started = self.laps.end, self.laps.start()
         plan = self.scheduler.plan()  # which rows, how many chain tokens
         if not plan.rows:
@@ -108,17 +108,19 @@ class Stepper:
         lap("commit")
         taken = time.perf_counter() - started
         by_drafter = {name: seconds - drafted[name] for name, seconds in self.drafters.taken.items()}
-        self.planner.learn(plan, chosen, sum(len(event.token_ids) for event in events), StepTimes(taken, by_drafter))
+        times = StepTimes(taken, by_drafter, reading)
+        self.planner.learn(plan, chosen, sum(len(event.token_ids) for event in events), times)
         lap("planner")
         self.committer.totals.counts.step(plan.chain_tokens, sum(chosen.counts) - len(chosen.counts), self.planner.gear)
         return events
 
-    def _read_prompts(self) -> None:
-        """Drafters read the prompts of the last step: whoever waited for its tokens has them by now."""
-        self.laps.start()
+    def _read_prompts(self) -> float:
+        """Drafters read the prompts of the last step, whose tokens are out by now; the seconds that it takes."""
+        started = self.laps.start()
         for sequence in self.drafters.read_prompts():
             self.cache.register(sequence)
         self.laps.end("drafters")
+        return time.perf_counter() - started
 
     def _join(
         self, arrivals: Arrivals, plan: Plan, chosen: ChosenTrees, quota: Quota, sampling: Sampling

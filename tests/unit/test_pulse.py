@@ -33,3 +33,25 @@ def test_a_gear_that_becomes_better_is_found() -> None:
     run(beat, 2000, {PLAIN: 2.0, LIGHT: 1.0, FULL: 1.0})
     run(beat, 12000, {PLAIN: 2.0, LIGHT: 1.0, FULL: 6.0})
     assert beat.current == FULL
+
+
+@pytest.mark.parametrize(("charged", "best"), [(0.0, FULL), (0.05, FULL), (0.3, PLAIN)])
+def test_what_drafts_need_between_the_steps_is_in_their_account(charged: float, best: int) -> None:
+    """A full step makes 1.2 times what a plain one does."""
+    beat = Beat((PLAIN, FULL))
+    for _ in range(1000):
+        gear = beat.next()
+        beat.charge(charged)
+        beat.saw(gear, 1, 1.0 if gear == PLAIN else 1 / 1.2)
+        if beat.current != FULL:
+            break
+    assert beat.current == best
+
+
+def test_a_draw_is_for_the_gear_that_makes_nobody_wait() -> None:
+    beat = Beat((PLAIN, FULL))
+    run(beat, 2000, {PLAIN: 1.001, FULL: 1.0, LIGHT: 1.0})
+    assert beat.current == PLAIN
+    beat = Beat((PLAIN, FULL))
+    run(beat, 2000, {PLAIN: 1.0, FULL: 1.001, LIGHT: 1.0})
+    assert beat.current == FULL, "it began so, and is not slower"
