@@ -39,9 +39,10 @@ SIZE = int(os.environ.get("FAULTS", "1"))
 ENGINES = {"counting": COUNTING, "demo": (*COMMAND, "serve", *DEMO)}
 CROWD = 300 if SIZE == 1 else 1000 * SIZE  # connections at once
 ROWS = 32
+TIMEOUT = "1" if SIZE == 1 else "5"  # a client of thousands of connections takes its time between two of them
 FLAGS = (
     *("--max-num-seqs", str(ROWS)),
-    *("--header-timeout", "1", "--body-timeout", "1", "--write-timeout", "1"),
+    *("--header-timeout", TIMEOUT, "--body-timeout", TIMEOUT, "--write-timeout", "1"),
     *("--max-queued-requests", "20000", "--max-connections", str(CROWD + 100)),
 )
 LONG: dict[str, Any] = {"prompt": [40, 41, 42], "max_tokens": 900, "ignore_eos": True, "stream": True}
@@ -81,7 +82,7 @@ def crowd(server: Served, count: int, *, leave: float | None = None, **body: Any
         async def one(number: int) -> str:
             asked = {"prompt": [40 + number % 20], "max_tokens": 1, "ignore_eos": True, **body}
             async with gate:
-                asking = asyncio.create_task(ask(port_of(server), asked, leave=leave, seconds=240))
+                asking = asyncio.create_task(ask(port_of(server), asked, leave=leave, seconds=600))
                 await asyncio.sleep(0)
             outcome = await asking
             return str(outcome.status) if outcome.end == "status" else outcome.end
@@ -159,7 +160,7 @@ def test_bodies_of_50_mb(server: Served, before: Held) -> None:
 
 
 def test_a_queue_of_thousands_of_connections(server: Served, before: Held) -> None:
-    tokens = 1 if _counts(server) else 32  # a real engine is kept busy by its work
+    tokens = 1 if _counts(server) else 12  # a real engine is kept busy by its work
     with ThreadPoolExecutor(1) as pool:
         with _held_up(server):
             ending = pool.submit(crowd, server, CROWD, max_tokens=tokens)
@@ -313,7 +314,7 @@ def test_requests_that_are_cancelled_in_every_state(server: Served, before: Held
                 stack.enter_context(open_to(server.url)).sendall(request_bytes({**HOLDING, **shape}))
         assert eventually(lambda: _choices(server) >= 4 * choices - 10, 30)
         time.sleep(0.05)
-    after = settled(server, before)
+    after = settled(server, before, growth=64 * MIB)  # an engine may have been started a moment ago
     assert after.finished == before.finished + 4 * choices + 1
 
 
