@@ -28,11 +28,15 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 NONE, FINAL, CONTINUOUS = StreamUsage(), StreamUsage(final=True), StreamUsage(final=True, continuous=True)
 
 
+def one_choice() -> PromptRequest:
+    return PromptRequest(GenerateRequest("r", (1, 2)))
+
+
 class Scripted(Generation):
     """Deltas without an engine."""
 
     def __init__(self, *deltas: Delta) -> None:
-        super().__init__(fake(), tokenizer(), [], OutputOptions(), lambda index: None)
+        super().__init__(fake(), tokenizer(), [one_choice()], OutputOptions(), lambda index, event: None)
         self._deltas = deltas
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -109,8 +113,7 @@ def test_usage_of_a_chunk_is_absent_or_null(stream_usage: StreamUsage, told: dic
 
 
 def test_continuous_usage_is_in_every_chunk() -> None:
-    request = PromptRequest(GenerateRequest("r", (1, 2)))
-    generation = Generation(fake(), tokenizer(), [request], OutputOptions(), lambda index: None)
+    generation = Generation(fake(), tokenizer(), [one_choice()], OutputOptions(), lambda index, event: None)
     chunks = Chunks(HEAD, "k", CONTINUOUS, generation)
     own = {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
     assert chunks.chunk('{"index":0}', 0) == payload("k", {"index": 0}, usage=own)
@@ -129,7 +132,7 @@ def test_other_fields_stand_beside_the_choice() -> None:
 def test_a_script_through_an_engine_is_the_same_text() -> None:
     request = PromptRequest(GenerateRequest("r", ids("x")))
     generation = Generation(
-        fake(saying("a\u2028", "\u0085b")), tokenizer(), [request], OutputOptions(), lambda index: None
+        fake(saying("a\u2028", "\u0085b")), tokenizer(), [request], OutputOptions(), lambda index, event: None
     )
     chunks = streamed(CompletionRenderer(HEAD, tokenizer(), generation))
     texts = [json.loads(chunk.removeprefix(b"data: "))["choices"][0]["text"] for chunk in chunks]
