@@ -22,12 +22,11 @@ from decoding.errors import ConfigError, EngineDeadError
 from decoding.messages import FromEngine, LoadFailed, Ready, ToEngine
 from decoding.parent import end_with_parent
 from server.engine_driver import ENGINE, EngineDriver, SteppedEngine, load_engine
+from server.idle_memory import IdleMemory
 from server.log import own_process_log
 from server.observation import LogFormat, LogLevel
 
 PARENT_CHECK_MS = 500  # how long an idle engine waits for messages before it looks who is alive
-
-log = logging.getLogger("saccade")
 
 log = logging.getLogger("saccade.engine")
 
@@ -88,6 +87,7 @@ class EngineConnection:
             EngineDeadError: the engine cannot go on.
         """
         driver = EngineDriver(engine, self.send, self.receive)
+        memory = IdleMemory()
         driver.report()  # before Ready, so that the counters are there when the server is
         self.send(Ready(engine.info))
         while driver.drain():
@@ -97,6 +97,8 @@ class EngineConnection:
                 if os.getppid() != self._parent:
                     return
                 engine.check_health()
+                if memory.is_worth_it:
+                    memory.give_back()
 
 
 def _load(target: str, config: EngineConfig, connection: EngineConnection) -> SteppedEngine | None:

@@ -1,7 +1,7 @@
 """Memory that a burst of requests has left behind goes back to the system once there is nothing to do.
 
 Python and the C library keep what was freed for the next time. After thousands of requests at once that is more than
-all else in this process, and in a container it counts.
+all else in the HTTP process, and in a container it counts.
 """
 
 from __future__ import annotations
@@ -20,18 +20,34 @@ _STATUS = Path("/proc/self/statm")
 _PAGE = resource.getpagesize()
 
 
+class IdleMemory:
+    """What this process holds beyond what it held when it last gave back; nothing where the system does not tell."""
+
+    def __init__(self) -> None:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        self._trim = trim if _STATUS.exists() else None
+        self._floor = resident() if self._trim else 0
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether there may be much to give back."""
+        return self._trim is not None and resident() > self._floor + WORTH
+
+    def give_back(self) -> None:
+        """Takes milliseconds, in which Python does nothing else, and some more in which it may."""
+        gc.collect()
+        if self._trim is not None:
+            self._trim(0)
+            self._floor = resident()
+
+
 async def give_back_when_idle(idle: Callable[[], bool], seconds: float = SECONDS) -> None:
-    """Look again and again, until cancelled; does nothing where the system does not tell what is resident."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is None or not _STATUS.exists():
-        return
-    floor = resident()
+    """Look again and again, until cancelled."""
+    memory = IdleMemory()
     while True:
         await asyncio.sleep(seconds)
-        if idle() and resident() > floor + WORTH:
-            gc.collect()
-            await asyncio.to_thread(trim, 0)
-            floor = resident()
+        if idle() and memory.is_worth_it:
+            await asyncio.to_thread(memory.give_back)
 
 
 def resident() -> int:

@@ -174,7 +174,7 @@ def test_a_queue_of_thousands_of_connections_that_all_leave(server: Served, befo
         ends = crowd(server, CROWD, leave=3.0 * SIZE, max_tokens=800)
     assert set(ends) <= {"left", "done"}  # a real engine finishes some of them first
     assert ends["left"] > 0.9 * CROWD
-    settled(server, before, growth=128 * MIB)  # 8 KB for each that waited, which the engine's allocators keep
+    settled(server, before, growth=64 * MIB)
 
 
 @contextlib.contextmanager
