@@ -18,7 +18,7 @@ PATIENCE = 4  # times a try's steps: it ends then, however many of them had chun
 FIRST = 12  # steps before the first try, and between two of them until enough is known
 REST = (48, 2048)  # and later: at least, at most
 SHARE = 0.003  # of the time that tries of one gear cost
-MARGIN = 1.02  # by which another gear must win; a plain step makes nobody wait, so that gear need not
+MARGIN = 1.02  # by which another gear must win
 FADING = 0.995  # of what the steps of a gear made, a step
 FALLEN = 0.5  # of what the gear has made for long: the text may have changed, others are tried soon
 SLOW = 0.01  # how fast "for long" follows
@@ -116,7 +116,7 @@ class Beat:
         ours, theirs = self.accounts[self.current], self.accounts[gear]
         if ours.steps < self._enough[self.current] or theirs.steps < self._enough[gear]:
             self._wait[gear] = FIRST
-        elif theirs.rate > (1.0 if gear == PLAIN else MARGIN) * ours.rate:
+        elif theirs.rate > MARGIN * ours.rate:
             self.current = gear
             self._wait = dict.fromkeys(self._wait, REST[0])
             self._mark = theirs.rate

@@ -48,10 +48,10 @@ def test_what_drafts_need_between_the_steps_is_in_their_account(charged: float, 
     assert beat.current == best
 
 
-def test_a_draw_is_for_the_gear_that_makes_nobody_wait() -> None:
+@pytest.mark.parametrize("rates", [{PLAIN: 1.01, FULL: 1.0, LIGHT: 1.0}, {PLAIN: 1.0, FULL: 1.01, LIGHT: 1.0}])
+def test_a_draw_changes_no_gear(rates: dict[int, float]) -> None:
+    """A try is short and times are noisy: whoever changes for a draw is soon in the slower one, and stays for long."""
     beat = Beat((PLAIN, FULL))
-    run(beat, 2000, {PLAIN: 1.001, FULL: 1.0, LIGHT: 1.0})
-    assert beat.current == PLAIN
-    beat = Beat((PLAIN, FULL))
-    run(beat, 2000, {PLAIN: 1.0, FULL: 1.001, LIGHT: 1.0})
-    assert beat.current == FULL, "it began so, and is not slower"
+    began = beat.current
+    run(beat, 2000, rates)
+    assert beat.current == began
