@@ -71,14 +71,8 @@ def parse(argv: Sequence[str]) -> Options:
     parser = base_parser("first_token", "Measure the time to the first token under drafting.")
     add = parser.add_argument
     add("--streams", type=positive, nargs="+", default=[1, 8, 32], metavar="N", help="(default: 1 8 32)")
-    add(
-        "--prompt-lengths",
-        type=positive,
-        nargs="+",
-        default=[16, 256, 768],
-        metavar="N",
-        help="(default: 16 256 1024)",
-    )
+    lengths = [16, 256, 768]
+    add("--prompt-lengths", type=positive, nargs="+", default=lengths, metavar="N", help="(default: 16 256 768)")
     add("--loops", nargs="+", default=list(LOOPS), choices=LOOPS, help="(default: both)")
     add("--load", type=float, default=0.6, metavar="SHARE", help="of the open loop (default: %(default)s)")
     add("--clock", default="wall", choices=CLOCKS, help="cpu: of the process, for busy machines, with --threads 1")
