@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from benchmarks import documents
 from benchmarks.documents import RESULTS, Document
@@ -16,6 +16,9 @@ from decoding.config import Dtype, EngineConfig
 from decoding.errors import ConfigError, SaccadeError, nearest
 from server.engine_launch import engine_environment
 from server.flags import Parser, positive
+
+if TYPE_CHECKING:
+    from benchmarks.family import Family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,20 @@ def opened(path: Path, kind: str, *, resume: bool) -> Document:
     if document.kind != kind:
         raise ConfigError(f"{path} is the result of another benchmark ({document.kind}); name another --out")
     return document
+
+
+def begun(options: BaseOptions, kind: str) -> tuple[Family, Document]:
+    """A measurement in this process begins: torch has its threads, the family is found, the document is open.
+
+    Raises:
+        ConfigError: there is no such family, or the document is the result of another command.
+    """
+    import torch
+
+    from benchmarks.family import Family
+
+    torch.set_num_threads(options.threads)
+    return Family.find(options.family), opened(options.out, kind, resume=options.resume)
 
 
 def begin_again(threads: int) -> None:

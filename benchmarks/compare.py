@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.command import BenchOptions, begin_again, bench_parser, carried_out, opened, read
+from benchmarks.command import BenchOptions, begin_again, begun, bench_parser, carried_out, read
 from benchmarks.family import Family, load_prompts
 from benchmarks.measure import Case, Run, Task, groups
 from benchmarks.settings import AUTO, PLAIN, load_engines
@@ -87,13 +87,9 @@ def bench(options: Options, command: Sequence[str]) -> Document:
     Raises:
         ConfigError: a model that cannot be loaded, a peer that is not there, a document of another kind.
     """
-    import torch
-
     from benchmarks.provenance import provenance
 
-    torch.set_num_threads(options.threads)
-    family = Family.find(options.family)
-    document = opened(options.out, KIND, resume=options.resume)
+    family, document = begun(options, KIND)
     done = {(piece["family"], piece["temperature"], piece["concurrency"]) for piece in document.pieces}
     places = [(t, c) for c in options.concurrency for t in options.temperatures if (family.name, t, c) not in done]
     if not places:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import workload_files
-from benchmarks.command import BaseOptions, base_parser, begin_again, carried_out, opened, read
+from benchmarks.command import BaseOptions, base_parser, begin_again, begun, carried_out, read
 from benchmarks.compare import in_turns
 from benchmarks.family import Family
 from benchmarks.measure import Run, Task
@@ -101,16 +101,12 @@ def bench(options: Options, command: Sequence[str]) -> Document:
         ConfigError: a model, a workload or a peer that is not there, a document of another kind.
         RequestError: a request that does not fit the model.
     """
-    import torch
-
     from benchmarks.provenance import provenance
     from benchmarks.workload_systems import default_sets, labelled
     from decoding.text import Tokenizer
 
-    torch.set_num_threads(options.threads)
-    family = Family.find(options.family)
+    family, document = begun(options, KIND)
     sets = labelled(options.drafters or default_sets(family))
-    document = opened(options.out, KIND, resume=options.resume)
     tokenizer = Tokenizer.load(family.target)
     found = [workload_files.load(name, tokenizer) for name in options.workloads or workload_files.names()]
     workloads = [each.first(options.requests, options.tokens) for each in found]

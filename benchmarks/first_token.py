@@ -21,7 +21,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.command import BaseOptions, base_parser, begin_again, carried_out, opened, read
+from benchmarks.command import BaseOptions, base_parser, begin_again, begun, carried_out, read
 from benchmarks.family import PROMPTS, Family, load_prompts
 from benchmarks.settings import AUTO, PLAIN, load_engines
 from benchmarks.timed_loop import CpuClock, First, Pass, WallClock, closed_loop, open_loop
@@ -99,13 +99,9 @@ def bench(options: Options, command: Sequence[str]) -> None:
         ConfigError: a model that cannot be loaded, a document of another kind.
         RequestError: prompt and text do not fit the model.
     """
-    import torch
-
     from benchmarks.provenance import provenance
 
-    torch.set_num_threads(options.threads)
-    family = Family.find(options.family)
-    document = opened(options.out, KIND, resume=options.resume)
+    family, document = begun(options, KIND)
     done = {
         tuple(piece[name] for name in ("loop", "streams", "prompt_length", "temperature")) for piece in document.pieces
     }

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.command import BaseOptions, base_parser, begin_again, carried_out, opened, read
+from benchmarks.command import BaseOptions, base_parser, begin_again, begun, carried_out, read
 from benchmarks.family import Family
 from benchmarks.settings import AUTO, PLAIN, Engines, load_engines
 from decoding.config import EngineConfig
@@ -94,15 +94,11 @@ def bench(options: Options, command: Sequence[str]) -> Document:
         ConfigError: a model that cannot be loaded, a document of another kind.
         RequestError: prompt and text do not fit the model.
     """
-    import torch
-
     from benchmarks.provenance import provenance
     from benchmarks.workload_systems import WITHOUT_TRAINING, labelled
     from decoding.drafters import DRAFTERS
 
-    torch.set_num_threads(options.threads)
-    family = Family.find(options.family)
-    document = opened(options.out, KIND, resume=options.resume)
+    family, document = begun(options, KIND)
     done = {(p["family"], p["drafters"], p["temperature"], p["plan"]) for p in document.pieces}
     sets = labelled(options.drafters or [name for name in WITHOUT_TRAINING if name in DRAFTERS])
     engines = load(family, sets, options)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.cells import Cell, Stage, Turn, best_fixed, from_json, never_slower, rates, systems, to_json
 from benchmarks.closed_loop import Load, run_loop
-from benchmarks.command import BenchOptions, begin_again, bench_parser, carried_out, known, opened, read
+from benchmarks.command import BenchOptions, begin_again, begun, bench_parser, carried_out, known, read
 from benchmarks.family import Family, load_prompts
 from benchmarks.measure import Case
 from benchmarks.settings import AUTO, FIXED, PLAIN, SETTINGS, Engines, load_engines
@@ -99,13 +99,9 @@ def bench(options: Options, command: Sequence[str]) -> Document:
         ConfigError: a family without the drafters that a system needs, a model that cannot be loaded, a document to be
             resumed that is of another kind.
     """
-    import torch
-
     from benchmarks.provenance import provenance
 
-    torch.set_num_threads(options.threads)
-    family = Family.find(options.family)
-    document = opened(options.out, KIND, resume=options.resume)
+    family, document = begun(options, KIND)
     done = {from_json(piece).place for piece in document.pieces}
     places = [(t, c) for c in options.concurrency for t in options.temperatures if (family.name, t, c) not in done]
     if not places:

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.closed_loop import Load, Window, run_loop
-from benchmarks.command import BenchOptions, begin_again, bench_parser, carried_out, opened, read
+from benchmarks.command import BenchOptions, begin_again, begun, bench_parser, carried_out, read
 from benchmarks.family import Family, load_prompts
 from benchmarks.measure import Case
 from benchmarks.settings import AUTO, FIXED, PLAIN, Engines, load_engines
@@ -82,13 +82,9 @@ def bench(options: Options, command: Sequence[str]) -> Document:
     Raises:
         ConfigError: a model that cannot be loaded, a document to be resumed that is of another kind.
     """
-    import torch
-
     from benchmarks.provenance import provenance
 
-    torch.set_num_threads(options.threads)
-    family = Family.find(options.family)
-    document = opened(options.out, KIND, resume=options.resume)
+    family, document = begun(options, KIND)
     done = {(piece["family"], piece["part"], piece.get("temperature")) for piece in document.pieces}
     cases = load_prompts(family.target, options.prompts, options.prompt_tokens)
     base = EngineConfig(

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.command import base_parser, begin_again, carried_out, opened, read
+from benchmarks.command import base_parser, begin_again, begun, carried_out, read
 from benchmarks.family import Family
 from benchmarks.settings import AUTO, PLAIN, Engines, load_engines
 from decoding.config import Dtype, EngineConfig
@@ -110,13 +110,9 @@ def bench(options: Options, command: Sequence[str]) -> Document:
         ConfigError: a model or a file of schemas that is not there, a document of another kind.
         RequestError: a schema that cannot be enforced.
     """
-    import torch
-
     from benchmarks.provenance import provenance
 
-    torch.set_num_threads(options.threads)
-    family = Family.find(options.family)
-    document = opened(options.out, KIND, resume=options.resume)
+    family, document = begun(options, KIND)
     schemas = load_schemas(options.schemas, options.requests)
     engines = load(family, options)
     document.sessions.append(provenance(command, family.models, {"saccade": engines.dtype}))
